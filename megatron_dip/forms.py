@@ -1,0 +1,56 @@
+"""Base of the versioned JSON forms: immutable, strict, with errors that name the field."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+__all__ = ["Form", "explain_validation_error", "read_json"]
+
+
+def explain_validation_error(error: ValidationError) -> str:
+    """One line per wrong field: its path, what is wrong and, where it helps, what was given."""
+    lines = []
+    for detail in error.errors():
+        path = ".".join(str(part) for part in detail["loc"]) or "top level"
+        given = detail.get("input")
+        shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+        lines.append(f"{path}: {detail['msg']}{shown}")
+    return "; ".join(lines)
+
+
+def read_json(path: str | Path, error_type: type[ValueError]) -> Any:
+    """The parsed content of a JSON file; ``error_type`` with the path where it has none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise error_type(f"{path}: cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise error_type(f"{path}: not JSON ({error})") from error
+
+
+class Form(BaseModel):
+    """An immutable record that is checked once, when it is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], error_type: type[ValueError], source: str = "") -> Self:
+        """``data`` as a checked record.
+
+        Raises:
+            error_type: A field is missing, unknown or out of range; the message names it.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            prefix = f"{source}: " if source else ""
+            raise error_type(prefix + explain_validation_error(error)) from None
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON text: equal records have equal digests."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

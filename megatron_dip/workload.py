@@ -1,0 +1,238 @@
+"""The batch problem: what one batch is, as numbers.
+
+A *problem* is everything that the planner needs to know: the modules and their graph, the items
+of every microbatch with their costs, and the limits of the machine.  It holds no tensors.
+Times are microseconds per layer and item; bytes are per layer and item.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from megatron_dip.errors import ProblemError
+from megatron_dip.forms import Form, read_json
+
+__all__ = [
+    "Item",
+    "LayerExtra",
+    "Module",
+    "Problem",
+    "SubMicrobatch",
+    "TransferCost",
+    "load_problem",
+    "parse_problem",
+    "topological_order",
+]
+
+Time = Annotated[float, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class Item(Form):
+    """The smallest unit of a module's work in a microbatch: an image, a clip, a sequence."""
+
+    item: Annotated[int, Field(ge=0)]
+    """Number of the item, unique within its module and microbatch."""
+    tokens: Annotated[int, Field(ge=0)]
+    forward_us: Time
+    input_grad_us: Time
+    weight_grad_us: Time
+    """Zero where the layers are frozen."""
+    activation_bytes: Bytes
+    """Kept per layer from forward to backward, without recompute."""
+    boundary_bytes: Bytes
+    """Input or output of any layer: what a transfer moves and what a recomputed layer keeps."""
+    recompute_us: Time | None = None
+    """Forward again during backward; ``forward_us`` where it is not given."""
+    first_extra_forward_us: Time = 0.0
+    first_extra_input_grad_us: Time = 0.0
+    first_extra_weight_grad_us: Time = 0.0
+    last_extra_forward_us: Time = 0.0
+    last_extra_input_grad_us: Time = 0.0
+    last_extra_weight_grad_us: Time = 0.0
+    needs: dict[str, tuple[int, ...]] | None = None
+    """Upstream items that this one reads, per module; a module not named: all of the microbatch."""
+
+    @property
+    def effective_recompute_us(self) -> float:
+        return self.forward_us if self.recompute_us is None else self.recompute_us
+
+
+class LayerExtra(Form):
+    """What sits before the first or after the last layer of a module, beside its items."""
+
+    forward_us: Time = 0.0
+    static_bytes: Bytes = 0
+
+
+class Module(Form):
+    """One modality model."""
+
+    name: Annotated[str, Field(min_length=1)]
+    num_layers: Annotated[int, Field(ge=1)]
+    upstream: tuple[str, ...]
+    """Modules whose output this one reads."""
+    trainable: bool
+    layer_overhead_us: Time
+    """Per layer and call, whatever its size (kernel launches)."""
+    layer_static_bytes: Bytes
+    """Weights, gradients and optimizer state of one layer."""
+    first_layer_extra: LayerExtra = LayerExtra()
+    last_layer_extra: LayerExtra = LayerExtra()
+
+
+class TransferCost(Form):
+    """Time of a transfer between two ranks: latency plus bytes over bandwidth."""
+
+    latency_us: Time
+    bytes_per_us: Annotated[float, Field(gt=0)]
+
+    def time_us(self, num_bytes: int) -> float:
+        return self.latency_us + num_bytes / self.bytes_per_us
+
+
+class SubMicrobatch(NamedTuple):
+    """A group of items of one module in one microbatch: what one compute action works on."""
+
+    module: str
+    microbatch: int
+    sub: int
+    items: tuple[int, ...]
+
+
+class Problem(Form):
+    """One batch, to be planned."""
+
+    format: Literal["megatron-dip/problem"] = "megatron-dip/problem"
+    version: Literal[1] = 1
+    num_ranks: Annotated[int, Field(ge=1)]
+    memory_limit_bytes: tuple[Bytes, ...]
+    """Per rank, weights included."""
+    transfer: TransferCost
+    modules: tuple[Module, ...]
+    microbatches: tuple[dict[str, tuple[Item, ...]], ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.memory_limit_bytes) != self.num_ranks:
+            raise ValueError(
+                f"memory_limit_bytes has {len(self.memory_limit_bytes)} entries for "
+                f"{self.num_ranks} ranks (expected one per rank)"
+            )
+        if not self.modules or not self.microbatches:
+            raise ValueError("modules and microbatches must not be empty")
+        topological_order(self.modules)
+        for number, microbatch in enumerate(self.microbatches):
+            self._check_microbatch(number, microbatch)
+        return self
+
+    def _check_microbatch(self, number: int, microbatch: Mapping[str, tuple[Item, ...]]) -> None:
+        known = {module.name: module for module in self.modules}
+        for name, items in microbatch.items():
+            where = f"microbatches.{number}.{name}"
+            if name not in known:
+                raise ValueError(f"{where}: unknown module (expected one of {sorted(known)})")
+            numbers = [item.item for item in items]
+            if len(set(numbers)) != len(numbers):
+                raise ValueError(f"{where}: item numbers repeat: {numbers}")
+            for item in items:
+                for upstream, needed in (item.needs or {}).items():
+                    if upstream not in known[name].upstream:
+                        raise ValueError(f"{where}.{item.item}.needs: {upstream!r} is not upstream")
+                    present = {other.item for other in microbatch.get(upstream, ())}
+                    missing = sorted(set(needed) - present)
+                    if missing:
+                        raise ValueError(
+                            f"{where}.{item.item}.needs.{upstream}: no such items {missing} "
+                            f"(the microbatch has {sorted(present)})"
+                        )
+
+    @property
+    def num_microbatches(self) -> int:
+        return len(self.microbatches)
+
+    @cached_property
+    def _modules_by_name(self) -> dict[str, Module]:
+        return {module.name: module for module in self.modules}
+
+    @cached_property
+    def _items_by_key(self) -> dict[tuple[int, str, int], Item]:
+        return {
+            (number, name, item.item): item
+            for number, microbatch in enumerate(self.microbatches)
+            for name, items in microbatch.items()
+            for item in items
+        }
+
+    @cached_property
+    def module_order(self) -> tuple[str, ...]:
+        """Module names, every module after all that it reads."""
+        return topological_order(self.modules)
+
+    @cached_property
+    def modules_with_backward(self) -> frozenset[str]:
+        """Modules with something trainable in them or upstream of them."""
+        found: set[str] = set()
+        for name in self.module_order:
+            module = self.module(name)
+            if module.trainable or found.intersection(module.upstream):
+                found.add(name)
+        return frozenset(found)
+
+    def module(self, name: str) -> Module:
+        return self._modules_by_name[name]
+
+    def items(self, module: str, microbatch: int) -> tuple[Item, ...]:
+        return self.microbatches[microbatch].get(module, ())
+
+    def item(self, module: str, microbatch: int, number: int) -> Item:
+        return self._items_by_key[microbatch, module, number]
+
+    def needed_items(self, module: str, microbatch: int, item: Item, upstream: str) -> frozenset[int]:
+        """Numbers of the items of ``upstream`` that ``item`` of ``module`` reads."""
+        if item.needs is not None and upstream in item.needs:
+            return frozenset(item.needs[upstream])
+        return frozenset(other.item for other in self.items(upstream, microbatch))
+
+
+def topological_order(modules: tuple[Module, ...]) -> tuple[str, ...]:
+    """Names of ``modules`` such that every module follows all of its ``upstream``.
+
+    Ties keep the order given, so that the result is deterministic.
+
+    Raises:
+        ValueError: Names repeat, an upstream module is unknown, or the graph has a cycle.
+    """
+    names = [module.name for module in modules]
+    if len(set(names)) != len(names):
+        raise ValueError(f"modules: names repeat: {names}")
+    for module in modules:
+        unknown = [name for name in module.upstream if name not in names]
+        if unknown:
+            raise ValueError(f"modules.{module.name}.upstream: unknown modules {unknown}")
+    done: list[str] = []
+    waiting = list(modules)
+    while waiting:
+        ready = next((m for m in waiting if all(name in done for name in m.upstream)), None)
+        if ready is None:
+            raise ValueError(f"modules: upstream has a cycle through {[m.name for m in waiting]}")
+        done.append(ready.name)
+        waiting.remove(ready)
+    return tuple(done)
+
+
+def parse_problem(data: Mapping[str, Any], source: str = "") -> Problem:
+    """A problem from parsed JSON.
+
+    Raises:
+        ProblemError: A field is missing, unknown, negative or contradicts another.
+    """
+    return Problem.parse(data, ProblemError, source)
+
+
+def load_problem(path: str | Path) -> Problem:
+    """The problem in a JSON file; see :func:`parse_problem`."""
+    return parse_problem(read_json(path, ProblemError), str(path))
