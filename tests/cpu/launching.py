@@ -1,0 +1,144 @@
+"""Start one command on several processes as ``torchrun`` would, with a time limit that holds.
+
+``torchrun`` itself is not used: its agent costs seconds per start, mixes the outputs of its ranks
+and, when it is killed, may leave them behind.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+__all__ = ["REPOSITORY", "CompletedRank", "free_port", "run_ranks"]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_POLL_SECONDS = 0.05
+# What the other ranks get to end by themselves once one has failed: enough to print their own
+# error, not enough to wait for the time limit of a collective whose peer is gone.
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedRank:
+    """How one process ended.
+
+    ``returncode`` is negative (the signal) where it was killed, ``output`` holds standard output
+    and standard error in the order written, ``timed_out`` tells that the time limit ended it.
+    """
+
+    returncode: int
+    output: str
+    timed_out: bool = False
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_ranks(
+    num_ranks: int,
+    command: Sequence[str],
+    timeout_seconds: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> list[CompletedRank]:
+    """Run ``command`` once per rank and return how each ended, in the order of the ranks.
+
+    Every process gets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``,
+    ``OMP_NUM_THREADS=1`` and the repository on ``PYTHONPATH``; ``env`` is laid over that.  When a
+    rank fails, the others are ended soon after; when ``timeout_seconds`` have passed, all are.
+    Each rank is a process group of its own, so that its children end with it.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        logs = [(Path(folder) / f"rank{rank}.log").open("w+b") for rank in range(num_ranks)]
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank, log in enumerate(logs):
+                rank_env = _rank_environment(rank, num_ranks, port) | dict(env or {})
+                processes.append(_start(command, rank_env, log, cwd))
+            timed_out = _wait(processes, time.monotonic() + timeout_seconds)
+        finally:
+            for process in processes:
+                _kill_group(process)
+        completed = [
+            CompletedRank(
+                returncode=process.returncode, output=_text(log), timed_out=rank in timed_out
+            )
+            for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
+        ]
+        for log in logs:
+            log.close()
+        return completed
+
+
+def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _start(
+    command: Sequence[str], env: Mapping[str, str], log: IO[bytes], cwd: Path | None
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        list(command),
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        cwd=cwd,
+    )
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> set[int]:
+    """Wait for all; the ranks that were still running at the deadline."""
+    timed_out: set[int] = set()
+    grace_deadline: float | None = None
+    while running := {rank for rank, process in enumerate(processes) if process.poll() is None}:
+        now = time.monotonic()
+        if now >= deadline:
+            timed_out = running
+            break
+        failed = any(process.returncode for process in processes)
+        if failed and grace_deadline is None:
+            grace_deadline = now + _GRACE_SECONDS
+        if grace_deadline is not None and now >= grace_deadline:
+            break
+        time.sleep(_POLL_SECONDS)
+    return timed_out
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End the process and its children; those that ended by themselves are left as they are."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        # Nobody of the group is left: nothing to do but to collect the exit status below.
+        process.poll()
+    process.wait(timeout=10)
+
+
+def _text(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read().decode("utf-8", errors="replace")
