@@ -5,6 +5,8 @@ of every microbatch with their costs, and the limits of the machine.  It holds n
 Times are microseconds per layer and item; bytes are per layer and item.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -191,11 +193,24 @@ class Problem(Form):
     def item(self, module: str, microbatch: int, number: int) -> Item:
         return self._items_by_key[microbatch, module, number]
 
-    def needed_items(self, module: str, microbatch: int, item: Item, upstream: str) -> frozenset[int]:
+    def needed_items(
+        self, module: str, microbatch: int, item: Item, upstream: str
+    ) -> frozenset[int]:
         """Numbers of the items of ``upstream`` that ``item`` of ``module`` reads."""
         if item.needs is not None and upstream in item.needs:
             return frozenset(item.needs[upstream])
         return frozenset(other.item for other in self.items(upstream, microbatch))
+
+    def batch_digest(self) -> str:
+        """SHA-256 of the items without their costs: equal where two ranks read the same batch."""
+        items = [
+            [
+                (name, [(item.item, item.tokens, item.needs) for item in microbatch[name]])
+                for name in sorted(microbatch)
+            ]
+            for microbatch in self.microbatches
+        ]
+        return hashlib.sha256(json.dumps(items, separators=(",", ":")).encode()).hexdigest()
 
 
 def topological_order(modules: tuple[Module, ...]) -> tuple[str, ...]:

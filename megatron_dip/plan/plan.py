@@ -1,0 +1,175 @@
+"""The plan: everything the ranks need for one batch, in memory, as JSON and as text.
+
+A plan file is self-contained: it embeds its problem and partition, so that it can be validated,
+simulated, drawn and rehearsed alone.  What travels to the ranks during training is the compact
+form of :mod:`megatron_dip.plan.rank_plan`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from megatron_dip.errors import PlanDigestError, PlanError
+from megatron_dip.forms import Form, read_json
+from megatron_dip.partition import Partition
+from megatron_dip.plan.actions import Action, format_actions, parse_actions
+from megatron_dip.plan.graph import PipelineGraph, Work
+from megatron_dip.workload import Problem, SubMicrobatch
+
+__all__ = ["Estimate", "Plan", "Recompute", "load_plan", "parse_plan", "save_plan"]
+
+
+class Recompute(NamedTuple):
+    """Layers of one work whose activations are computed again in its backward."""
+
+    stage: int
+    microbatch: int
+    sub: int
+    layers: tuple[int, ...]
+    """Layer numbers within the module."""
+
+
+class Estimate(Form):
+    """What the simulator expects of a plan."""
+
+    makespan_us: float
+    peak_bytes: tuple[int, ...]
+    """Per rank, weights included."""
+    bubble_fraction: tuple[float, ...]
+    """Per rank: idle time over makespan."""
+    lower_bound_us: float
+    """No schedule of this partition and these sub-microbatches can be faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The schedule of one batch; every rank's list is complete, nothing is implied."""
+
+    problem: Problem
+    partition: Partition
+    sub_microbatches: tuple[SubMicrobatch, ...]
+    actions: tuple[tuple[Action, ...], ...]
+    """Per rank, in order: compute and transfer actions."""
+    recompute: tuple[Recompute, ...] = ()
+    estimate: Estimate | None = None
+
+    @cached_property
+    def graph(self) -> PipelineGraph:
+        return PipelineGraph(self.problem, self.partition, self.sub_microbatches)
+
+    @cached_property
+    def recomputed_layers(self) -> dict[Work, tuple[int, ...]]:
+        return {Work(r.stage, r.microbatch, r.sub): r.layers for r in self.recompute}
+
+    def to_text(self) -> str:
+        """One line per rank."""
+        return "\n".join(format_actions(actions) for actions in self.actions)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a JSON object; see ``docs/plan_format.md``."""
+        return {
+            "format": "megatron-dip/plan",
+            "version": 1,
+            "problem_digest": self.problem.digest(),
+            "partition_digest": self.partition.digest(),
+            "sub_microbatches": [
+                {
+                    "module": s.module,
+                    "microbatch": s.microbatch,
+                    "sub": s.sub,
+                    "items": list(s.items),
+                }
+                for s in self.sub_microbatches
+            ],
+            "ranks": [{"actions": [str(a) for a in actions]} for actions in self.actions],
+            "recompute": [
+                {
+                    "stage": r.stage,
+                    "microbatch": r.microbatch,
+                    "sub": r.sub,
+                    "layers": list(r.layers),
+                }
+                for r in self.recompute
+            ],
+            "estimate": None if self.estimate is None else self.estimate.model_dump(mode="json"),
+            "partition": self.partition.model_dump(mode="json"),
+            "problem": self.problem.model_dump(mode="json"),
+        }
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _SubMicrobatchForm(Form):
+    module: str
+    microbatch: Count
+    sub: Count
+    items: tuple[Count, ...]
+
+
+class _RankForm(Form):
+    actions: tuple[str, ...]
+
+
+class _RecomputeForm(Form):
+    stage: Count
+    microbatch: Count
+    sub: Count
+    layers: tuple[Count, ...]
+
+
+class _PlanForm(Form):
+    format: Literal["megatron-dip/plan"]
+    version: Literal[1]
+    problem_digest: str
+    partition_digest: str
+    sub_microbatches: tuple[_SubMicrobatchForm, ...]
+    ranks: tuple[_RankForm, ...]
+    recompute: tuple[_RecomputeForm, ...] = ()
+    estimate: Estimate | None = None
+    partition: Partition
+    problem: Problem
+
+
+def parse_plan(data: Mapping[str, Any], source: str = "") -> Plan:
+    """A plan from parsed JSON; it is well formed, not yet validated.
+
+    Raises:
+        PlanError: A field is missing or unknown, or an action is none.
+        PlanDigestError: The embedded problem or partition is not the one the plan was made for.
+    """
+    form = _PlanForm.parse(data, PlanError, source)
+    for name, embedded, stated in (
+        ("problem", form.problem, form.problem_digest),
+        ("partition", form.partition, form.partition_digest),
+    ):
+        if embedded.digest() != stated:
+            raise PlanDigestError(
+                f"{source or 'plan'}: {name}_digest is {stated[:16]}... but the embedded {name} has "
+                f"{embedded.digest()[:16]}... (the {name} was changed after planning: plan again)"
+            )
+    return Plan(
+        problem=form.problem,
+        partition=form.partition,
+        sub_microbatches=tuple(
+            SubMicrobatch(s.module, s.microbatch, s.sub, s.items) for s in form.sub_microbatches
+        ),
+        actions=tuple(parse_actions(" ".join(rank.actions)) for rank in form.ranks),
+        recompute=tuple(Recompute(r.stage, r.microbatch, r.sub, r.layers) for r in form.recompute),
+        estimate=form.estimate,
+    )
+
+
+def load_plan(path: str | Path) -> Plan:
+    """The plan in a JSON file; see :func:`parse_plan`."""
+    return parse_plan(read_json(path, PlanError), str(path))
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write ``plan`` as JSON."""
+    Path(path).write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
