@@ -1,0 +1,176 @@
+"""The data set of packed sequences that Megatron's samplers index.
+
+Sequence ``i`` is a pure function of the data, the settings and ``(seed, i)``: training that goes
+on after a restart by its number of consumed samples sees exactly what it would have seen.
+
+Megatron's ``build_pretraining_data_loader`` (0.19) gives its ``DataLoader`` no ``collate_fn``,
+so the caller sets ``loader.collate_fn = dataset.collate_fn`` before it is first iterated.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_dip.data.images import NUM_CHANNELS, decode_image, image_patches, num_image_tokens
+from megatron_dip.data.index import DataIndex, DataSettings, ImageRecord, usable_samples
+from megatron_dip.data.microbatch import ImageData, PackedSequence, VlmMicrobatch
+from megatron_dip.data.packing import PackingOptions, pack_epoch
+from megatron_dip.data.samples import EncodedText, encode_text, parse_sample, read_samples
+from megatron_dip.data.tokenizer import load_tokenizer
+from megatron_dip.errors import DataError
+
+__all__ = ["VlmDataset", "collate", "pack_sequence"]
+
+
+def collate(sequences: Sequence[PackedSequence], *, values_per_patch: int = 0) -> VlmMicrobatch:
+    """The sequences of one microbatch together."""
+    return VlmMicrobatch(sequences=tuple(sequences), values_per_patch=values_per_patch)
+
+
+def pack_sequence(
+    samples: Sequence[tuple[EncodedText, Sequence[ImageData]]], image_id: int
+) -> PackedSequence:
+    """One sequence from whole samples, whose image tokens are already expanded.
+
+    A label is the next token of the same span; the last token of a span has none (0, no loss).
+    """
+    tokens: list[int] = []
+    labels: list[int] = []
+    learned: list[bool] = []
+    for text, _ in samples:
+        tokens += text.tokens
+        labels += [*text.tokens[1:], 0]
+        learned += [*text.trained[1:], False]
+    token_rows = torch.tensor(tokens, dtype=torch.int64)
+    return PackedSequence(
+        tokens=token_rows,
+        labels=torch.tensor(labels, dtype=torch.int64),
+        loss_mask=torch.tensor(learned, dtype=torch.float32),
+        span_lengths=tuple(len(text.tokens) for text, _ in samples),
+        images=tuple(image for _, images in samples for image in images),
+        image_positions=(token_rows == image_id).nonzero().flatten(),
+    )
+
+
+class VlmDataset(Dataset[PackedSequence]):
+    """``num_samples`` packed sequences over as many epochs as they take.
+
+    A *sample* of Megatron's counters is one packed sequence here.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        index: DataIndex,
+        *,
+        num_samples: int,
+        seed: int,
+        decode_images: bool = True,
+        skip_bad_samples: bool = False,
+        packing: PackingOptions | None = None,
+        subset: Sequence[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            num_samples: Packed sequences in all.
+            decode_images: Whether this rank needs pixels; grids are known without.
+            skip_bad_samples: Leave bad samples out instead of refusing the data set.
+            subset: Numbers of the samples to use, e.g. from ``split_samples``; default all.
+
+        Raises:
+            DataError: The files cannot be read, do not belong to the index, or hold bad samples.
+        """
+        self.settings = settings
+        self.index = index
+        self.seed = seed
+        self.decode_images = decode_images
+        self.tokenizer = load_tokenizer(settings.tokenizer)
+        self._num_samples = num_samples
+        self._packing = packing or PackingOptions()
+        self._raw_samples = read_samples(settings.samples)
+        if len(self._raw_samples) != len(index.samples):
+            raise DataError(
+                f"{settings.samples} holds {len(self._raw_samples)} samples, its index "
+                f"{len(index.samples)}; make the index again with build_index"
+            )
+        usable = usable_samples(index, skip_bad_samples=skip_bad_samples)
+        chosen = usable if subset is None else sorted(set(usable).intersection(subset))
+        if not chosen:
+            raise DataError(f"{settings.samples}: no usable sample in the given subset")
+        self._numbers = tuple(chosen)
+        self._lengths = [index.samples[number].num_tokens for number in chosen]
+        self._has_images = [bool(index.samples[number].images) for number in chosen]
+        self._epoch_ends: list[int] = []
+        self._packed: dict[int, tuple[tuple[int, ...], ...]] = {}
+        values_per_patch = NUM_CHANNELS * settings.patch_size**2
+        self.collate_fn = partial(collate, values_per_patch=values_per_patch)
+        """Puts the sequences of a microbatch together: give it to the data loader."""
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, i: int) -> PackedSequence:
+        """
+        Raises:
+            DataError: An image changed or vanished since the index was made.
+        """
+        return pack_sequence(
+            [self._load(number) for number in self.sample_numbers(i)], self.tokenizer.image_id
+        )
+
+    def sample_numbers(self, i: int) -> tuple[int, ...]:
+        """The samples in sequence ``i``, as their places in the file; no image is read."""
+        if not 0 <= i < self._num_samples:
+            raise IndexError(f"no packed sequence {i}: the data set has {self._num_samples}")
+        while not self._epoch_ends or self._epoch_ends[-1] <= i:
+            packs = self._pack(len(self._epoch_ends))
+            self._epoch_ends.append(len(packs) + (self._epoch_ends[-1] if self._epoch_ends else 0))
+        epoch = bisect_right(self._epoch_ends, i)
+        start = self._epoch_ends[epoch - 1] if epoch else 0
+        return tuple(self._numbers[place] for place in self._pack(epoch)[i - start])
+
+    def grids(self, i: int) -> tuple[tuple[int, int], ...]:
+        """The grids of the images of sequence ``i``; no image is read."""
+        numbers = self.sample_numbers(i)
+        return tuple(image.grid for n in numbers for image in self.index.samples[n].images)
+
+    def _pack(self, epoch: int) -> tuple[tuple[int, ...], ...]:
+        if epoch not in self._packed:
+            # Two epochs are in use at a time at most: where one ends and the next begins.
+            self._packed = {e: p for e, p in self._packed.items() if abs(e - epoch) <= 1}
+            self._packed[epoch] = pack_epoch(
+                self._lengths,
+                self._has_images,
+                seq_length=self.settings.seq_length,
+                seed=self.seed,
+                epoch=epoch,
+                options=self._packing,
+            )
+        return self._packed[epoch]
+
+    def _load(self, number: int) -> tuple[EncodedText, list[ImageData]]:
+        sample = parse_sample(self._raw_samples[number], number)
+        records = self.index.samples[number].images
+        try:
+            images = [self._image(n, r) for n, r in zip(sample.images, records, strict=True)]
+        except DataError as error:
+            raise DataError(f"{self.index.source}: {sample.name}: {error}") from error
+        sizes = [num_image_tokens(record.grid) for record in records]
+        image_id = self.tokenizer.image_id
+        return encode_text(sample, self.tokenizer).expand(image_id, sizes), images
+
+    def _image(self, name: str, record: ImageRecord) -> ImageData:
+        if not self.decode_images:
+            return ImageData(grid=record.grid, pixels=None)
+        path = self.settings.image_folder / name
+        image = decode_image(path)
+        if image.size != (record.width, record.height):
+            raise DataError(
+                f"image {path} is {image.width}x{image.height}, but was "
+                f"{record.width}x{record.height} when the index was made; start again"
+            )
+        pixels = image_patches(image, record.grid, self.settings.patch_size)
+        return ImageData(grid=record.grid, pixels=pixels)

@@ -1,0 +1,177 @@
+"""Images: decoding, dynamic resolution and patches.
+
+An image keeps its own resolution: it is scaled to the grid of patches that fits its aspect ratio
+and size best, within a minimum and a maximum number of language tokens.  A *group* is a square of
+2x2 patches: it becomes one language token, so both sides of a grid are even.
+
+Patches are stored group-major: groups row by row, and inside a group its top left, top right,
+bottom left and bottom right patch.  So the 2x2 merge is a view: ``[n, h] -> [n / 4, 4 * h]``.
+The values of a patch are ordered (channel, row, column), as a flattened convolution kernel is.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from megatron_dip.errors import DataError
+
+__all__ = [
+    "NUM_CHANNELS",
+    "PATCHES_PER_TOKEN",
+    "ImageLimits",
+    "choose_grid",
+    "decode_image",
+    "image_patches",
+    "num_image_tokens",
+    "patch_coordinates",
+    "read_image_size",
+]
+
+NUM_CHANNELS = 3
+PATCHES_PER_TOKEN = 4
+_ORIENTATION_TAG = 0x0112
+_QUARTER_TURNS = (5, 6, 7, 8)
+# Of two grids, one may distort the aspect ratio by x % more if it keeps 2x % more of the area.
+_AREA_WEIGHT = 0.5
+
+
+class ImageLimits(NamedTuple):
+    """What an image may become: pixels per patch side, language tokens per image."""
+
+    patch_size: int
+    min_image_tokens: int
+    max_image_tokens: int
+
+    def check(self) -> None:
+        """
+        Raises:
+            DataError: The patch is empty, or no number of tokens lies within the limits.
+        """
+        if self.patch_size < 1:
+            raise DataError(f"patch_size is {self.patch_size}; give a number of pixels, e.g. 14")
+        if not 1 <= self.min_image_tokens <= self.max_image_tokens:
+            raise DataError(
+                f"min_image_tokens is {self.min_image_tokens} and max_image_tokens is "
+                f"{self.max_image_tokens}; expected 1 <= min_image_tokens <= max_image_tokens"
+            )
+
+
+def choose_grid(width: int, height: int, limits: ImageLimits) -> tuple[int, int]:
+    """The (rows, columns) of patches for an image of ``width`` x ``height`` pixels.
+
+    Among all grids with even sides and between ``min_image_tokens`` and ``max_image_tokens``
+    groups, the one that comes nearest to the image's aspect ratio and area; images are enlarged
+    only below the minimum and reduced only above the maximum.
+    """
+    limits.check()
+    side = 2 * limits.patch_size
+    aspect = width / height
+    area = width * height / side**2
+    area = min(max(area, limits.min_image_tokens), limits.max_image_tokens)
+    rows = np.arange(1, limits.max_image_tokens + 1)
+    fewest = -(-limits.min_image_tokens // rows)
+    most = limits.max_image_tokens // rows
+    # For a given number of rows the cost has its minimum at rows * aspect, as aspect weighs more.
+    below = np.clip(np.floor(rows * aspect), fewest, most)
+    above = np.clip(np.ceil(rows * aspect), fewest, most)
+    rows = np.concatenate([rows, rows])
+    columns = np.concatenate([below, above])
+    distortion = np.abs(np.log(columns / rows / aspect))
+    resize = np.abs(np.log(rows * columns / area))
+    cost = distortion + _AREA_WEIGHT * resize
+    cost[np.concatenate([fewest > most, fewest > most])] = math.inf
+    best = int(np.argmin(cost))
+    return 2 * int(rows[best]), 2 * int(columns[best])
+
+
+def num_image_tokens(grid: tuple[int, int]) -> int:
+    """How many language tokens an image with this grid of patches stands for."""
+    return grid[0] * grid[1] // PATCHES_PER_TOKEN
+
+
+def _explain(path: Path, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"image {path}: no such file; check the name and image_folder")
+    detail = str(error) or type(error).__name__
+    return DataError(
+        f"image {path}: does not decode ({detail}); replace the file, or skip bad samples"
+    )
+
+
+def read_image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) as the image is meant to be seen, from the header of the file alone.
+
+    Raises:
+        DataError: The file is missing or its header is not that of an image.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            # Pillow applies the orientation of TIFF files itself when it reads their header.
+            oriented = image.format == "TIFF"
+            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception as error:  # Decoders of broken files raise whatever they trip over.
+        raise _explain(path, error) from error
+    if orientation in _QUARTER_TURNS and not oriented:
+        return height, width
+    return width, height
+
+
+def decode_image(path: str | Path) -> Image.Image:
+    """The image as RGB, turned as its EXIF orientation says, transparent parts on white.
+
+    Raises:
+        DataError: The file is missing, broken or cut short; the message names it.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Decoders of broken files raise whatever they trip over.
+        raise _explain(path, error) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit grey values at 255 instead of scaling them.
+        values = np.asarray(image).clip(0, 65535) // 256
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(background, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_patches(image: Image.Image, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """The patches of an RGB image scaled to ``grid``, group-major.
+
+    Returns:
+        ``[rows * columns, 3 * patch_size**2]`` float32 between -1 and 1.
+    """
+    rows, columns = grid
+    size = (columns * patch_size, rows * patch_size)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    values = torch.from_numpy(np.array(image, dtype=np.uint8))
+    blocks = values.view(rows // 2, 2, patch_size, columns // 2, 2, patch_size, NUM_CHANNELS)
+    patches = blocks.permute(0, 3, 1, 4, 6, 2, 5)
+    flat = patches.reshape(rows * columns, NUM_CHANNELS * patch_size**2)
+    return flat.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def patch_coordinates(grid: tuple[int, int]) -> Tensor:
+    """``[rows * columns, 2]`` int64: (row, column) of every patch, in the stored order."""
+    rows, columns = grid
+    numbers = torch.arange(rows * columns).view(rows // 2, 2, columns // 2, 2)
+    numbers = numbers.permute(0, 2, 1, 3).reshape(-1)
+    return torch.stack([numbers // columns, numbers % columns], dim=1)

@@ -1,0 +1,369 @@
+"""The index of a data set: what every rank must agree on before training starts.
+
+It is made once, by one process, and read by all: per sample its number of text tokens and its
+images, or the reason why it cannot be used.  Every image is really decoded while it is made, so
+that no rank finds out in the middle of training that an image is broken.  It is kept in a file
+named after a digest of all that it depends on; when nothing changed, it is not made again.
+
+No process groups here: the caller knows which rank makes the index and which ranks wait.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_dip.data.files import write_atomically
+from megatron_dip.data.images import ImageLimits, choose_grid, decode_image, num_image_tokens
+from megatron_dip.data.samples import (
+    Sample,
+    check_length,
+    encode_text,
+    parse_sample,
+    read_samples,
+)
+from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
+from megatron_dip.errors import DataError
+from megatron_dip.forms import read_json
+
+__all__ = [
+    "DataIndex",
+    "DataSettings",
+    "ImageRecord",
+    "SampleRecord",
+    "build_index",
+    "index_digest",
+    "index_path",
+    "load_index",
+    "split_samples",
+    "usable_samples",
+    "wait_for_index",
+]
+
+_FORMAT = "megatron-dip/data-index"
+_VERSION = 1
+_POLL_S = 0.2
+_NUM_SHOWN = 3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """A data set and how it is read."""
+
+    samples: Path
+    """The JSON list of samples."""
+    image_folder: Path
+    """The folder that image names are relative to."""
+    tokenizer: Path
+    """The JSON file of the tokenizer."""
+    seq_length: int
+    """Most tokens of a sample, and of a packed sequence."""
+    patch_size: int
+    min_image_tokens: int
+    max_image_tokens: int
+
+    @property
+    def limits(self) -> ImageLimits:
+        return ImageLimits(self.patch_size, self.min_image_tokens, self.max_image_tokens)
+
+
+class ImageRecord(NamedTuple):
+    """Size in pixels, as seen, and the grid of patches."""
+
+    width: int
+    height: int
+    rows: int
+    columns: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+
+class SampleRecord(NamedTuple):
+    """What is known of a sample; ``error`` is the reason why it cannot be used."""
+
+    num_text_tokens: int
+    images: tuple[ImageRecord, ...]
+    error: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Text and image tokens together."""
+        return self.num_text_tokens + sum(num_image_tokens(image.grid) for image in self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIndex:
+    """The index: one record for each sample of the file, in its order."""
+
+    digest: str
+    source: str
+    """The file of the samples, for messages."""
+    samples: tuple[SampleRecord, ...]
+
+    def to_json(self) -> str:
+        """The text of the index file: a sample is ``[text tokens, [images]]`` or the reason."""
+        samples = [
+            s.error or [s.num_text_tokens, [list(i) for i in s.images]] for s in self.samples
+        ]
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "digest": self.digest,
+                "source": self.source,
+                "samples": samples,
+            }
+        )
+
+
+def _image_names(raw_samples: Iterable[Any]) -> list[str]:
+    """Names of all images of samples that can be parsed, each once, sorted."""
+    names: set[str] = set()
+    for number, raw in enumerate(raw_samples):
+        try:
+            names.update(parse_sample(raw, number).images)
+        except DataError:  # Reported when the index is made; here it has no images to look at.
+            continue
+    return sorted(names)
+
+
+def _digest(settings: DataSettings, names: Sequence[str], tokenizer: VlmTokenizer) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {_VERSION}".encode())
+    numbers = {key: value for key, value in asdict(settings).items() if isinstance(value, int)}
+    digest.update(json.dumps(numbers, sort_keys=True).encode())
+    digest.update(tokenizer.digest.encode())
+    digest.update(hashlib.sha256(settings.samples.read_bytes()).digest())
+    for name in names:
+        try:
+            status = os.stat(settings.image_folder / name)
+            facts = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        except OSError:
+            facts = f"{name}\0missing\n"
+        digest.update(facts.encode())
+    return digest.hexdigest()
+
+
+def index_digest(settings: DataSettings) -> str:
+    """SHA-256 over samples, tokenizer, settings, and name, size and time of every image.
+
+    Raises:
+        DataError: The samples or the tokenizer cannot be read.
+    """
+    tokenizer = load_tokenizer(settings.tokenizer)
+    return _digest(settings, _image_names(read_samples(settings.samples)), tokenizer)
+
+
+def index_path(digest: str, folder: str | Path) -> Path:
+    """Where the index with this digest is kept inside ``folder``."""
+    return Path(folder) / f"data-index-{digest[:16]}.json"
+
+
+def build_index(
+    settings: DataSettings,
+    folder: str | Path,
+    *,
+    show_progress: bool = True,
+    num_threads: int = 4,
+) -> tuple[DataIndex, Path]:
+    """Make the index, or read it where it is already in ``folder``; one process calls this.
+
+    Bad samples are recorded, not raised: see ``usable_samples``.
+
+    Returns:
+        The index and its file, which other processes pass to ``wait_for_index``.
+
+    Raises:
+        DataError: The file of the samples or the tokenizer cannot be used at all.
+    """
+    settings.limits.check()
+    raw_samples = read_samples(settings.samples)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    names = _image_names(raw_samples)
+    digest = _digest(settings, names, tokenizer)
+    path = index_path(digest, folder)
+    if path.exists():
+        try:
+            return load_index(path), path
+        except DataError as error:
+            logger.warning("the index is made again: %s", error)
+    started = time.monotonic()
+    images = _decode_all(settings, names, show_progress, num_threads)
+    records = tuple(
+        _record(raw, number, images, tokenizer, settings.seq_length)
+        for number, raw in enumerate(raw_samples)
+    )
+    index = DataIndex(digest=digest, source=str(settings.samples), samples=records)
+    write_atomically(path, index.to_json())
+    logger.info(
+        "index of %d samples and %d images made in %.1f s: %s",
+        len(records),
+        len(names),
+        time.monotonic() - started,
+        path,
+    )
+    return index, path
+
+
+def _decode_all(
+    settings: DataSettings, names: Sequence[str], show_progress: bool, num_threads: int
+) -> dict[str, ImageRecord | DataError]:
+    """Decode every image once; broken ones are kept as their error."""
+
+    def decode(name: str) -> ImageRecord | DataError:
+        try:
+            width, height = decode_image(settings.image_folder / name).size
+        except DataError as error:
+            return error
+        return ImageRecord(width, height, *choose_grid(width, height, settings.limits))
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    records: dict[str, ImageRecord | DataError] = {}
+    with (
+        Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=not show_progress
+        ) as progress,
+        # Pillow decodes without holding the interpreter's lock.
+        ThreadPoolExecutor(max(num_threads, 1)) as pool,
+    ):
+        task = progress.add_task("checking images", total=len(names))
+        for name, record in zip(names, pool.map(decode, names), strict=True):
+            records[name] = record
+            progress.advance(task)
+    return records
+
+
+def _record(
+    raw: Any,
+    number: int,
+    images: dict[str, ImageRecord | DataError],
+    tokenizer: VlmTokenizer,
+    seq_length: int,
+) -> SampleRecord:
+    try:
+        return _good_record(parse_sample(raw, number), images, tokenizer, seq_length)
+    except DataError as error:
+        return SampleRecord(0, (), str(error))
+
+
+def _good_record(
+    sample: Sample,
+    images: dict[str, ImageRecord | DataError],
+    tokenizer: VlmTokenizer,
+    seq_length: int,
+) -> SampleRecord:
+    records = []
+    for name in sample.images:
+        image = images[name]
+        if isinstance(image, DataError):
+            raise DataError(f"{sample.name}: {image}")
+        records.append(image)
+    num_text_tokens = encode_text(sample, tokenizer).num_text_tokens(tokenizer.image_id)
+    record = SampleRecord(num_text_tokens, tuple(records))
+    check_length(sample.name, num_text_tokens, record.num_tokens - num_text_tokens, seq_length)
+    return record
+
+
+def load_index(path: str | Path) -> DataIndex:
+    """Read an index that ``build_index`` wrote.
+
+    Raises:
+        DataError: The file cannot be read or is no index of this version.
+    """
+    data = read_json(path, DataError)
+    remedy = f"{path}: not an index of version {_VERSION}; delete it, it is made again"
+    try:
+        if data["format"] != _FORMAT or data["version"] != _VERSION:
+            raise DataError(remedy)
+        samples = tuple(_parse_record(record) for record in data["samples"])
+        return DataIndex(digest=data["digest"], source=data["source"], samples=samples)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(remedy) from error
+
+
+def _parse_record(data: Any) -> SampleRecord:
+    if isinstance(data, str):
+        return SampleRecord(0, (), data)
+    num_text_tokens, images = data
+    return SampleRecord(num_text_tokens, tuple(ImageRecord(*image) for image in images))
+
+
+def wait_for_index(path: str | Path, *, timeout_s: float) -> DataIndex:
+    """Read an index that another process is making.
+
+    Raises:
+        DataError: It is not there after ``timeout_s`` seconds, or cannot be read.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not Path(path).exists():
+        if time.monotonic() >= deadline:
+            raise DataError(
+                f"the data index {path} was not there after {timeout_s:g} s; look at the output "
+                f"of the rank that makes it, and whether all ranks see this folder, or wait longer"
+            )
+        time.sleep(min(_POLL_S, timeout_s))
+    return load_index(path)
+
+
+def usable_samples(index: DataIndex, *, skip_bad_samples: bool) -> tuple[int, ...]:
+    """The numbers of the samples to train on.
+
+    Raises:
+        DataError: A sample is bad and bad samples are not to be skipped, or all are bad.
+    """
+    bad = [number for number, record in enumerate(index.samples) if record.error]
+    good = tuple(number for number, record in enumerate(index.samples) if not record.error)
+    if bad and not skip_bad_samples:
+        more = f" (and {len(bad) - 1} more bad samples)" if len(bad) > 1 else ""
+        raise DataError(f"{index.source}: {index.samples[bad[0]].error}{more}")
+    if not good:
+        raise DataError(
+            f"{index.source}: all {len(bad)} samples are bad; the first: "
+            f"{index.samples[bad[0]].error}"
+        )
+    if bad:
+        shown = "; ".join(str(index.samples[number].error) for number in bad[:_NUM_SHOWN])
+        more = "; ..." if len(bad) > _NUM_SHOWN else ""
+        logger.warning(
+            "%s: left out %d bad of %d samples: %s%s",
+            index.source,
+            len(bad),
+            len(index.samples),
+            shown,
+            more,
+        )
+    return good
+
+
+def split_samples(
+    numbers: Sequence[int], valid_share: float, seed: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cut ``numbers`` into those to train on and those to validate on, by chance but repeatably.
+
+    Raises:
+        DataError: One of the two would be empty.
+    """
+    count = round(len(numbers) * valid_share)
+    if not 0 < count < len(numbers):
+        raise DataError(
+            f"a share of {valid_share} of {len(numbers)} samples for validation leaves one side "
+            f"empty; give another share or more samples"
+        )
+    order = np.random.default_rng(seed).permutation(len(numbers)).tolist()
+    held_out = sorted(numbers[place] for place in order[:count])
+    rest = sorted(numbers[place] for place in order[count:])
+    return tuple(rest), tuple(held_out)

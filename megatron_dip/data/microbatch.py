@@ -1,0 +1,282 @@
+"""What a microbatch of a vision-language model is, and the parts of it that a stage reads.
+
+Items: one image is an item of ``vision``, one packed sequence an item of ``language``.  Images
+are numbered through the microbatch, those of sequence 0 first.  All rows are packed: nothing is
+padded unless ``padded`` is asked for.  Notation: T tokens, N patches, M image tokens, p pixels
+per patch side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from megatron_dip.data.images import num_image_tokens
+
+__all__ = [
+    "ImageData",
+    "LanguageBatch",
+    "MicrobatchMetadata",
+    "PackedSequence",
+    "VisionBatch",
+    "VlmMicrobatch",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageData:
+    """One image."""
+
+    grid: tuple[int, int]
+    """Rows and columns of patches, both even."""
+    pixels: Tensor | None
+    """``[rows * columns, 3 * p * p]`` float32, group-major; None where this rank needs none."""
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Language tokens after the 2x2 merge."""
+        return num_image_tokens(self.grid)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedSequence:
+    """Some samples one after another, L tokens in all, not padded."""
+
+    tokens: Tensor
+    """``[L]`` int64; the image token id where an image stands."""
+    labels: Tensor
+    """``[L]`` int64: the next token of the same span; 0 at the end of a span."""
+    loss_mask: Tensor
+    """``[L]`` float32: 1 where the label is to be learned."""
+    span_lengths: tuple[int, ...]
+    """Tokens of each sample; attention stays inside a span."""
+    images: tuple[ImageData, ...]
+    """In the order of their marks."""
+    image_positions: Tensor
+    """``[M]`` int64: the rows of ``tokens`` that features of the images replace, ascending."""
+
+    def __post_init__(self) -> None:
+        assert sum(self.span_lengths) == len(self.tokens) == len(self.labels) == len(self.loss_mask)
+        assert len(self.image_positions) == sum(image.num_tokens for image in self.images)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisionBatch:
+    """Some images of a microbatch."""
+
+    patches: Tensor | None
+    """``[N, 3 * p * p]`` float32; None where this rank does not decode."""
+    grids: tuple[tuple[int, int], ...]
+    items: tuple[int, ...]
+    """The numbers of the images, in the order of the rows."""
+
+    @property
+    def span_lengths(self) -> tuple[int, ...]:
+        """Patches of each image; attention stays inside an image."""
+        return tuple(rows * columns for rows, columns in self.grids)
+
+    def to(self, device: torch.device | str) -> "VisionBatch":
+        """The same on another device."""
+        if self.patches is None:
+            return self
+        return replace(self, patches=self.patches.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LanguageBatch:
+    """Some sequences of a microbatch, one after another."""
+
+    tokens: Tensor
+    """``[T]`` int64."""
+    labels: Tensor
+    """``[T]`` int64."""
+    position_ids: Tensor
+    """``[T]`` int64, from 0 in every span."""
+    loss_mask: Tensor
+    """``[T]`` float32."""
+    span_lengths: tuple[int, ...]
+    image_rows: Tensor
+    """``[M]`` int64: the rows of T that image features replace."""
+    images: tuple[int, ...]
+    """The image items whose features, one after another, fill ``image_rows``."""
+    items: tuple[int, ...]
+    """The numbers of the sequences, in the order of the rows."""
+    num_loss_tokens: int
+    """Of the WHOLE microbatch, also where this is a part of it."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def to(self, device: torch.device | str) -> "LanguageBatch":
+        """The same on another device."""
+        names = ("tokens", "labels", "position_ids", "loss_mask", "image_rows")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
+
+    def padded_to(self, num_tokens: int) -> "LanguageBatch":
+        """The same with one more span without loss, so that there are ``num_tokens`` rows."""
+        missing = num_tokens - self.num_tokens
+        if missing < 0:
+            raise ValueError(f"{self.num_tokens} tokens cannot be padded to {num_tokens}")
+        if missing == 0:
+            return self
+        zeros = self.tokens.new_zeros(missing)
+        positions = torch.arange(missing, device=self.tokens.device)
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, zeros]),
+            labels=torch.cat([self.labels, zeros]),
+            position_ids=torch.cat([self.position_ids, positions]),
+            loss_mask=torch.cat([self.loss_mask, self.loss_mask.new_zeros(missing)]),
+            span_lengths=(*self.span_lengths, missing),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicrobatchMetadata:
+    """All that planning needs to know of a microbatch: plain numbers, no tensors."""
+
+    item_tokens: dict[str, tuple[int, ...]]
+    """Per module, the tokens of every item: patches of an image, tokens of a sequence."""
+    span_lengths: dict[str, tuple[tuple[int, ...], ...]]
+    """Per module and item, its attention spans: the cost of attention is per span."""
+    needs: tuple[tuple[int, ...], ...]
+    """Per sequence, the numbers of the images it reads."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VlmMicrobatch:
+    """The packed sequences of one microbatch."""
+
+    sequences: tuple[PackedSequence, ...]
+    values_per_patch: int = 0
+    """3 * p * p: the width of a ``VisionBatch`` without images."""
+
+    @cached_property
+    def images(self) -> tuple[ImageData, ...]:
+        """All images; their places are their item numbers."""
+        return tuple(image for sequence in self.sequences for image in sequence.images)
+
+    @cached_property
+    def needs(self) -> tuple[tuple[int, ...], ...]:
+        """Per sequence, the numbers of its images."""
+        ends = list(accumulate(len(sequence.images) for sequence in self.sequences))
+        return tuple(
+            tuple(range(end - len(sequence.images), end))
+            for sequence, end in zip(self.sequences, ends, strict=True)
+        )
+
+    @cached_property
+    def num_loss_tokens(self) -> int:
+        return sum(int(sequence.loss_mask.sum()) for sequence in self.sequences)
+
+    def item_tokens(self) -> dict[str, tuple[int, ...]]:
+        """Patches of every image, tokens of every sequence."""
+        return {
+            "vision": tuple(image.num_patches for image in self.images),
+            "language": tuple(sequence.num_tokens for sequence in self.sequences),
+        }
+
+    def metadata(self) -> MicrobatchMetadata:
+        """What planning needs to know; the same on ranks that do and do not decode."""
+        return MicrobatchMetadata(
+            item_tokens=self.item_tokens(),
+            span_lengths={
+                "vision": tuple((image.num_patches,) for image in self.images),
+                "language": tuple(sequence.span_lengths for sequence in self.sequences),
+            },
+            needs=self.needs,
+        )
+
+    @overload
+    def sub_batch(self, module: Literal["vision"], items: Sequence[int]) -> VisionBatch: ...
+    @overload
+    def sub_batch(self, module: Literal["language"], items: Sequence[int]) -> LanguageBatch: ...
+    @overload
+    def sub_batch(self, module: str, items: Sequence[int]) -> VisionBatch | LanguageBatch: ...
+    def sub_batch(self, module: str, items: Sequence[int]) -> VisionBatch | LanguageBatch:
+        """The given items of a module, in the given order.
+
+        Raises:
+            ValueError: No such module, or an item number that the microbatch does not have.
+        """
+        counts = {"vision": len(self.images), "language": len(self.sequences)}
+        if module not in counts:
+            raise ValueError(f"unknown module {module!r}; expected 'vision' or 'language'")
+        wrong = [item for item in items if not 0 <= item < counts[module]]
+        if wrong:
+            raise ValueError(
+                f"no {module} item {wrong[0]}: the microbatch has {counts[module]} of them"
+            )
+        if module == "vision":
+            return self._vision_batch(items)
+        return self._join([self._one_sequence(item) for item in items])
+
+    def padded(self, seq_length: int) -> LanguageBatch:
+        """All sequences, each filled up to ``seq_length`` by one more span without loss.
+
+        This is what a schedule with fixed shapes needs: ``len(sequences) * seq_length`` rows.
+
+        Raises:
+            ValueError: A sequence is longer than ``seq_length``.
+        """
+        items = range(len(self.sequences))
+        return self._join([self._one_sequence(item).padded_to(seq_length) for item in items])
+
+    def _vision_batch(self, items: Sequence[int]) -> VisionBatch:
+        images = [self.images[item] for item in items]
+        pixels = [image.pixels for image in images if image.pixels is not None]
+        if not images:
+            patches: Tensor | None = torch.empty(0, self.values_per_patch)
+        else:
+            assert len(pixels) in (0, len(images)), "a rank decodes all of its images or none"
+            patches = torch.cat(pixels) if pixels else None
+        grids = tuple(image.grid for image in images)
+        return VisionBatch(patches=patches, grids=grids, items=tuple(items))
+
+    def _one_sequence(self, item: int) -> LanguageBatch:
+        sequence = self.sequences[item]
+        positions = [torch.arange(length) for length in sequence.span_lengths]
+        return LanguageBatch(
+            tokens=sequence.tokens,
+            labels=sequence.labels,
+            position_ids=_concatenate(positions, torch.int64),
+            loss_mask=sequence.loss_mask,
+            span_lengths=sequence.span_lengths,
+            image_rows=sequence.image_positions,
+            images=self.needs[item],
+            items=(item,),
+            num_loss_tokens=self.num_loss_tokens,
+        )
+
+    def _join(self, parts: Sequence[LanguageBatch]) -> LanguageBatch:
+        starts = accumulate((part.num_tokens for part in parts), initial=0)
+        rows = [part.image_rows + start for part, start in zip(parts, starts, strict=False)]
+        return LanguageBatch(
+            tokens=_concatenate([part.tokens for part in parts], torch.int64),
+            labels=_concatenate([part.labels for part in parts], torch.int64),
+            position_ids=_concatenate([part.position_ids for part in parts], torch.int64),
+            loss_mask=_concatenate([part.loss_mask for part in parts], torch.float32),
+            span_lengths=tuple(length for part in parts for length in part.span_lengths),
+            image_rows=_concatenate(rows, torch.int64),
+            images=tuple(image for part in parts for image in part.images),
+            items=tuple(item for part in parts for item in part.items),
+            num_loss_tokens=self.num_loss_tokens,
+        )
+
+
+def _concatenate(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=dtype)

@@ -1,0 +1,190 @@
+"""Samples in LLaVA's format, and how a conversation becomes tokens.
+
+The data set is a JSON list of::
+
+    {"id": "cat-3", "image": "cat-3.jpg",
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                       {"from": "gpt", "value": "A cat."}]}
+
+``image`` is a name, a list of names, or absent; each ``<image>`` in a human turn stands for the
+next of them.  Loss is taken on the turns of ``gpt`` and the end of turn after them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dip.data.tokenizer import IMAGE, VlmTokenizer
+from megatron_dip.errors import DataError
+from megatron_dip.forms import read_json
+
+__all__ = [
+    "EncodedText",
+    "Sample",
+    "Turn",
+    "check_length",
+    "encode_text",
+    "parse_sample",
+    "read_samples",
+    "sample_name",
+]
+
+_ROLES = ("human", "gpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: str
+    """``human`` or ``gpt``."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A conversation with the names of its images, in the order of their marks."""
+
+    name: str
+    """How messages call it: its id, and its place in the file."""
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedText:
+    """A sample as tokens, each image still a single token."""
+
+    tokens: tuple[int, ...]
+    trained: tuple[bool, ...]
+    """Per token: whether the model learns to say it."""
+
+    def num_text_tokens(self, image_id: int) -> int:
+        """How many tokens are not images."""
+        return len(self.tokens) - self.tokens.count(image_id)
+
+    def expand(self, image_id: int, image_tokens: Sequence[int]) -> "EncodedText":
+        """The same with image k written as ``image_tokens[k]`` tokens."""
+        tokens: list[int] = []
+        trained: list[bool] = []
+        sizes = iter(image_tokens)
+        for token, learn in zip(self.tokens, self.trained, strict=True):
+            count = next(sizes) if token == image_id else 1
+            tokens += [token] * count
+            trained += [learn] * count
+        return EncodedText(tokens=tuple(tokens), trained=tuple(trained))
+
+
+def read_samples(path: str | Path) -> list[Any]:
+    """The raw samples of a file, none of them checked yet.
+
+    Raises:
+        DataError: The file cannot be read, is not JSON, or holds no list of samples.
+    """
+    raw = read_json(path, DataError)
+    if not isinstance(raw, list) or not raw:
+        given = "an empty list" if raw == [] else type(raw).__name__
+        raise DataError(f"{path}: expected a JSON list of samples, found {given}")
+    return raw
+
+
+def sample_name(raw: Any, number: int) -> str:
+    """How messages call sample ``number`` (its place in the file, from 0)."""
+    given = raw.get("id") if isinstance(raw, Mapping) else None
+    return f"sample {given!r} (number {number})" if given is not None else f"sample number {number}"
+
+
+def parse_sample(raw: Any, number: int) -> Sample:
+    """The checked form of one raw sample.
+
+    Raises:
+        DataError: A field is missing or of the wrong kind, a role is unknown, nothing is to be
+            learned, or the number of ``<image>`` marks is not that of the images.
+    """
+    name = sample_name(raw, number)
+    if not isinstance(raw, Mapping):
+        raise DataError(f"{name}: expected an object, found {type(raw).__name__}")
+    if not isinstance(raw.get("id"), (str, int)):
+        raise DataError(f"{name}: field 'id' is missing; give every sample a text or a number")
+    sample = Sample(name=name, images=_parse_images(raw, name), turns=_parse_turns(raw, name))
+    num_marks = sum(turn.text.count(IMAGE) for turn in sample.turns if turn.role == "human")
+    if num_marks != len(sample.images):
+        raise DataError(
+            f"{name}: {num_marks} {IMAGE} marks in the human turns, but {len(sample.images)} "
+            f"images; write one mark for each image"
+        )
+    return sample
+
+
+def _parse_images(raw: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    images = raw.get("image")
+    if images is None:
+        return ()
+    if isinstance(images, str):
+        images = [images]
+    if not isinstance(images, list) or not all(isinstance(i, str) and i for i in images):
+        raise DataError(f"{name}: field 'image' is {images!r}; expected a name or a list of names")
+    return tuple(images)
+
+
+def _parse_turns(raw: Mapping[str, Any], name: str) -> tuple[Turn, ...]:
+    conversation = raw.get("conversations")
+    if not isinstance(conversation, list) or not conversation:
+        raise DataError(
+            f"{name}: field 'conversations' is missing or empty; expected a list of turns "
+            f'{{"from": ..., "value": ...}}'
+        )
+    turns = []
+    for number, turn in enumerate(conversation):
+        place = f"{name}: turn {number}"
+        if not isinstance(turn, Mapping):
+            raise DataError(f"{place}: expected an object, found {type(turn).__name__}")
+        for field in ("from", "value"):
+            if not isinstance(turn.get(field), str):
+                raise DataError(f"{place}: field {field!r} is missing or not a text")
+        if turn["from"] not in _ROLES:
+            raise DataError(f"{place}: unknown role {turn['from']!r}; expected 'human' or 'gpt'")
+        turns.append(Turn(role=turn["from"], text=turn["value"]))
+    if all(turn.role != "gpt" for turn in turns):
+        raise DataError(f"{name}: has no turn of 'gpt', so that nothing is to be learned from it")
+    return tuple(turns)
+
+
+def encode_text(sample: Sample, tokenizer: VlmTokenizer) -> EncodedText:
+    """The tokens of a sample, each image a single token (see ``EncodedText.expand``).
+
+    Only marks in human turns are images; the same characters in an answer are text.
+    """
+    tokens = [tokenizer.bos_id]
+    trained = [False]
+
+    def add(ids: Sequence[int], learn: bool) -> None:
+        tokens.extend(ids)
+        trained.extend([learn] * len(ids))
+
+    for turn in sample.turns:
+        if turn.role == "gpt":
+            add([tokenizer.gpt_id], False)
+            add([*tokenizer.encode_text(turn.text), tokenizer.eos_id], True)
+            continue
+        add([tokenizer.human_id], False)
+        for number, part in enumerate(turn.text.split(IMAGE)):
+            if number:
+                add([tokenizer.image_id], False)
+            add(tokenizer.encode_text(part), False)
+    return EncodedText(tokens=tuple(tokens), trained=tuple(trained))
+
+
+def check_length(name: str, num_text_tokens: int, num_image_tokens: int, seq_length: int) -> None:
+    """
+    Raises:
+        DataError: The sample does not fit into a sequence of ``seq_length`` tokens.
+    """
+    length = num_text_tokens + num_image_tokens
+    if length > seq_length:
+        raise DataError(
+            f"{name}: {length} tokens ({num_text_tokens} of text, {num_image_tokens} of images), "
+            f"longer than the sequence length {seq_length}; shorten it, raise seq_length, lower "
+            f"max_image_tokens, or skip bad samples"
+        )
