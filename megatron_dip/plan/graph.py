@@ -4,9 +4,10 @@ The graph knows nothing of time or order.  Planner, lowering, validation, simula
 all ask it, so that a dependency is stated once.
 
 A *work* is one sub-microbatch in one stage.  A *message* is what one work hands to another stage:
-inside a module from each stage to the next, across modules from an upstream module's last stage to
-a downstream module's first.  Every forward message has a gradient message back where the
-upstream side has a backward.  A message is named by the upstream sub-microbatch, once for all of its readers.
+inside a module from each stage to the next, across modules from an upstream module's last stage
+to a downstream module's first.  Every forward message has a gradient message back where the
+upstream side has a backward.  A message is named by the upstream sub-microbatch, once for all of
+its readers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -173,6 +174,12 @@ class PipelineGraph:
 
     def has_weight_grad(self, stage: int) -> bool:
         return self.problem.module(self.partition[stage].module).trainable
+
+    def is_loss_stage(self, stage: int) -> bool:
+        """True for the last stage of a module that no other reads: its output is the loss."""
+        module = self.partition[stage].module
+        is_last = self.partition.last_stage(module).stage == stage
+        return is_last and not any(self._downstream(module))
 
     def compute_actions(self, work: Work, split_backward: bool = False) -> tuple[Action, ...]:
         """The compute actions of ``work`` in the order in which they must run."""

@@ -1,0 +1,235 @@
+"""Ordered point-to-point channels between the ranks of one pipeline.
+
+A channel leads from one rank to another in one direction of the pipeline: outputs forward or
+gradients backward.  Each has a process group of its own, so that messages of one channel cannot
+be taken for those of another, and on each both sides post in the order that the plan fixes.
+Receives are posted ahead and waited for when their data is needed; sends are posted and retired
+later, so that computing never waits for a send.
+
+CUDA tensors over a gloo group are staged through pinned host memory: several ranks can then
+share one GPU, which NCCL refuses.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_dip.errors import ChannelError
+from megatron_dip.partition import Partition
+from megatron_dip.plan import Message
+
+__all__ = ["Channel", "Channels", "Receive", "Send", "create_channel_groups", "pipeline_channels"]
+
+
+class Channel(NamedTuple):
+    """From pipeline rank ``sender`` to pipeline rank ``receiver``."""
+
+    sender: int
+    receiver: int
+    is_gradient: bool
+
+    def __str__(self) -> str:
+        carried = "gradients" if self.is_gradient else "outputs"
+        return f"rank {self.sender} to rank {self.receiver} ({carried})"
+
+
+def pipeline_channels(
+    partition: Partition, upstream: Mapping[str, Sequence[str]]
+) -> tuple[Channel, ...]:
+    """Every channel that a batch can use under ``partition``, in one order for all ranks.
+
+    Args:
+        partition: The stages.
+        upstream: For each module the modules that it reads.
+    """
+    links: set[tuple[int, int]] = set()
+    for chain in partition.chains.values():
+        links.update((a.rank, b.rank) for a, b in pairwise(chain))
+    for module, sources in upstream.items():
+        entry = partition.first_stage(module).rank
+        links.update((partition.last_stage(source).rank, entry) for source in sources)
+    crossing = [(a, b) for a, b in links if a != b]
+    forward = [Channel(a, b, False) for a, b in crossing]
+    backward = [Channel(b, a, True) for a, b in crossing]
+    return tuple(sorted(forward + backward))
+
+
+def create_channel_groups(
+    channels: Sequence[Channel],
+    pipelines: Sequence[Sequence[int]],
+    timeout_seconds: float,
+    backend: str | None = None,
+) -> dict[Channel, dist.ProcessGroup]:
+    """The process groups of this process's pipeline; a collective call of the whole world.
+
+    Args:
+        channels: The channels of one pipeline.
+        pipelines: Global ranks of every pipeline, in order of pipeline rank; the same on all ranks.
+        timeout_seconds: Limit of every wait on these groups.
+        backend: As in ``torch.distributed.new_group``.
+
+    ``use_local_synchronization`` would spare ranks the calls for groups that they are not in, but
+    it names groups by a counter that only members advance, so that two ranks with different
+    neighbours disagree on the names of their groups.  A call by a non-member costs microseconds.
+    """
+    own: dict[Channel, dist.ProcessGroup] = {}
+    for pipeline in pipelines:
+        for channel in channels:
+            members = [pipeline[channel.sender], pipeline[channel.receiver]]
+            group = dist.new_group(
+                members,
+                timeout=timedelta(seconds=timeout_seconds),
+                backend=backend,
+                group_desc=f"dip: {channel}",
+            )
+            if isinstance(group, dist.ProcessGroup) and dist.get_rank() in members:
+                own[channel] = group
+    return own
+
+
+@dataclass
+class Send:
+    """A message on its way; its tensor lives until it is retired."""
+
+    message: Message
+    channel: Channel
+    tensor: torch.Tensor
+    work: dist.Work | None
+
+
+@dataclass
+class Receive:
+    """A posted receive and the buffer that it fills."""
+
+    message: Message
+    channel: Channel
+    buffer: torch.Tensor
+    work: dist.Work | None
+    device: torch.device
+
+
+class Channels:
+    """Posts, waits for and retires the transfers of one rank.
+
+    Args:
+        rank: Pipeline rank of this process.
+        pipeline: Global ranks of its pipeline.
+        groups: See :func:`create_channel_groups`.
+        device: Where the stages compute.
+        timeout_seconds: Limit of every wait.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        pipeline: Sequence[int],
+        groups: Mapping[Channel, dist.ProcessGroup],
+        device: torch.device,
+        timeout_seconds: float,
+    ) -> None:
+        self.rank = rank
+        self.device = device
+        self._pipeline = tuple(pipeline)
+        self._groups = dict(groups)
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._stages_through_host = {
+            channel: device.type == "cuda" and dist.get_backend(group) == "gloo"
+            for channel, group in self._groups.items()
+        }
+        self._in_flight: list[Send] = []
+
+    def send(self, message: Message, receiver: int, tensor: torch.Tensor) -> Send:
+        """Post ``message``; returns at once."""
+        channel = Channel(self.rank, receiver, message.is_gradient)
+        tensor = tensor.detach().contiguous()
+        if self._stages_through_host[channel]:
+            staged = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            staged.copy_(tensor, non_blocking=True)
+            # gloo reads the buffer from the host's side: the copy must have ended.
+            torch.cuda.current_stream(self.device).synchronize()
+            tensor = staged
+        work = dist.isend(tensor, dst=self._pipeline[receiver], group=self._groups[channel])
+        send = Send(message, channel, tensor, work)
+        self._in_flight.append(send)
+        return send
+
+    def post_receive(
+        self, message: Message, sender: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Receive:
+        """Post a receive of ``message`` into a new buffer; returns at once."""
+        channel = Channel(sender, self.rank, message.is_gradient)
+        staged = self._stages_through_host[channel]
+        buffer = torch.empty(
+            shape, dtype=dtype, device="cpu" if staged else self.device, pin_memory=staged
+        )
+        work = dist.irecv(buffer, src=self._pipeline[sender], group=self._groups[channel])
+        return Receive(message, channel, buffer, work, self.device)
+
+    def wait_receive(self, receive: Receive) -> torch.Tensor:
+        """The received tensor, on the computing device.
+
+        Raises:
+            ChannelError: The peer died, or nothing came within the time limit.
+        """
+        self._wait(receive.work, receive.message, receive.channel, "receive")
+        receive.work = None
+        if receive.buffer.device.type == receive.device.type:
+            return receive.buffer
+        return receive.buffer.to(receive.device, non_blocking=True)
+
+    def wait_send(self, send: Send) -> None:
+        """Retire ``send``; returns when its buffer may be freed."""
+        if send.work is not None:
+            self._wait(send.work, send.message, send.channel, "send")
+            send.work = None
+
+    def retire_completed(self) -> None:
+        """Free the buffers of sends that have ended, without waiting.
+
+        A gloo send never reports its end: those are retired by :meth:`wait_send`.
+        """
+        remaining = []
+        for send in self._in_flight:
+            if send.work is not None and not send.work.is_completed():
+                remaining.append(send)
+        self._in_flight = remaining
+
+    def drain(self) -> None:
+        """Wait until every send has ended: the end of an iteration."""
+        for send in self._in_flight:
+            self.wait_send(send)
+        self._in_flight = []
+
+    def _wait(self, work: dist.Work | None, message: Message, channel: Channel, what: str) -> None:
+        if work is None:
+            return
+        start = time.monotonic()
+        try:
+            if dist.get_backend(self._groups[channel]) == "nccl":
+                # Orders the stream only; the group's own watchdog holds the time limit.
+                work.wait()
+            else:
+                work.wait(self._timeout)
+        except RuntimeError as error:
+            action = message.receive if what == "receive" else message.send
+            raise ChannelError(
+                f"rank {self.rank}: {what} {action} on {channel} failed after "
+                f"{time.monotonic() - start:.1f} s (limit {self._timeout.total_seconds():.0f} s): "
+                f"{_reason(error)}"
+            ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    text = str(error).splitlines()[0]
+    if "Connection closed" in text or "reset by peer" in text:
+        return "the peer's process has ended; see its log for the cause"
+    if "Timed out" in text or "timeout" in text.lower():
+        return "nothing came: the peer is stuck or far behind (raise --dip-timeout-seconds if slow)"
+    return text

@@ -1,0 +1,175 @@
+"""What the executor asks of the stages: forward, backward in one or two parts, gradient reduction.
+
+The executor decides when; a runner knows how.  :class:`ModuleRunner` runs plain ``nn.Module``
+stages; the runner of Megatron's stages is in ``integration``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_dip.partition import Stage
+from megatron_dip.plan import Work
+from megatron_dip.workload import SubMicrobatch
+
+__all__ = ["ForwardCall", "ModuleRunner", "SavedForward", "StageInput", "StageRunner"]
+
+
+class StageInput(NamedTuple):
+    """What a stage reads: the output of ``sub_microbatch``'s module as a leaf of the graph."""
+
+    sub_microbatch: SubMicrobatch
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardCall:
+    """One forward of one stage."""
+
+    work: Work
+    stage: Stage
+    sub_microbatch: SubMicrobatch
+    inputs: tuple[StageInput, ...]
+    """From the previous stage, or, in a module's first stage, from its upstream modules."""
+    recompute_layers: tuple[int, ...]
+    is_loss: bool
+    """True in the last stage of a module that no other reads: the output is a scalar loss."""
+
+
+@dataclass(kw_only=True)
+class SavedForward:
+    """What a backward needs of its forward."""
+
+    call: ForwardCall
+    output: torch.Tensor
+    output_grad: torch.Tensor | None = None
+    """Kept from the input-gradient to the weight-gradient half of a split backward."""
+
+    @property
+    def input_tensors(self) -> list[torch.Tensor]:
+        return [stage_input.tensor for stage_input in self.call.inputs]
+
+
+class StageRunner(Protocol):
+    """How stages compute; gradients of inputs are returned in the order of ``call.inputs``."""
+
+    def forward(self, call: ForwardCall) -> torch.Tensor: ...
+
+    def backward(
+        self, saved: SavedForward, output_grad: torch.Tensor | None
+    ) -> list[torch.Tensor | None]: ...
+
+    def input_grad(
+        self, saved: SavedForward, output_grad: torch.Tensor | None
+    ) -> list[torch.Tensor | None]: ...
+
+    def weight_grad(self, saved: SavedForward) -> None: ...
+
+    def release_output(self, saved: SavedForward) -> None:
+        """Free the output's memory: it was sent, and a backward reads only its graph."""
+
+    def reduce_grad(self, stage: Stage) -> None:
+        """Start the reduction of a stage's gradients over its data-parallel replicas."""
+
+
+StageFunction = Callable[[ForwardCall, Any], torch.Tensor]
+
+
+class ModuleRunner:
+    """Runs plain modules.
+
+    Args:
+        stages: Per stage number a module called as ``module(call, data)``; the last stage of a
+            module that no other reads returns the scalar sum of its losses.
+        data: Passed through to every call.
+        loss_weight: Factor of the loss of one call, so that the losses of a microbatch's
+            sub-microbatches sum to that of the whole; 1 where not given.
+        data_parallel_group: Gradients are averaged over it in the order of REDUCE_GRAD actions.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, torch.nn.Module],
+        data: Any = None,
+        loss_weight: Callable[[ForwardCall], float] | None = None,
+        data_parallel_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._stages = dict(stages)
+        self._data = data
+        self._loss_weight = loss_weight
+        self._group = data_parallel_group
+        self._reductions: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
+        self.losses: dict[Work, torch.Tensor] = {}
+
+    def forward(self, call: ForwardCall) -> torch.Tensor:
+        output: torch.Tensor = self._stages[call.stage.stage](call, self._data)
+        if call.is_loss:
+            if self._loss_weight is not None:
+                output = output * self._loss_weight(call)
+            self.losses[call.work] = output.detach()
+        return output
+
+    def backward(
+        self, saved: SavedForward, output_grad: torch.Tensor | None
+    ) -> list[torch.Tensor | None]:
+        if saved.output.requires_grad:
+            torch.autograd.backward(saved.output, output_grad)
+        return [tensor.grad for tensor in saved.input_tensors]
+
+    def input_grad(
+        self, saved: SavedForward, output_grad: torch.Tensor | None
+    ) -> list[torch.Tensor | None]:
+        """Gradients of the inputs alone; the graph stays for :meth:`weight_grad`."""
+        wanted = [tensor for tensor in saved.input_tensors if tensor.requires_grad]
+        if wanted and saved.output.requires_grad:
+            torch.autograd.backward(saved.output, output_grad, inputs=wanted, retain_graph=True)
+        return [tensor.grad for tensor in saved.input_tensors]
+
+    def weight_grad(self, saved: SavedForward) -> None:
+        """Gradients of the parameters alone.
+
+        Autograd walks the graph a second time for them: the halves together cost more than one
+        full backward.  They pay only where layers keep their weight gradients apart themselves.
+        """
+        module = self._stages[saved.call.stage.stage]
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if parameters and saved.output.requires_grad:
+            torch.autograd.backward(saved.output, saved.output_grad, inputs=parameters)
+
+    def release_output(self, saved: SavedForward) -> None:
+        """Plain autograd checks the output's shape in backward, so it stays."""
+
+    def reduce_grad(self, stage: Stage) -> None:
+        if self._group is None:
+            return
+        grads = _trainable_grads(self._stages[stage.stage])
+        if not grads:
+            return
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        flat /= self._group.size()
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        assert work is not None
+        self._reductions.append((work, flat, grads))
+
+    def finish_reductions(self) -> None:
+        """Wait for all reductions and put their results into the gradients."""
+        for work, flat, grads in self._reductions:
+            work.wait()
+            pieces: Sequence[torch.Tensor] = flat.split([grad.numel() for grad in grads])
+            for grad, piece in zip(grads, pieces, strict=True):
+                grad.copy_(piece.view_as(grad))
+        self._reductions = []
+
+
+def _trainable_grads(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Gradients of all trainable parameters; zeros where a batch did not reach one."""
+    grads = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
+    return grads
