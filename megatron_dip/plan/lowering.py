@@ -21,9 +21,7 @@ from megatron_dip.plan.graph import Message, PipelineGraph, Work
 
 __all__ = ["BACKWARD_TYPES", "canonical_reduce_order", "cross_rank_messages", "lower"]
 
-BACKWARD_TYPES = frozenset(
-    {ActionType.BACKWARD, ActionType.INPUT_GRAD, ActionType.WEIGHT_GRAD}
-)
+BACKWARD_TYPES = frozenset({ActionType.BACKWARD, ActionType.INPUT_GRAD, ActionType.WEIGHT_GRAD})
 """Compute types of a backward and its halves."""
 
 # What stands at one place of the sequence: first the computing, then its messages, so that they
@@ -116,9 +114,7 @@ def _ready_place(graph: PipelineGraph, message: Message, place: dict[Action, int
     return max(_end_place(graph, work, message, place) for work in graph.contributors(message))
 
 
-def _end_place(
-    graph: PipelineGraph, work: Work, message: Message, place: dict[Action, int]
-) -> int:
+def _end_place(graph: PipelineGraph, work: Work, message: Message, place: dict[Action, int]) -> int:
     kinds: tuple[ActionType, ...] = (ActionType.FORWARD,)
     if message.is_gradient:
         kinds = (ActionType.BACKWARD, ActionType.INPUT_GRAD)

@@ -151,7 +151,8 @@ def parse_plan(data: Mapping[str, Any], source: str = "") -> Plan:
         if embedded.digest() != stated:
             raise PlanDigestError(
                 f"{source or 'plan'}: {name}_digest is {stated[:16]}... but the embedded "
-                f"{name} has {embedded.digest()[:16]}... (the {name} was changed after planning: plan again)"
+                f"{name} has {embedded.digest()[:16]}... (the {name} was changed after planning: "
+                f"plan again)"
             )
     return Plan(
         problem=form.problem,
