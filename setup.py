@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_version() -> str:
-    """Version from ``megatron_dip/__init__.py``, read as text: a build must not import the package."""
+    """Version from ``megatron_dip/__init__.py``, read as text: a build imports nothing."""
     text = (ROOT / "megatron_dip" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
     if found is None:

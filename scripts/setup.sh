@@ -82,6 +82,7 @@ find_python() {
         answer="$(probe "${python:-$PYTHON}")"
         if [[ "$answer" == *" ok" ]]; then return; fi
         say "PYTHON=$PYTHON cannot be used (${answer#- }); looking for another"
+        tried+="  $PYTHON: ${answer#- }"$'\n'
         python=""
     fi
     while IFS= read -r candidate; do

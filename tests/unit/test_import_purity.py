@@ -1,0 +1,129 @@
+"""The two rules of the house: planning knows no torch; Megatron stays in integration and models."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_dip"
+PLANNING = (
+    "config",
+    "costs",
+    "errors",
+    "forms",
+    "partition",
+    "plan",
+    "planner",
+    "simulator",
+    "workload",
+)
+MAY_IMPORT_MEGATRON = {"integration", "models"}
+MAY_IMPORT_TORCH = {"data", "integration", "launch", "models", "runtime"}
+# The command line loads them only in the verbs that need them.
+MAY_IMPORT_TORCH_IN_FUNCTIONS = {"cli"}
+
+
+def existing_planning_parts() -> list[str]:
+    """Those of the planning packages and modules that the tree holds."""
+    return [
+        name
+        for name in PLANNING
+        if (PACKAGE / name / "__init__.py").exists() or (PACKAGE / f"{name}.py").exists()
+    ]
+
+
+def module_names(part: str) -> list[str]:
+    """Dotted names of a part of the package and of everything inside it."""
+    names = [f"megatron_dip.{part}"]
+    for path in sorted((PACKAGE / part).rglob("*.py")):
+        if path.name not in {"__init__.py", "__main__.py"}:
+            inner = path.relative_to(PACKAGE.parent).with_suffix("")
+            names.append(".".join(inner.parts))
+    return names
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """Absolute modules that one node imports, by statement or by ``import_module("...")``."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.level == 0:
+        return [node.module or ""]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        function = ast.unparse(node.func)
+        value = node.args[0].value
+        if function.endswith(("import_module", "__import__")) and isinstance(value, str):
+            return [value]
+    return []
+
+
+def walk_imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """Yield (top-level package, line, whether inside a function) for every import of a file."""
+    for child in ast.iter_child_nodes(tree):
+        for name in imported_names(child):
+            yield name.split(".")[0], child.lineno, inside_function
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from walk_imports(child, inside_function or is_function)
+
+
+def forbidden_imports(text: str, part: str) -> list[str]:
+    """What a file of ``part`` (a package or module of megatron_dip) imports and must not."""
+    found = []
+    for package, line, inside_function in walk_imports(ast.parse(text)):
+        if package == "megatron" and part not in MAY_IMPORT_MEGATRON:
+            found.append(f"line {line}: megatron")
+        may_import_torch = part in MAY_IMPORT_TORCH or (
+            inside_function and part in MAY_IMPORT_TORCH_IN_FUNCTIONS
+        )
+        if package in {"torch", "torchvision"} and not may_import_torch:
+            found.append(f"line {line}: {package}")
+    return found
+
+
+@pytest.mark.parametrize("part", existing_planning_parts())
+def test_planning_runs_without_torch_and_megatron(part: str):
+    script = f"""
+import importlib, sys
+for name in {module_names(part)!r}:
+    importlib.import_module(name)
+loaded = sorted(set(sys.modules) & {{"torch", "megatron", "transformer_engine"}})
+sys.exit(f"loaded: {{', '.join(loaded)}}" if loaded else 0)
+"""
+    # -P: without the current folder, which may hold files named like modules.
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env={"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_file_imports_what_its_package_must_not_know():
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for problem in forbidden_imports(path.read_text(encoding="utf-8"), part):
+            found.append(f"{path.relative_to(PACKAGE.parent)}, {problem}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "expected"),
+    [
+        ("import torch.distributed", "planner", ["line 1: torch"]),
+        ("import torch", "runtime", []),
+        ("from megatron.core import mpu", "runtime", ["line 1: megatron"]),
+        ("from megatron.core import mpu", "integration", []),
+        ("from megatron_dip.plan import Plan", "planner", []),
+        ("import numpy\ndef f():\n    import torch", "planner", ["line 3: torch"]),
+        ("def f():\n    import torch", "cli", []),
+        ("import torch", "cli", ["line 1: torch"]),
+        ("import importlib\nimportlib.import_module('megatron.core')", "cli", ["line 2: megatron"]),
+    ],
+)
+def test_the_check_sees_every_form_of_import(text: str, part: str, expected: list[str]):
+    assert forbidden_imports(text, part) == expected
