@@ -1,0 +1,179 @@
+"""Attention inside the spans of packed rows, for machines without Transformer Engine.
+
+Notation: T packed tokens of this rank's heads, a query heads, g key and value heads (query
+groups), d channels per head.  Limits: no sliding window, no attention bias, no softmax offset,
+no context parallelism; those are refused at construction.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_dip.errors import UnsupportedError
+
+__all__ = ["SpanAttention", "SpanParams", "span_params"]
+
+_CAUSAL = frozenset({AttnMaskType.causal, AttnMaskType.padding_causal})
+_FULL = frozenset({AttnMaskType.no_mask, AttnMaskType.padding})
+
+
+@dataclass
+class SpanParams(PackedSeqParams):
+    """Megatron's description of packed rows, with the span lengths as plain numbers as well.
+
+    Reading lengths back from ``cu_seqlens`` would stop the host at every layer on a GPU.
+    """
+
+    span_lengths: tuple[int, ...] = ()
+
+
+def span_params(
+    span_lengths: Sequence[int], *, num_rows: int, device: torch.device | str
+) -> SpanParams:
+    """Describe ``num_rows`` rows: the given spans, and one more where rows are left over.
+
+    Raises:
+        ValueError: The spans have more rows than ``num_rows``.
+    """
+    missing = num_rows - sum(span_lengths)
+    if missing < 0:
+        raise ValueError(f"{sum(span_lengths)} rows in spans, but only {num_rows} rows in all")
+    lengths = (*span_lengths, missing) if missing else tuple(span_lengths)
+    ends = list(accumulate(lengths, initial=0))
+    cumulative = torch.tensor(ends, dtype=torch.int32, device=device)
+    longest = max(lengths, default=0)
+    return SpanParams(
+        qkv_format="thd",
+        cu_seqlens_q=cumulative,
+        cu_seqlens_kv=cumulative,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        span_lengths=lengths,
+    )
+
+
+class SpanAttention(MegatronModule):
+    """A core attention module of Megatron for packed (``thd``) rows.
+
+    Heads are those of this tensor-parallel rank; key and value heads may be fewer than query
+    heads.  Neighbouring spans of equal length share one call.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        _refuse_what_is_not_supported(config, attention_type)
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        if config.apply_query_key_layer_scaling:
+            self.softmax_scale /= max(1, layer_number)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend inside spans: ``[T, a, d]``, ``[T, g, d]``, ``[T, g, d]`` to ``[T, a * d]``."""
+        if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
+            raise UnsupportedError(
+                "SpanAttention takes packed rows (packed_seq_params) and neither an attention "
+                "mask nor a bias; use transformer_impl='transformer_engine' for those"
+            )
+        is_causal = _is_causal(attn_mask_type or self.attn_mask_type)
+        dropout = self.dropout if self.training else 0.0
+        outputs = [query.new_empty(0, query.shape[1] * query.shape[2])]
+        for start, count, length in _equal_runs(_span_lengths(packed_seq_params)):
+            rows = slice(start, start + count * length)
+            batched = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
+            outputs.append(self._attend(*batched, is_causal=is_causal, dropout=dropout))
+        return torch.cat(outputs)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, dropout: float
+    ) -> Tensor:
+        """``[c, L, heads, d]`` each, for c spans of length L, to ``[c * L, a * d]``."""
+
+        def attend() -> Tensor:
+            return scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                dropout_p=dropout,
+                is_causal=is_causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+
+        if dropout > 0.0:
+            # Heads differ between tensor-parallel ranks, so their dropout must differ as well.
+            with get_cuda_rng_tracker().fork():
+                output = attend()
+        else:
+            output = attend()
+        return output.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _span_lengths(params: PackedSeqParams) -> Sequence[int]:
+    if isinstance(params, SpanParams):
+        return params.span_lengths
+    cumulative = params.cu_seqlens_q
+    return (cumulative[1:] - cumulative[:-1]).tolist()
+
+
+def _equal_runs(span_lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """First row, number of spans and span length of each run of equally long spans."""
+    start = 0
+    for length, run in groupby(span_lengths):
+        count = len(list(run))
+        if length:
+            yield start, count, length
+        start += count * length
+
+
+def _is_causal(mask_type: AttnMaskType) -> bool:
+    if mask_type not in _CAUSAL | _FULL:
+        raise UnsupportedError(f"SpanAttention knows causal and full attention, not {mask_type}")
+    return mask_type in _CAUSAL
+
+
+def _refuse_what_is_not_supported(config: TransformerConfig, attention_type: str) -> None:
+    reasons = {
+        "context parallelism": config.context_parallel_size > 1,
+        "sliding windows": config.window_size is not None,
+        f"softmax type {config.softmax_type!r}": config.softmax_type != "vanilla",
+        f"attention type {attention_type!r}": attention_type != "self",
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedError(
+                f"SpanAttention does not support {reason}; "
+                f"use transformer_impl='transformer_engine'"
+            )

@@ -1,0 +1,128 @@
+"""Megatron configs of the modules, from plain numbers and one config that carries the run.
+
+The run's config (the one that Megatron builds from its arguments) decides on precision,
+parallelism, kernels, dropout and the scale of initial weights; the shapes are each module's own.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+__all__ = ["make_language_config", "make_projection_config", "make_vision_config"]
+
+# What the modules take over from the run's config.  Named one by one, because everything else in
+# it describes the shape of one model (experts, latent attention, windows, extra heads, layouts)
+# and would silently change all modules.
+_OF_THE_RUN = (
+    # precision
+    "params_dtype", "pipeline_dtype", "fp16", "bf16", "fp32_residual_connection",
+    "attention_softmax_in_fp32", "apply_query_key_layer_scaling", "autocast_dtype",
+    "enable_autocast", "fp8", "fp8_recipe", "fp8_param", "fp8_margin", "fp8_amax_history_len",
+    "fp8_amax_compute_algo", "fp8_wgrad", "fp8_dot_product_attention",
+    "fp8_multi_head_attention", "tp_only_amax_red",
+    # parallelism
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
+    "context_parallel_size", "deallocate_pipeline_outputs", "batch_p2p_comm",
+    "overlap_p2p_comm", "tp_comm_overlap",
+    # kernels
+    "transformer_impl", "attention_backend", "gradient_accumulation_fusion",
+    "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
+    "persist_layer_norm", "memory_efficient_layer_norm", "deterministic_mode",
+    "cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "barrier_with_L1_time",
+    # recompute
+    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
+    "distribute_saved_activations",
+    # regularisation and initial weights
+    "hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std",
+    "embedding_init_method_std", "perform_initialization", "use_cpu_initialization",
+    "init_model_with_meta_device", "calculate_per_token_loss",
+)  # fmt: skip
+
+
+def _of_the_run(base: TransformerConfig) -> dict[str, Any]:
+    return {name: getattr(base, name) for name in _OF_THE_RUN if hasattr(base, name)}
+
+
+def make_language_config(
+    base: TransformerConfig,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+    num_query_groups: int | None = None,
+    kv_channels: int | None = None,
+) -> TransformerConfig:
+    """A backbone like those of Llama and Qwen: RMSNorm, SwiGLU, rotary positions, no biases.
+
+    ``kv_channels`` are channels per head, by default ``hidden_size / num_attention_heads``.
+    """
+    return TransformerConfig(
+        **_of_the_run(base)
+        | {
+            "num_layers": num_layers,
+            "hidden_size": hidden_size,
+            "ffn_hidden_size": ffn_hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "num_query_groups": num_query_groups,
+            "kv_channels": kv_channels,
+            "normalization": "RMSNorm",
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+            "add_bias_linear": False,
+            "apply_rope_fusion": base.apply_rope_fusion,
+        }
+    )
+
+
+def make_vision_config(
+    base: TransformerConfig,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+) -> TransformerConfig:
+    """A vision transformer: LayerNorm, GELU, biases."""
+    return TransformerConfig(
+        **_of_the_run(base)
+        | {
+            "num_layers": num_layers,
+            "hidden_size": hidden_size,
+            "ffn_hidden_size": ffn_hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "normalization": "LayerNorm",
+            "gated_linear_unit": False,
+            "activation_func": torch.nn.functional.gelu,
+            "add_bias_linear": True,
+        }
+    )
+
+
+def make_projection_config(
+    base: TransformerConfig, *, hidden_size: int, ffn_hidden_size: int
+) -> TransformerConfig:
+    """The projector between the modules; ``hidden_size`` is that of the language module.
+
+    Its rows are never split among tensor-parallel ranks: image features must reach the language
+    module whole, whatever part of its rows they go to.
+    """
+    return TransformerConfig(
+        **_of_the_run(base)
+        | {
+            "num_layers": 1,
+            "hidden_size": hidden_size,
+            "ffn_hidden_size": ffn_hidden_size,
+            # Required by the class; the projector has no attention.
+            "num_attention_heads": base.tensor_model_parallel_size,
+            "gated_linear_unit": False,
+            "activation_func": torch.nn.functional.gelu,
+            "add_bias_linear": True,
+            "sequence_parallel": False,
+            "tp_comm_overlap": False,
+            "recompute_granularity": None,
+            "recompute_method": None,
+            "recompute_num_layers": None,
+        }
+    )

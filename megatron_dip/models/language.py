@@ -1,0 +1,161 @@
+"""Stages of the language backbone: slices of Megatron's ``GPTModel`` on packed rows.
+
+Attention is causal inside a span and rotary positions restart with every span.  Rows that stand
+for images get the image features in place of the word embedding.  With sequence parallelism, rows
+are padded to a multiple of the tensor-parallel size by one more span whose losses are dropped.
+Notation: T tokens, M image rows, H the hidden size.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from megatron.core.models.gpt import gpt_model
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dip.models.attention import span_params
+from megatron_dip.models.layers import block_submodules, set_recomputed_layers
+from megatron_dip.models.segment_layout import slice_config
+from megatron_dip.models.stage import StageModule, pad_rows
+
+if TYPE_CHECKING:
+    from megatron_dip.data.microbatch import LanguageBatch
+
+__all__ = ["LanguageStage"]
+
+
+class LanguageStage(StageModule):
+    """Layers ``[first_layer, first_layer + num_layers)`` of the language backbone.
+
+    The first stage embeds tokens and puts image features in, the last one has the head and the
+    vocabulary-parallel loss.  Both may have no layers.
+
+    Args:
+        config: The language module's config, of all its layers.
+        vocab_size: Padded to a multiple of the tensor-parallel size.
+        max_sequence_length: Tokens of the longest packed sequence.
+        tie_embeddings: Let embedding and head share one weight.
+
+    Raises:
+        PartitionError: The module does not have these layers.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        first_layer: int,
+        num_layers: int,
+        first: bool,
+        last: bool,
+        vocab_size: int,
+        max_sequence_length: int,
+        rotary_base: int = 10000,
+        tie_embeddings: bool = False,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        sliced = slice_config(
+            config, first_layer=first_layer, num_layers=num_layers, first=first, last=last
+        )
+        super().__init__(sliced, first=first, last=last, pg_collection=pg_collection)
+        self.share_embeddings_and_output_weights = tie_embeddings
+        with _without_deprecation_warning():
+            self.language_model = GPTModel(
+                sliced,
+                block_submodules(sliced, num_layers=num_layers, mask_type=AttnMaskType.causal),
+                vocab_size,
+                max_sequence_length,
+                pre_process=first,
+                post_process=last,
+                parallel_output=True,
+                share_embeddings_and_output_weights=tie_embeddings,
+                position_embedding_type="rope",
+                rotary_base=rotary_base,
+                # Image features are put in between embedding and scatter.
+                scatter_embedding_sequence_parallel=False,
+                pg_collection=self.pg_collection,
+            )
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The embedding's weight on the first stage, the head's on the last one."""
+        weight: Tensor | None = self.language_model.shared_embedding_or_output_weight()
+        return weight
+
+    def forward(
+        self,
+        hidden: Tensor | None,
+        batch: "LanguageBatch",
+        upstream: Tensor | None = None,
+        recompute_layers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Inner boundary rows, or the loss of every token ``[T]`` on the last stage.
+
+        ``upstream`` holds the image features ``[M, 1, H]`` (or ``[M, H]``) in the order of
+        ``batch.image_rows``.  Losses are neither masked nor summed.
+
+        Raises:
+            ValueError: Hidden states or image features that do not fit the batch.
+        """
+        hidden = self._take_input(hidden)
+        num_rows = self._num_rows(len(batch.tokens))
+        if hidden is None:
+            hidden = self._embed(batch, upstream, num_rows)
+        else:
+            self._check_rows(hidden, len(batch.tokens))
+        model = self.language_model
+        set_recomputed_layers(model.decoder, recompute_layers)
+        model.set_input_tensor(hidden)
+        labels = pad_rows(batch.labels, num_rows).unsqueeze(0) if self.post_process else None
+        output: Tensor = model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=hidden,
+            labels=labels,
+            packed_seq_params=span_params(
+                batch.span_lengths, num_rows=num_rows, device=hidden.device
+            ),
+        )
+        model.set_input_tensor(None)
+        return output.reshape(-1)[: len(batch.tokens)] if self.post_process else output
+
+    def _embed(self, batch: "LanguageBatch", upstream: Tensor | None, num_rows: int) -> Tensor:
+        """``[rows of this rank, 1, H]``."""
+        num_features = 0 if upstream is None else upstream.shape[0]
+        if num_features != len(batch.image_rows):
+            raise ValueError(
+                f"{num_features} rows of image features for {len(batch.image_rows)} image rows: "
+                f"the vision stage's outputs for images {batch.images} must be joined in this order"
+            )
+        tokens = pad_rows(batch.tokens, num_rows).unsqueeze(0)
+        positions = pad_rows(batch.position_ids, num_rows).unsqueeze(0)
+        embedded: Tensor = self.language_model.embedding(input_ids=tokens, position_ids=positions)
+        if upstream is not None:
+            features = upstream.reshape(num_features, 1, -1).to(embedded.dtype)
+            embedded = embedded.index_copy(0, batch.image_rows, features)
+        if self.config.sequence_parallel:
+            embedded = scatter_to_sequence_parallel_region(embedded, group=self.tp_group)
+        return embedded
+
+
+@contextmanager
+def _without_deprecation_warning() -> Iterator[None]:
+    """Keep back the one line with which every ``GPTModel`` points to Megatron's ``HybridModel``.
+
+    The model is used here on purpose, for the sake of its checkpoint keys, and once per stage.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "GPTModel IS DEPRECATED" not in record.getMessage()
+
+    gpt_model.logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        gpt_model.logger.removeFilter(keep)

@@ -1,0 +1,109 @@
+"""What all stages share: the call of the executor, and what Megatron looks up in a model chunk."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dip.models.shapes import padded_rows
+
+__all__ = ["StageModule", "pad_rows"]
+
+
+class StageModule(MegatronModule):
+    """Some consecutive layers of one module, with what sits before or after them.
+
+    Subclasses name their parts as ``LLaVAModel`` does, so that checkpoint keys are the same.
+
+    ``pre_process`` and ``post_process`` tell whether this is the first and the last stage of its
+    module.  ``vp_stage`` is None because Megatron's virtual pipeline is not used.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        first: bool,
+        last: bool,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group = self.pg_collection.tp
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage: int | None = None
+        self.pre_process = first
+        self.post_process = last
+        self.share_embeddings_and_output_weights = False
+        self._input_tensor: Tensor | None = None
+
+    @abstractmethod
+    def forward(
+        self,
+        hidden: Tensor | None,
+        batch: Any,
+        upstream: Tensor | None = None,
+        recompute_layers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run the stage on one sub-microbatch.
+
+        Args:
+            hidden: The output of the module's stage before; None on its first stage.
+            batch: The ``VisionBatch`` or ``LanguageBatch`` of the sub-microbatch.
+            upstream: What upstream modules contribute; None where that is nothing.
+            recompute_layers: Global numbers of the layers that keep only their input for backward.
+        """
+
+    def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:
+        """What ``forward`` takes where its ``hidden`` is None: Megatron's schedules hand it so."""
+        if input_tensor is None or isinstance(input_tensor, Tensor):
+            self._input_tensor = input_tensor
+        else:
+            (self._input_tensor,) = input_tensor
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The weight that embedding and head share, where they share one."""
+        return None
+
+    @property
+    def num_shards(self) -> int:
+        """Tensor-parallel ranks that share the rows: 1 without sequence parallelism."""
+        return self.tp_group.size() if self.config.sequence_parallel else 1
+
+    def _num_rows(self, num_tokens: int) -> int:
+        return padded_rows(num_tokens, self.num_shards)
+
+    def _take_input(self, hidden: Tensor | None) -> Tensor | None:
+        """The input of this call; nothing is kept, so that its memory can be freed."""
+        taken = self._input_tensor if hidden is None else hidden
+        self._input_tensor = None
+        if self.pre_process:
+            return None
+        if taken is None:
+            raise ValueError("a stage after the first one of its module needs hidden states")
+        return taken
+
+    def _check_rows(self, hidden: Tensor, num_tokens: int) -> None:
+        """Rows that do not fit would otherwise be silently attended to across spans.
+
+        Raises:
+            ValueError: The hidden states have another number of rows than the batch.
+        """
+        expected = self._num_rows(num_tokens) // self.num_shards
+        if hidden.shape[0] != expected:
+            raise ValueError(
+                f"hidden states of {hidden.shape[0]} rows for {num_tokens} tokens; expected "
+                f"{expected} rows (rows are shared by {self.num_shards} ranks)"
+            )
+
+
+def pad_rows(rows: Tensor, num_rows: int) -> Tensor:
+    """``rows`` with zeros below, so that there are ``num_rows``."""
+    missing = num_rows - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
