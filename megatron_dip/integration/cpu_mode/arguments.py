@@ -2,9 +2,10 @@
 
 import argparse
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_dip.errors import UnsupportedError
+from megatron_dip.integration.rules import Rule, check_rules
 
 __all__ = ["CPU_DEFAULTS", "check_cpu_arguments", "wrap_argument_parsing"]
 
@@ -24,35 +25,50 @@ CPU_DEFAULTS: dict[str, Any] = {
 }
 
 
-class _Rule(NamedTuple):
-    """``destination`` must hold one of ``allowed``; else ``remedy`` says what to do."""
-
-    destination: str
-    flag: str
-    allowed: tuple[Any, ...]
-    remedy: str
-
-
-_LEAVE_OUT = "leave the flag out"
+_USE_DISTRIBUTED = "use --use-distributed-optimizer"
 _RULES = (
-    _Rule("transformer_impl", "--transformer-impl", ("local",), "use 'local', the default here"),
-    _Rule("distributed_backend", "--distributed-backend", ("gloo",), "use 'gloo', the default here"),
-    _Rule("fp8", "--fp8-format", (None,), "use --bf16 or 32-bit floats"),
-    _Rule("fp4", "--fp4-format", (None,), "use --bf16 or 32-bit floats"),
-    _Rule("gradient_accumulation_fusion", "--gradient-accumulation-fusion", (False,), _LEAVE_OUT),
-    _Rule("cuda_graph_impl", "--cuda-graph-impl", ("none",), _LEAVE_OUT),
-    _Rule("enable_cuda_graph", "--enable-cuda-graph", (False,), _LEAVE_OUT),
-    _Rule("external_cuda_graph", "--external-cuda-graph", (False,), _LEAVE_OUT),
-    _Rule("tp_comm_overlap", "--tp-comm-overlap", (False,), _LEAVE_OUT),
-    _Rule("moe_grouped_gemm", "--moe-grouped-gemm", (False,), _LEAVE_OUT),
-    _Rule("use_flash_attn", "--use-flash-attn", (False,), _LEAVE_OUT),
-    _Rule("use_megatron_fsdp", "--use-megatron-fsdp", (False,), "use --use-distributed-optimizer"),
-    _Rule("use_torch_fsdp2", "--use-torch-fsdp2", (False,), "use --use-distributed-optimizer"),
-    _Rule("optimizer_cpu_offload", "--optimizer-cpu-offload", (False,), _LEAVE_OUT),
-    _Rule("context_parallel_size", "--context-parallel-size", (1,), "use --context-parallel-size 1"),
-    # Gloo cannot average.
-    _Rule("ddp_average_in_collective", "--ddp-average-in-collective", (False,), _LEAVE_OUT),
-    _Rule("nccl_ub", "--use-nccl-ub", (False,), _LEAVE_OUT),
+    Rule(
+        flag="--transformer-impl",
+        destination="transformer_impl",
+        allowed=("local",),
+        remedy="use 'local', the default here",
+    ),
+    Rule(
+        flag="--distributed-backend",
+        destination="distributed_backend",
+        allowed=("gloo",),
+        remedy="use 'gloo', the default here",
+    ),
+    Rule(flag="--fp8-format", destination="fp8", allowed=(None,), remedy="use --bf16 or nothing"),
+    Rule(flag="--fp4-format", destination="fp4", allowed=(None,), remedy="use --bf16 or nothing"),
+    Rule(
+        flag="--context-parallel-size",
+        destination="context_parallel_size",
+        allowed=(1,),
+        remedy="its attention needs Transformer Engine; use 1",
+    ),
+    *(
+        Rule(flag=flag, destination=destination, allowed=(False,), remedy=_USE_DISTRIBUTED)
+        for flag, destination in (
+            ("--use-megatron-fsdp", "use_megatron_fsdp"),
+            ("--use-torch-fsdp2", "use_torch_fsdp2"),
+        )
+    ),
+    Rule(flag="--cuda-graph-impl", destination="cuda_graph_impl", allowed=("none",)),
+    *(
+        Rule(flag=flag, destination=destination, allowed=(False,))
+        for flag, destination in (
+            ("--enable-cuda-graph", "enable_cuda_graph"),
+            ("--external-cuda-graph", "external_cuda_graph"),
+            ("--tp-comm-overlap", "tp_comm_overlap"),
+            ("--moe-grouped-gemm", "moe_grouped_gemm"),
+            ("--use-flash-attn", "use_flash_attn"),
+            ("--optimizer-cpu-offload", "optimizer_cpu_offload"),
+            ("--use-nccl-ub", "nccl_ub"),
+            # Gloo cannot average.
+            ("--ddp-average-in-collective", "ddp_average_in_collective"),
+        )
+    ),
 )
 
 
@@ -62,13 +78,12 @@ def check_cpu_arguments(args: argparse.Namespace) -> None:
     Raises:
         UnsupportedError: Names the flag, its value and what to use instead.
     """
-    for rule in _RULES:
-        value = getattr(args, rule.destination, rule.allowed[0])
-        if value not in rule.allowed:
-            shown = "" if value is True else f" {value}"
-            raise UnsupportedError(
-                f"{rule.flag}{shown} does not work on the CPU (--cpu): {rule.remedy}"
-            )
+    check_rules(args, _RULES, "on the CPU (--cpu)")
+    if getattr(args, "use_distributed_optimizer", False) and args.optimizer != "adam":
+        raise UnsupportedError(
+            f"--optimizer {args.optimizer} with --use-distributed-optimizer does not work on the "
+            "CPU (--cpu), because Megatron saves Adam's state only: leave out one of the two"
+        )
 
 
 def wrap_argument_parsing() -> None:

@@ -102,14 +102,30 @@ def replace_cuda_functions() -> None:
 
 def _functions() -> dict[str, Callable[..., Any]]:
     stream = CpuStream()
-    no_op = (
-        "set_device synchronize empty_cache ipc_collect init _lazy_init set_stream "
-        "reset_peak_memory_stats reset_max_memory_allocated reset_accumulated_memory_stats"
-    ).split()
-    zero = (
-        "current_device memory_allocated max_memory_allocated memory_reserved "
-        "max_memory_reserved device_memory_used utilization temperature power_draw clock_rate"
-    ).split()
+    no_op = [
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "ipc_collect",
+        "init",
+        "_lazy_init",
+        "set_stream",
+        "reset_peak_memory_stats",
+        "reset_max_memory_allocated",
+        "reset_accumulated_memory_stats",
+    ]
+    zero = [
+        "current_device",
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+        "utilization",
+        "temperature",
+        "power_draw",
+        "clock_rate",
+    ]
     return {
         **dict.fromkeys(no_op, _nothing),
         **dict.fromkeys(zero, lambda *args, **kwargs: 0),

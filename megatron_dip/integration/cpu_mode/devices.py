@@ -14,12 +14,37 @@ import torch
 __all__ = ["cpu_if_cuda", "redirect_devices"]
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "arange as_tensor asarray empty empty_like empty_permuted empty_strided eye full full_like "
-    "hann_window linspace logspace normal ones ones_like rand rand_like randint randint_like randn "
-    "randn_like randperm tensor tril_indices triu_indices zeros zeros_like"
-).split()
-_NEW_METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "hann_window",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+]
+_NEW_METHODS = ["new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"]
 
 
 def cpu_if_cuda(device: Any) -> Any:

@@ -18,6 +18,7 @@ def import_and_patch_megatron() -> None:
     _import_without_compiler()
     _let_norms_run_sequence_parallel()
     _give_every_parameter_its_step()
+    _let_sgd_resume()
     _skip_building_helpers()
     _skip_kernel_warm_up()
 
@@ -25,7 +26,7 @@ def import_and_patch_megatron() -> None:
 def _import_without_compiler() -> None:
     """Megatron decorates its small functions at import: compiling each takes seconds on a CPU."""
     compile_ = torch.compile
-    torch.compile = lambda model=None, **kwargs: model if model else (lambda function: function)
+    torch.compile = _leave_uncompiled  # type: ignore[assignment]
     try:
         # megatron.training imports most of megatron.core.
         from megatron.core import jit
@@ -34,6 +35,10 @@ def _import_without_compiler() -> None:
         torch.compile = compile_
     # For the modules that are imported later.
     jit.disable_jit_fuser()
+
+
+def _leave_uncompiled(model: Any = None, **kwargs: Any) -> Any:
+    return (lambda function: function) if model is None else model
 
 
 def _let_norms_run_sequence_parallel() -> None:
@@ -60,23 +65,66 @@ def _let_norms_run_sequence_parallel() -> None:
 
 
 def _give_every_parameter_its_step() -> None:
-    """Torch's Adam counts steps per parameter, in place.
+    """Torch's Adam counts steps per parameter, in place; the distributed optimizer knows one step.
 
-    The distributed optimizer loads one ``step`` tensor for all parameters: each of them would add
-    one to it, and the bias correction of a resumed run would be wrong.
+    Its ``state_dict`` needs a step before there is any, when a run resumes.  ``load_state_dict``
+    gives all parameters one tensor, to which each of them would add one, and overwrites it with
+    what a shard held: the bias correction of a resumed run would be wrong.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    state_dict = DistributedOptimizer.state_dict
     load_state_dict = DistributedOptimizer.load_state_dict
 
-    @functools.wraps(load_state_dict)
-    def load_with_own_steps(self: Any, state_dict: Any) -> None:
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+    @functools.wraps(state_dict)
+    def state_dict_with_steps(self: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                state.setdefault("step", torch.tensor(0.0))
+                for key in self.optimizer_state_keys:
+                    if state.get(key) is None:
+                        state[key] = torch.zeros_like(parameter)
+        return state_dict(self)
 
+    @functools.wraps(load_state_dict)
+    def load_with_own_steps(self: Any, loaded: Any) -> None:
+        # With 32-bit parameters it copies into views of parameters that require gradients.
+        with torch.no_grad():
+            load_state_dict(self, loaded)
+        step = float(loaded["optimizer"]["param_groups"][0]["step"])
+        for state in self.optimizer.state.values():
+            state["step"] = torch.tensor(step)
+
+    DistributedOptimizer.state_dict = state_dict_with_steps
     DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def _let_sgd_resume() -> None:
+    """Loading needs the state that will be filled; Megatron makes Adam's only.
+
+    A momentum of zero has the same effect as none: torch's first step starts from the gradient.
+    """
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    init = MegatronOptimizer.__init__
+
+    def init_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group.get("momentum") else ():
+                optimizer.state[parameter].setdefault(
+                    "momentum_buffer", torch.zeros_like(parameter)
+                )
+
+    @functools.wraps(init)
+    def init_with_momentum(
+        self: Any, optimizer: Any, config: Any, init_state_fn: Any = None
+    ) -> None:
+        if init_state_fn is None and isinstance(optimizer, torch.optim.SGD):
+            init_state_fn = init_momentum
+        init(self, optimizer, config, init_state_fn)
+
+    MegatronOptimizer.__init__ = init_with_momentum
 
 
 def _skip_building_helpers() -> None:

@@ -74,8 +74,8 @@ def _wrap_manual_seed(host: HostGenerator) -> None:
         host.manual_seed(int(seed))
         return manual_seed(seed)
 
-    torch.manual_seed = manual_seed_of_both  # type: ignore[assignment]
-    torch.random.manual_seed = manual_seed_of_both  # type: ignore[assignment]
+    torch.manual_seed = manual_seed_of_both
+    torch.random.manual_seed = manual_seed_of_both
 
 
 def _within(host: HostGenerator, method: Callable[..., Any]) -> Callable[..., Any]:

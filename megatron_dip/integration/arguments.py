@@ -1,0 +1,208 @@
+"""Our arguments in Megatron's parser, and what they change in its validation.
+
+``add_arguments`` is all that is needed: the hooks call it where Megatron makes its parser, and so
+does the line that ``patches/`` adds there.  The values in ``args`` are plain ones only, because
+Megatron pickles them into checkpoints.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dip.config import load_config, megatron_arguments
+from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
+
+__all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments"]
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+_BY_PARTITION = f"{LEAVE_OUT}; the partition of --dip-config says which layers a rank holds"
+_SCHEDULE_RULES = (
+    *(
+        Rule(flag=flag, destination=destination, allowed=(None,), remedy=_BY_PARTITION)
+        for flag, destination in (
+            ("--num-layers-per-virtual-pipeline-stage", "num_layers_per_virtual_pipeline_stage"),
+            ("--num-virtual-stages-per-pipeline-rank", "num_virtual_stages_per_pipeline_rank"),
+            ("--pipeline-model-parallel-layout", "pipeline_model_parallel_layout"),
+            ("--decoder-first-pipeline-num-layers", "decoder_first_pipeline_num_layers"),
+            ("--decoder-last-pipeline-num-layers", "decoder_last_pipeline_num_layers"),
+            ("--hybrid-layer-pattern", "hybrid_layer_pattern"),
+        )
+    ),
+    *(
+        Rule(flag=flag, destination=destination, allowed=(False,), remedy=_BY_PARTITION)
+        for flag, destination in (
+            (
+                "--account-for-embedding-in-pipeline-split",
+                "account_for_embedding_in_pipeline_split",
+            ),
+            ("--account-for-loss-in-pipeline-split", "account_for_loss_in_pipeline_split"),
+        )
+    ),
+    *(
+        Rule(flag=flag, destination=destination, allowed=(False,))
+        for flag, destination in (
+            ("--overlap-moe-expert-parallel-comm", "overlap_moe_expert_parallel_comm"),
+            ("--delay-wgrad-compute", "delay_wgrad_compute"),
+            ("--defer-embedding-wgrad-compute", "defer_embedding_wgrad_compute"),
+            ("--enable-cuda-graph", "enable_cuda_graph"),
+            ("--external-cuda-graph", "external_cuda_graph"),
+            (
+                "--overlap-param-gather-with-optimizer-step",
+                "overlap_param_gather_with_optimizer_step",
+            ),
+            ("--fine-grained-activation-offloading", "fine_grained_activation_offloading"),
+            ("--tp-comm-overlap", "tp_comm_overlap"),
+            ("--use-megatron-fsdp", "use_megatron_fsdp"),
+            ("--use-torch-fsdp2", "use_torch_fsdp2"),
+        )
+    ),
+    Rule(flag="--cuda-graph-impl", destination="cuda_graph_impl", allowed=("none",)),
+    Rule(
+        flag="--moe-expert-rank-capacity-factor",
+        destination="moe_expert_rank_capacity_factor",
+        allowed=(None,),
+    ),
+    Rule(flag="--mtp-num-layers", destination="mtp_num_layers", allowed=(None, 0)),
+    Rule(
+        flag="--context-parallel-size",
+        destination="context_parallel_size",
+        allowed=(1,),
+        remedy="use 1; tensor parallelism with --sequence-parallel also divides the activations",
+    ),
+    Rule(
+        flag="--expert-model-parallel-size",
+        destination="expert_model_parallel_size",
+        allowed=(1,),
+        remedy="use 1; expert groups would span replicas that run different plans",
+    ),
+    Rule(
+        flag="--ckpt-format",
+        destination="ckpt_format",
+        allowed=("torch_dist",),
+        remedy="use 'torch_dist'; other formats cannot be loaded under another partition",
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``megatron-dip`` group, once per parser, and check it in Megatron's validation."""
+    if "--dip-schedule" not in parser._option_string_actions:
+        group = parser.add_argument_group(title="megatron-dip")
+        group.add_argument(
+            "--dip-schedule",
+            action="store_true",
+            help="Run the pipeline by a plan made for every batch.",
+        )
+        group.add_argument(
+            "--dip-config",
+            metavar="FILE",
+            default=None,
+            help="YAML file with model, schedule and data; sets Megatron's model arguments too.",
+        )
+        group.add_argument(
+            "--dip-timeout-seconds",
+            metavar="SECONDS",
+            type=_positive_seconds,
+            default=DEFAULT_TIMEOUT_SECONDS,
+            help="Limit of every wait for another rank or for a plan (default: %(default)s).",
+        )
+        group.add_argument(
+            "--dip-trace-dir",
+            metavar="DIR",
+            default=None,
+            help="Folder for measured timelines and per-iteration records.",
+        )
+    _install_validation(parser)
+    return parser
+
+
+def check_schedule_arguments(args: argparse.Namespace) -> None:
+    """Refuse what ``--dip-schedule`` cannot be combined with.
+
+    Raises:
+        UnsupportedError: Names the flag and the remedy.
+    """
+    if getattr(args, "dip_config", None) is None:
+        raise UnsupportedError(
+            "--dip-schedule needs a model and a schedule: name their file with --dip-config FILE"
+        )
+    check_rules(args, _SCHEDULE_RULES, "with --dip-schedule")
+
+
+class ArgumentValidation:
+    """Stands for Megatron's ``validate_args``: applies ``--dip-config`` and our rules before it."""
+
+    def __init__(self, validate_args: Callable[..., Any]) -> None:
+        self._validate_args = validate_args
+        self.parser: argparse.ArgumentParser | None = None
+
+    def __call__(self, args: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        """As ``validate_args``; see there.
+
+        Raises:
+            ConfigError: The file of ``--dip-config`` cannot be used, or contradicts a flag.
+            UnsupportedError: See ``check_schedule_arguments``.
+        """
+        # A YAML file given as --yaml-cfg replaces the arguments wholesale, ours included.
+        config_path = getattr(args, "dip_config", None)
+        if config_path is not None:
+            _apply_config(args, config_path, self._explicit_arguments())
+        if getattr(args, "dip_schedule", False):
+            check_schedule_arguments(args)
+        if config_path is None or args.decoder_first_pipeline_num_layers is not None:
+            return self._validate_args(args, defaults or {})
+        # Megatron wants layers to divide by pipeline ranks unless a number for the first is given;
+        # the partition needs no such thing, and the models read the partition.
+        args.decoder_first_pipeline_num_layers = args.num_layers
+        try:
+            return self._validate_args(args, defaults or {})
+        finally:
+            args.decoder_first_pipeline_num_layers = None
+
+    def _explicit_arguments(self) -> dict[str, Any]:
+        """What the command line states, without defaults, by destination."""
+        parser = self.parser
+        if parser is None:
+            return {}
+        kept = [(action, action.default) for action in parser._actions]
+        parser_defaults = dict(parser._defaults)
+        try:
+            for action in parser._actions:
+                action.default = argparse.SUPPRESS
+            parser._defaults.clear()
+            return vars(parser.parse_known_args()[0])
+        finally:
+            parser._defaults.update(parser_defaults)
+            for action, default in kept:
+                action.default = default
+
+
+def _install_validation(parser: argparse.ArgumentParser) -> None:
+    from megatron.training import arguments
+
+    if not isinstance(arguments.validate_args, ArgumentValidation):
+        arguments.validate_args = ArgumentValidation(arguments.validate_args)
+    arguments.validate_args.parser = parser
+
+
+def _apply_config(args: argparse.Namespace, path: str, explicit: dict[str, Any]) -> None:
+    for destination, value in megatron_arguments(load_config(path)).items():
+        if destination in explicit and explicit[destination] != value:
+            raise ConfigError(
+                f"the command line sets {destination} to {explicit[destination]!r}, but {path} "
+                f"implies {value!r}: leave the flag out or change the file"
+            )
+        setattr(args, destination, value)
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    # Infinity would be a wait without a limit; not a number compares as false.
+    if not 0.0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, not {text!r}")
+    return seconds
