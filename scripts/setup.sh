@@ -57,7 +57,8 @@ list_candidates() {
 # Prints "<version> <what is wrong with it, or ok>" for one interpreter. It is really run: the
 # shims of version managers are executable files even where the version behind them is missing.
 probe() {
-    timeout 30 "$1" -I -c '
+    local answer
+    if answer="$(timeout 30 "$1" -I -c '
 import sys
 version = "%d.%d.%d" % sys.version_info[:3]
 problem = "ok"
@@ -69,7 +70,11 @@ else:
     except ImportError as error:
         problem = "lacks %s (on Debian and Ubuntu: apt install python%d.%d-venv)" % (
             error.name, sys.version_info[0], sys.version_info[1])
-print(version, problem)' 2>/dev/null </dev/null || echo "- does not run"
+print(version, problem)' 2>&1 </dev/null)"; then
+        printf '%s\n' "$answer"
+    else
+        printf -- '- does not run: %s\n' "${answer##*$'\n'}"
+    fi
 }
 
 # Sets `python` to the one that was asked for, else to the first 3.12 that runs, else to the first

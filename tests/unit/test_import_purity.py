@@ -1,6 +1,7 @@
 """The two rules of the house: planning knows no torch; Megatron stays in integration and models."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,7 +95,7 @@ sys.exit(f"loaded: {{', '.join(loaded)}}" if loaded else 0)
     # -P: without the current folder, which may hold files named like modules.
     done = subprocess.run(
         [sys.executable, "-P", "-c", script],
-        env={"PYTHONPATH": str(PACKAGE.parent)},
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
         text=True,
         timeout=120,
