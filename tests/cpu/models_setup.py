@@ -8,9 +8,11 @@ set-up can run in the same process.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
+from launching import free_port
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,7 +28,6 @@ from megatron_dip.models.initialization import initialize_parameters
 from megatron_dip.models.language import LanguageStage
 from megatron_dip.models.stage import StageModule
 from megatron_dip.models.vision import VisionStage
-from launching import free_port
 
 VISION_LAYERS = 3
 LANGUAGE_LAYERS = 4
@@ -48,6 +49,7 @@ def megatron_on_cpu(tensor_parallel: int = 1) -> Iterator[None]:
             patch.setattr(owner, name, lambda *args, **kwargs: torch.zeros(1, dtype=torch.uint8))
         patch.setattr(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
         patch.setattr(torch.cuda, "manual_seed", lambda seed: None)
+        patch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
         _start_process_group()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
         tracker = megatron_random.get_cuda_rng_tracker()
@@ -155,7 +157,7 @@ def language_stages(
 
 def _bounds(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
     edges = [0, *cuts, num_layers]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _ready[Stage: StageModule](stage: Stage, base: TransformerConfig) -> Stage:

@@ -327,6 +327,6 @@ def test_one_step_of_both_modules_trains_all_parameters(base):
     (losses * text.loss_mask).sum().backward()
     found = gradients([*vision, *language])
     assert all(gradient is not None for gradient in found.values())
-    assert VISION_LAYERS + LANGUAGE_LAYERS == sum(
-        name.endswith("linear_qkv.weight") for name in found
+    assert (
+        sum(name.endswith("linear_qkv.weight") for name in found) == VISION_LAYERS + LANGUAGE_LAYERS
     )

@@ -1,0 +1,86 @@
+"""One rank of the tensor-parallel comparison: both modules, one step per mode, everything saved.
+
+Usage: ``models_tensor_parallel_worker.py FOLDER TENSOR_PARALLEL MODE...``; a mode is some of the
+words ``sequence`` (parallelism) and ``recompute``, joined by ``+``, or ``plain``.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed.finalize_model_grads import (
+    _allreduce_non_tensor_model_parallel_grads,
+)
+from models_setup import (
+    base_config,
+    language_batch,
+    language_stages,
+    megatron_on_cpu,
+    run_chain,
+    vision_batch,
+    vision_stages,
+)
+
+from megatron_dip.models.initialization import named_global_parameters
+
+_MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride")
+
+
+def main() -> None:
+    folder, tensor_parallel = sys.argv[1], int(sys.argv[2])
+    with megatron_on_cpu(tensor_parallel):
+        rank = torch.distributed.get_rank()
+        for mode in sys.argv[3:]:
+            torch.save(run(tensor_parallel, set(mode.split("+"))), f"{folder}/{mode}-{rank}.pt")
+
+
+def run(tensor_parallel, mode):
+    """One step.  39 tokens do not divide by 2: with sequence parallelism rows are padded."""
+    base = base_config(tensor_parallel=tensor_parallel, sequence_parallel="sequence" in mode)
+    vision, language = vision_stages(base, (1,)), language_stages(base, (2,))
+    stages = [*vision, *language]
+    weights = collect(stages, "data")
+    images, text = vision_batch(), language_batch()
+    recompute = "recompute" in mode
+    features = run_chain(vision, images, recompute_layers=[1] if recompute else [])
+    features.retain_grad()
+    losses = run_chain(language, text, features, [0, 3] if recompute else [])
+    (losses * text.loss_mask).sum().backward()
+    add_partial_gradients(stages, base)
+    return {
+        "features": features.detach(),
+        "features gradient": features.grad,
+        "losses": losses.detach(),
+        "weights": weights,
+        "gradients": collect(stages, "main_grad"),
+        "marks": {
+            name: {mark: vars(parameter)[mark] for mark in _MARKS if mark in vars(parameter)}
+            for stage in stages
+            for name, parameter in named_global_parameters(stage)
+        },
+    }
+
+
+def add_partial_gradients(stages, config) -> None:
+    """What Megatron does before the optimizer's step."""
+    for stage in stages:
+        # What Megatron's wrapper for data parallelism would add.
+        stage.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
+        for parameter in stage.parameters():
+            parameter.main_grad = parameter.grad
+    _allreduce_non_tensor_model_parallel_grads(
+        stages, config, parallel_state.get_tensor_model_parallel_group()
+    )
+
+
+def collect(stages, attribute):
+    return {
+        name: getattr(parameter, attribute).detach().clone()
+        for stage in stages
+        for name, parameter in named_global_parameters(stage)
+    }
+
+
+if __name__ == "__main__":
+    main()
