@@ -137,7 +137,7 @@ run_pip() {
 
 install_package() {
     local rc=0
-    local network='connection broken|ConnectionError|ConnectTimeout|ReadTimeout|timed out|IncompleteRead|ProtocolError|name resolution|Connection (reset|refused|aborted)|HTTP error 5'
+    local network='connection broken|from versions: none|ConnectionError|ConnectTimeout|ReadTimeout|timed out|IncompleteRead|ProtocolError|name resolution|Connection (reset|refused|aborted)|HTTP error 5'
     say "installing megatron-dip and what it needs (PyTorch is large: a few minutes the first time)"
     run_pip || rc=$?
     if ((rc != 0)) && grep -qE "$network" -- "$log"; then
