@@ -6,6 +6,7 @@ channel agree on the order of messages, and that the plan makes progress even wh
 its receive.  What a plan costs is not checked here, except for memory in :func:`check_memory`.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -97,7 +98,7 @@ def _check_compute(graph: PipelineGraph, positions: Positions) -> None:
             if action not in positions:
                 raise PlanError(f"{action} is missing from rank {graph.partition[work.stage].rank}")
         num_expected += len(chain)
-        for before, after in zip(chain, chain[1:], strict=False):
+        for before, after in itertools.pairwise(chain):
             if positions[before] > positions[after]:
                 raise PlanError(f"{after} comes before {before} (expected after it)")
         if not graph.has_backward(work.stage):

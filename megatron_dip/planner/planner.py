@@ -1,0 +1,132 @@
+"""From a batch problem to a plan: form sub-microbatches, order, lower, estimate, validate."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from megatron_dip.errors import InfeasibleError
+from megatron_dip.partition import Partition
+from megatron_dip.plan.actions import Action
+from megatron_dip.plan.graph import PipelineGraph, Work
+from megatron_dip.plan.lowering import lower
+from megatron_dip.plan.plan import Plan, Recompute
+from megatron_dip.plan.validation import validate_plan
+from megatron_dip.planner.dual_queue import default_priority, order_dual_queue
+from megatron_dip.planner.one_f_one_b import order_one_f_one_b
+from megatron_dip.planner.sub_microbatches import form_sub_microbatches
+from megatron_dip.simulator.bounds import lower_bound_us
+from megatron_dip.simulator.simulate import Simulation, simulate_order
+from megatron_dip.simulator.tasks import TaskTable, build_task_table
+from megatron_dip.workload import Problem
+
+__all__ = ["Algorithm", "make_plan", "plan_from_order"]
+
+logger = logging.getLogger(__name__)
+
+Algorithm = Literal["dual_queue", "one_f_one_b"]
+
+ComputeActions = Sequence[Sequence[Action]]
+
+
+def make_plan(
+    problem: Problem,
+    partition: Partition,
+    *,
+    algorithm: Algorithm = "dual_queue",
+    max_tokens: Mapping[str, int | None] | None = None,
+    split_backward: bool = False,
+) -> Plan:
+    """Plan one batch.
+
+    The dual queue keeps the memory limit; its plan is replaced by 1F1B's on the same
+    sub-microbatches where that keeps the limit too and is faster.  Where no schedule of the dual
+    queue fits, 1F1B is taken with a warning, whatever memory it needs: a late failure on one rank
+    is easier to understand than none of the ranks having a plan.
+
+    Args:
+        problem: The batch.
+        partition: Where every module's layers are.
+        algorithm: How compute actions are ordered.
+        max_tokens: Per module, the size of a sub-microbatch; not split where missing or None.
+        split_backward: Input and weight gradients apart, so that the latter can fill gaps.
+
+    Raises:
+        PartitionError: The partition does not cover the modules.
+        PlanError: ``max_tokens`` is wrong.
+    """
+    graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, max_tokens or {}))
+    table = build_task_table(graph)
+    order, simulation = _one_f_one_b(table, split_backward)
+    if algorithm == "dual_queue":
+        order, simulation = _dual_queue(table, split_backward, (order, simulation))
+    elif not _fits(table, simulation):
+        logger.warning(
+            "1F1B needs %s bytes per rank (limits %s): it does not look at memory, the dual queue "
+            "does",
+            list(simulation.peak_bytes),
+            list(problem.memory_limit_bytes),
+        )
+    return _finish(table, order, simulation, ())
+
+
+def plan_from_order(
+    graph: PipelineGraph, compute_order: ComputeActions, recompute: Sequence[Recompute] = ()
+) -> Plan:
+    """The validated plan that computes in ``compute_order``, e.g. one written by hand.
+
+    Raises:
+        PlanError: The order is not a correct schedule of the batch.
+    """
+    layers = {Work(r.stage, r.microbatch, r.sub): r.layers for r in recompute}
+    table = build_task_table(graph, layers)
+    return _finish(table, compute_order, simulate_order(table, compute_order), recompute)
+
+
+def _one_f_one_b(table: TaskTable, split_backward: bool) -> tuple[ComputeActions, Simulation]:
+    order = order_one_f_one_b(table, split_backward=split_backward)
+    return order, simulate_order(table, order)
+
+
+def _dual_queue(
+    table: TaskTable, split_backward: bool, fallback: tuple[ComputeActions, Simulation]
+) -> tuple[ComputeActions, Simulation]:
+    try:
+        order = order_dual_queue(table, default_priority(table), split_backward=split_backward)
+    except InfeasibleError as error:
+        logger.warning("the dual queue finds no schedule, falling back to 1F1B: %s", error)
+        return fallback
+    simulation = simulate_order(table, order)
+    if _fits(table, fallback[1]) and fallback[1].makespan_us < simulation.makespan_us:
+        return fallback
+    return order, simulation
+
+
+def _fits(table: TaskTable, simulation: Simulation) -> bool:
+    limits = table.graph.problem.memory_limit_bytes
+    return all(peak <= limit for peak, limit in zip(simulation.peak_bytes, limits, strict=True))
+
+
+def _finish(
+    table: TaskTable,
+    order: ComputeActions,
+    simulation: Simulation,
+    recompute: Sequence[Recompute],
+) -> Plan:
+    graph = table.graph
+    # The bound is one for every schedule, so it knows no recomputation.
+    bare = build_task_table(graph) if recompute else table
+    plan = Plan(
+        problem=graph.problem,
+        partition=graph.partition,
+        sub_microbatches=tuple(
+            group
+            for number in range(graph.problem.num_microbatches)
+            for name in graph.problem.module_order
+            for group in graph.subs(name, number)
+        ),
+        actions=lower(graph, order, simulation.completion_order),
+        recompute=tuple(recompute),
+        estimate=simulation.estimate(lower_bound_us(bare)),
+    )
+    validate_plan(plan)
+    return plan
