@@ -190,9 +190,10 @@ def _install_validation(parser: argparse.ArgumentParser) -> None:
 def _apply_config(args: argparse.Namespace, path: str, explicit: dict[str, Any]) -> None:
     for destination, value in megatron_arguments(load_config(path)).items():
         if destination in explicit and explicit[destination] != value:
+            flag = "--" + destination.replace("_", "-")
             raise ConfigError(
-                f"the command line sets {destination} to {explicit[destination]!r}, but {path} "
-                f"implies {value!r}: leave the flag out or change the file"
+                f"{flag} {explicit[destination]} contradicts {path}, where it is {value}: "
+                f"leave the flag out or change the file"
             )
         setattr(args, destination, value)
 

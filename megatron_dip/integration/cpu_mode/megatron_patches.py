@@ -26,7 +26,7 @@ def import_and_patch_megatron() -> None:
 def _import_without_compiler() -> None:
     """Megatron decorates its small functions at import: compiling each takes seconds on a CPU."""
     compile_ = torch.compile
-    torch.compile = _leave_uncompiled  # type: ignore[assignment]
+    torch.compile = _leave_uncompiled
     try:
         # megatron.training imports most of megatron.core.
         from megatron.core import jit

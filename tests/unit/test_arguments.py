@@ -1,0 +1,128 @@
+"""Our arguments and the rules about Megatron's, without Megatron."""
+
+import argparse
+import sys
+from typing import Any
+
+import pytest
+
+from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.integration import arguments
+from megatron_dip.integration.arguments import ArgumentValidation, check_schedule_arguments
+from megatron_dip.integration.cpu_mode.arguments import check_cpu_arguments
+
+
+def schedule_args(**values: Any) -> argparse.Namespace:
+    return argparse.Namespace(**({"dip_schedule": True, "dip_config": "a.yaml"} | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"num_layers_per_virtual_pipeline_stage": 2}, "--num-layers-per-virtual-pipeline-stage 2"),
+        ({"pipeline_model_parallel_layout": "Et|tL"}, "--pipeline-model-parallel-layout Et|tL"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm does"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2"),
+        ({"expert_model_parallel_size": 2}, "--expert-model-parallel-size 2"),
+        ({"ckpt_format": "torch"}, "--ckpt-format torch"),
+        ({"dip_config": None}, "--dip-schedule needs a model"),
+    ],
+)
+def test_what_contradicts_the_schedule_is_refused_by_its_flag(
+    values: dict[str, Any], flag: str
+) -> None:
+    check_schedule_arguments(schedule_args())
+    with pytest.raises(UnsupportedError) as refused:
+        check_schedule_arguments(schedule_args(**values))
+    assert flag in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"fp8": "hybrid"}, "--fp8-format hybrid"),
+        ({"distributed_backend": "nccl"}, "--distributed-backend nccl"),
+        ({"tp_comm_overlap": True}, "--tp-comm-overlap does"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"use_distributed_optimizer": True, "optimizer": "sgd"}, "--optimizer sgd"),
+    ],
+)
+def test_what_needs_cuda_is_refused_by_its_flag(values: dict[str, Any], flag: str) -> None:
+    check_cpu_arguments(argparse.Namespace(transformer_impl="local", fp8=None))
+    with pytest.raises(UnsupportedError) as refused:
+        check_cpu_arguments(argparse.Namespace(**values))
+    assert flag in str(refused.value)
+
+
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function from a command line to the arguments that Megatron's own validation sees.
+
+    The file of ``--dip-config`` states 10 layers and the type of the tokenizer.
+    """
+    stated = {"num_layers": 10, "tokenizer_type": "NullTokenizer"}
+    monkeypatch.setattr(arguments, "load_config", lambda path: path)
+    monkeypatch.setattr(arguments, "megatron_arguments", lambda config: stated)
+    monkeypatch.setattr(arguments, "_install_validation", lambda parser: None)
+
+    def run(*command_line: str) -> tuple[dict[str, Any], argparse.Namespace]:
+        monkeypatch.setattr(sys, "argv", ["script.py", *command_line])
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("--num-layers", type=int, default=None)
+        parser.add_argument("--tokenizer-type", default="SentencePiece")
+        parser.add_argument("--decoder-first-pipeline-num-layers", type=int, default=None)
+        arguments.add_arguments(arguments.add_arguments(parser))
+        seen: dict[str, Any] = {}
+        validation = ArgumentValidation(lambda args, defaults: seen.update(vars(args)))
+        validation.parser = parser
+        args = parser.parse_args()
+        validation(args, {})
+        return seen, args
+
+    return run
+
+
+def test_the_configuration_sets_what_the_command_line_leaves_open(validated: Any) -> None:
+    seen, _ = validated("--dip-config", "a.yaml")
+    assert seen["num_layers"] == 10
+    assert seen["tokenizer_type"] == "NullTokenizer"
+
+
+def test_a_flag_that_agrees_with_the_configuration_is_accepted(validated: Any) -> None:
+    seen, _ = validated("--dip-config", "a.yaml", "--num-layers", "10")
+    assert seen["num_layers"] == 10
+
+
+def test_a_flag_that_contradicts_the_configuration_is_refused_with_both_values(
+    validated: Any,
+) -> None:
+    with pytest.raises(ConfigError, match=r"--num-layers 12.*a\.yaml.*10"):
+        validated("--dip-config", "a.yaml", "--num-layers", "12")
+
+
+def test_a_flag_that_states_the_default_still_contradicts_the_configuration(
+    validated: Any,
+) -> None:
+    with pytest.raises(ConfigError, match="SentencePiece"):
+        validated("--dip-config", "a.yaml", "--tokenizer-type", "SentencePiece")
+
+
+def test_layers_need_not_divide_by_pipeline_ranks_with_a_configuration(validated: Any) -> None:
+    seen, after = validated("--dip-config", "a.yaml")
+    assert seen["decoder_first_pipeline_num_layers"] is not None
+    assert after.decoder_first_pipeline_num_layers is None
+
+
+def test_without_our_arguments_nothing_changes(validated: Any) -> None:
+    seen, _ = validated("--num-layers", "12")
+    assert seen["num_layers"] == 12
+    assert seen["tokenizer_type"] == "SentencePiece"
+    assert seen["decoder_first_pipeline_num_layers"] is None
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "soon"])
+def test_a_time_limit_that_is_none_is_refused(validated: Any, text: str) -> None:
+    assert validated("--dip-timeout-seconds", "1.5")[1].dip_timeout_seconds == 1.5
+    with pytest.raises(SystemExit):
+        validated("--dip-timeout-seconds", text)
