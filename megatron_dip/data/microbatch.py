@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_dip.data.images import num_image_tokens
+from megatron_dip.workload import MicrobatchMetadata
 
 __all__ = [
     "ImageData",
     "LanguageBatch",
-    "MicrobatchMetadata",
     "PackedSequence",
     "VisionBatch",
     "VlmMicrobatch",
@@ -143,18 +143,6 @@ class LanguageBatch:
             loss_mask=torch.cat([self.loss_mask, self.loss_mask.new_zeros(missing)]),
             span_lengths=(*self.span_lengths, missing),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicrobatchMetadata:
-    """All that planning needs to know of a microbatch: plain numbers, no tensors."""
-
-    item_tokens: dict[str, tuple[int, ...]]
-    """Per module, the tokens of every item: patches of an image, tokens of a sequence."""
-    span_lengths: dict[str, tuple[tuple[int, ...], ...]]
-    """Per module and item, its attention spans: the cost of attention is per span."""
-    needs: tuple[tuple[int, ...], ...]
-    """Per sequence, the numbers of the images it reads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,163 @@
+"""The index: made once, named faults, and ranks that wait for it."""
+
+import json
+import logging
+import os
+import threading
+from dataclasses import replace
+
+import pytest
+from tiny_data_set import make_settings, sample_of, with_samples
+
+from megatron_dip.data import (
+    build_index,
+    index_digest,
+    index_path,
+    load_index,
+    split_samples,
+    wait_for_index,
+)
+from megatron_dip.data import index as index_module
+from megatron_dip.data.images import choose_grid, num_image_tokens, read_image_size
+from megatron_dip.data.index import usable_samples
+from megatron_dip.errors import DataError
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return make_settings(tmp_path / "data")
+
+
+def build(settings, folder):
+    return build_index(settings, folder, show_progress=False)[0]
+
+
+def test_the_index_knows_text_tokens_and_images_of_every_sample(settings, tmp_path):
+    index, path = build_index(settings, tmp_path, show_progress=False)
+    raw = json.loads(settings.samples.read_text())
+    assert len(index.samples) == len(raw)
+    for record, sample in zip(index.samples, raw, strict=True):
+        assert record.error is None
+        assert len(record.images) == len(sample.get("image", []))
+        for image, name in zip(record.images, sample.get("image", []), strict=True):
+            size = read_image_size(settings.image_folder / name)
+            assert (image.width, image.height) == size
+            assert image.grid == choose_grid(*size, settings.limits)
+        image_tokens = sum(num_image_tokens(image.grid) for image in record.images)
+        assert record.num_tokens == record.num_text_tokens + image_tokens
+    assert load_index(path) == index
+    assert path == index_path(index_digest(settings), tmp_path)
+
+
+def test_the_index_is_made_once(settings, tmp_path, monkeypatch):
+    first = build(settings, tmp_path)
+
+    def no_decoding(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(index_module, "decode_image", no_decoding)
+    assert build(settings, tmp_path) == first
+    with pytest.raises(AssertionError, match="decoded again"):
+        build(replace(settings, max_image_tokens=8), tmp_path)
+
+
+def test_everything_that_the_index_depends_on_changes_its_digest(settings):
+    digests = {index_digest(settings)}
+    for field in ("seq_length", "patch_size", "min_image_tokens", "max_image_tokens"):
+        digests.add(index_digest(replace(settings, **{field: getattr(settings, field) + 1})))
+    image = settings.image_folder / "0.jpg"
+    os.utime(image, ns=(1, 1))
+    digests.add(index_digest(settings))
+    image.unlink()
+    digests.add(index_digest(settings))
+    settings.tokenizer.write_text(settings.tokenizer.read_text() + "\n")
+    digests.add(index_digest(settings))
+    settings.samples.write_text(settings.samples.read_text() + "\n")
+    digests.add(index_digest(settings))
+    assert len(digests) == 9
+
+
+def test_a_damaged_index_is_reported_and_made_again(settings, tmp_path, caplog):
+    index, path = build_index(settings, tmp_path, show_progress=False)
+    for content in ("[", "{}", json.dumps({"format": "megatron-dip/data-index", "version": 0})):
+        path.write_text(content)
+        with pytest.raises(DataError, match=path.name):
+            load_index(path)
+        assert build(settings, tmp_path) == index
+        assert "the index is made again" in caplog.text
+        assert load_index(path) == index
+
+
+BROKEN = [
+    (sample_of("gone", "gone.png"), r"'gone' \(number 1\): image .*gone\.png: no such file"),
+    (sample_of("cut", "cut.jpg"), r"'cut' \(number 1\): image .*cut\.jpg: does not decode"),
+    (
+        sample_of("long", answer="words " * 200),
+        r"'long' \(number 1\): \d+ tokens \(\d+ of text, 0 of images\), longer than the "
+        r"sequence length 120; shorten it, raise seq_length",
+    ),
+    (sample_of("marks", "0.jpg") | {"image": []}, r"'marks'.* 1 <image> marks .* 0 images"),
+]
+
+
+@pytest.mark.parametrize(("sample", "message"), BROKEN)
+def test_a_bad_sample_is_named_with_its_file(settings, tmp_path, sample, message):
+    content = (settings.image_folder / "4.jpg").read_bytes()
+    (settings.image_folder / "cut.jpg").write_bytes(content[: len(content) // 2])
+    good = sample_of("good", "0.jpg")
+    index = build(with_samples(settings, [good, sample]), tmp_path)
+    with pytest.raises(DataError, match=rf"samples\.json: sample {message}"):
+        usable_samples(index, skip_bad_samples=False)
+    assert usable_samples(index, skip_bad_samples=True) == (0,)
+    index = build(with_samples(settings, [good]), tmp_path)
+    assert usable_samples(index, skip_bad_samples=False) == (0,)
+
+
+def test_skipped_samples_are_counted_and_the_first_are_named(settings, tmp_path, caplog):
+    bad = [sample_of(f"bad{number}", "gone.png") for number in range(5)]
+    index = build(with_samples(settings, [*bad, sample_of("good")]), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert usable_samples(index, skip_bad_samples=True) == (5,)
+    assert "left out 5 bad of 6 samples" in caplog.text
+    assert "'bad2'" in caplog.text and "'bad3'" not in caplog.text
+    with pytest.raises(DataError, match=r"'bad0'.*and 4 more bad samples"):
+        usable_samples(index, skip_bad_samples=False)
+
+
+def test_a_data_set_of_bad_samples_only_is_refused(settings, tmp_path):
+    index = build(with_samples(settings, [sample_of("bad", "gone.png")]), tmp_path)
+    with pytest.raises(DataError, match="all 1 samples are bad; the first: sample 'bad'"):
+        usable_samples(index, skip_bad_samples=True)
+
+
+def test_waiting_for_an_index_ends_when_it_is_there(settings, tmp_path):
+    path = index_path(index_digest(settings), tmp_path / "cache")
+    maker = threading.Timer(0.3, build, (settings, tmp_path / "cache"))
+    maker.start()
+    assert len(wait_for_index(path, timeout_s=60).samples) == 24
+    maker.join()
+
+
+def test_waiting_for_an_index_that_nobody_makes_ends_with_a_message(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json was not there after 0\.1 s"):
+        wait_for_index(tmp_path / "none.json", timeout_s=0.1)
+
+
+def test_a_failed_write_leaves_nothing_behind(settings, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        build(settings, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_samples_are_split_repeatably_and_completely():
+    numbers = range(10, 30)
+    train, valid = split_samples(numbers, 0.25, seed=1)
+    assert sorted(train + valid) == list(numbers) and len(valid) == 5
+    assert split_samples(numbers, 0.25, seed=1) == (train, valid)
+    assert split_samples(numbers, 0.25, seed=2) != (train, valid)
+    with pytest.raises(DataError, match=r"share of 0\.0 of 20 samples"):
+        split_samples(numbers, 0.0, seed=1)
