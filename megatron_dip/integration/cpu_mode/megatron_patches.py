@@ -6,6 +6,7 @@ Everything here replaces an attribute of a Megatron module or class after its im
 import copy
 import functools
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -28,9 +29,12 @@ def _import_without_compiler() -> None:
     compile_ = torch.compile
     torch.compile = _leave_uncompiled
     try:
-        # megatron.training imports most of megatron.core.
-        from megatron.core import jit
-        from megatron.training import training as _training  # noqa: F401
+        with warnings.catch_warnings():
+            # A dozen lines per rank about Transformer Engine and Apex, which no CPU has.
+            warnings.simplefilter("ignore", UserWarning)
+            # megatron.training imports most of megatron.core.
+            from megatron.core import jit
+            from megatron.training import training as _training  # noqa: F401
     finally:
         torch.compile = compile_
     # For the modules that are imported later.
