@@ -1,6 +1,6 @@
 """Simulation: times and memory of plans, lower bounds, timelines."""
 
-from megatron_dip.simulator.bounds import lower_bound_us
+from megatron_dip.simulator.bounds import lower_bound_us, useful_work_us
 from megatron_dip.simulator.simulate import (
     Simulation,
     TimedAction,
@@ -19,4 +19,5 @@ __all__ = [
     "lower_bound_us",
     "simulate",
     "simulate_order",
+    "useful_work_us",
 ]

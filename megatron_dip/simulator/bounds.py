@@ -1,8 +1,9 @@
-"""Lower bound on the time of a batch: what no schedule of these works can beat."""
+"""What no schedule of a batch can beat, and what of its time is useful."""
 
 from megatron_dip.simulator.tasks import TaskTable
+from megatron_dip.workload import Problem
 
-__all__ = ["backward_tails_us", "lower_bound_us"]
+__all__ = ["backward_tails_us", "lower_bound_us", "useful_work_us"]
 
 
 def lower_bound_us(table: TaskTable) -> float:
@@ -80,3 +81,21 @@ def _rest_after_us(
     if table.has_backward[number]:
         return input_grad_tails[number] - table.input_grad_us[number]
     return tails[number] - table.forward_us[number]
+
+
+def useful_work_us(problem: Problem) -> float:
+    """Times of all items in all layers with their extras, without overheads and recomputation."""
+    total = 0.0
+    for name in problem.module_order:
+        layers = problem.module(name).num_layers
+        for number in range(problem.num_microbatches):
+            for item in problem.items(name, number):
+                total += layers * item.forward_us
+                total += item.first_extra_forward_us + item.last_extra_forward_us
+                if name in problem.modules_with_backward:
+                    total += layers * item.input_grad_us
+                    total += item.first_extra_input_grad_us + item.last_extra_input_grad_us
+                if problem.module(name).trainable:
+                    total += layers * item.weight_grad_us
+                    total += item.first_extra_weight_grad_us + item.last_extra_weight_grad_us
+    return total

@@ -1,0 +1,166 @@
+"""The ``megatron-dip`` command: plan a batch, validate plans, simulate and draw them."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from megatron_dip.errors import ConfigError, DipError
+from megatron_dip.partition import load_partition
+from megatron_dip.plan.plan import Plan, load_plan, save_plan
+from megatron_dip.plan.validation import check_memory, validate_plan
+from megatron_dip.planner.planner import Algorithm, make_plan
+from megatron_dip.simulator.bounds import lower_bound_us, useful_work_us
+from megatron_dip.simulator.chrome_trace import write_chrome_trace
+from megatron_dip.simulator.picture import write_picture
+from megatron_dip.simulator.simulate import Simulation, simulate
+from megatron_dip.simulator.tasks import build_task_table
+from megatron_dip.simulator.timeline import plan_panel, write_timeline
+from megatron_dip.workload import load_problem
+
+__all__ = ["app", "main"]
+
+
+class _Group(TyperGroup):
+    """Shows an error of this package as one line and exits with 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DipError as error:
+            typer.echo(f"megatron-dip: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Dynamic interleaved pipelines for large multimodal models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class AlgorithmChoice(StrEnum):
+    """Names of the planners, as typer wants them."""
+
+    DUAL_QUEUE = "dual_queue"
+    ONE_F_ONE_B = "one_f_one_b"
+
+
+assert set(AlgorithmChoice) == set(get_args(Algorithm))
+
+PlanFiles = Annotated[list[Path], typer.Argument(help="Plan files.")]
+
+
+@app.command()
+def plan(
+    problem: Annotated[Path, typer.Option(help="Batch problem (JSON).")],
+    partition: Annotated[Path, typer.Option(help="Partition (JSON).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes (JSON).")],
+    algorithm: Annotated[
+        AlgorithmChoice, typer.Option(help="How actions are ordered.")
+    ] = AlgorithmChoice.DUAL_QUEUE,
+    max_tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="MODULE=TOKENS: largest sub-microbatch of a module; may be repeated."),
+    ] = None,
+    split_backward: Annotated[
+        bool, typer.Option("--split-backward", help="Input and weight gradients apart.")
+    ] = False,
+) -> None:
+    """Plan one batch and write the plan."""
+    made = make_plan(
+        load_problem(problem),
+        load_partition(partition),
+        algorithm=algorithm.value,
+        max_tokens=_parse_max_tokens(max_tokens or []),
+        split_backward=split_backward,
+    )
+    _write(output, lambda: save_plan(made, output))
+    _print_table([(str(output), made, simulate(made))])
+
+
+@app.command()
+def validate(plans: PlanFiles) -> None:
+    """Check that plans are correct schedules of their problems, within the memory limit."""
+    for path in plans:
+        loaded = load_plan(path)
+        try:
+            validate_plan(loaded)
+            check_memory(loaded, simulate(loaded).peak_bytes)
+        except DipError as error:
+            raise type(error)(f"{path}: {error}") from error
+        typer.echo(f"{path}: ok ({sum(map(len, loaded.actions))} actions)")
+
+
+@app.command("simulate")
+def simulate_plans(
+    plans: PlanFiles,
+    html: Annotated[Path | None, typer.Option(help="Timeline (HTML, needs no network).")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Still picture (SVG).")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Chrome trace (JSON).")] = None,
+) -> None:
+    """Compare plans: time, ratio to the lower bound, utilisation, idle time and memory."""
+    runs = []
+    for path in plans:
+        loaded = load_plan(path)
+        validate_plan(loaded)
+        runs.append((path.stem, loaded, simulate(loaded)))
+    _print_table(runs)
+    panels = [plan_panel(loaded, name, simulation) for name, loaded, simulation in runs]
+    if html is not None:
+        _write(html, lambda: write_timeline(html, ", ".join(path.stem for path in plans), panels))
+    if svg is not None:
+        _write(svg, lambda: write_picture(svg, panels))
+    if trace is not None:
+        _write(trace, lambda: write_chrome_trace(trace, panels))
+
+
+def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:
+    limits: dict[str, int | None] = {}
+    for entry in entries:
+        module, _, tokens = entry.partition("=")
+        if not tokens.isdecimal():
+            raise ConfigError(f"--max-tokens {entry!r} (expected MODULE=TOKENS, e.g. vision=4096)")
+        limits[module] = int(tokens)
+    return limits
+
+
+def _write(path: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+    typer.echo(f"wrote {path}")
+
+
+def _print_table(runs: list[tuple[str, Plan, Simulation]]) -> None:
+    table = Table("plan", "time", "of bound", "utilisation", "idle per rank", "peak memory")
+    for name, loaded, simulation in runs:
+        bound_us = lower_bound_us(build_task_table(loaded.graph))
+        makespan_us = simulation.makespan_us
+        useful = useful_work_us(loaded.problem) / loaded.problem.num_ranks
+        table.add_row(
+            name,
+            f"{makespan_us / 1000:.1f} ms",
+            f"{makespan_us / bound_us:.3f}" if bound_us else "-",
+            f"{useful / makespan_us:.1%}" if makespan_us else "-",
+            " ".join(f"{idle:.1%}" for idle in simulation.bubble_fraction),
+            f"{max(simulation.peak_bytes) / 1e9:.2f} GB",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

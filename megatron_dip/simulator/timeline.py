@@ -1,0 +1,167 @@
+"""Timelines: predicted and measured schedules as one HTML file that needs no network.
+
+A *panel* is one schedule, a row per rank; panels stand under one another on a shared time axis, so
+that a prediction can be compared with a measurement, or one schedule with another.
+"""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from megatron_dip.plan.actions import ActionType
+from megatron_dip.plan.graph import Work
+from megatron_dip.plan.plan import Plan
+from megatron_dip.simulator.simulate import Simulation, simulate
+from megatron_dip.simulator.tasks import build_task_table
+
+__all__ = [
+    "Panel",
+    "Span",
+    "SpanKind",
+    "idle_fractions",
+    "module_colours",
+    "plan_panel",
+    "write_timeline",
+]
+
+SpanKind = Literal["F", "B", "I", "W", "wait"]
+
+_KINDS: tuple[SpanKind, ...] = ("F", "B", "I", "W", "wait")
+# Told apart by people who do not see red or green, and readable under white text.
+_COLOURS = ("#2f7fc1", "#d9822b", "#2a9d7f", "#9b5fb5", "#c2506b", "#7d7a3a", "#4f5fa8", "#8a6a52")
+
+
+class Span(NamedTuple):
+    """Something that a rank did; times in microseconds from the start of the panel."""
+
+    rank: int
+    module: str
+    action: str
+    """Action text, e.g. ``3F12.1``."""
+    start_us: float
+    end_us: float
+    kind: SpanKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One schedule."""
+
+    title: str
+    spans: Sequence[Span]
+    num_ranks: int
+    memory: Mapping[int, Sequence[tuple[float, int]]] | None = None
+    """Per rank: (time in microseconds, bytes held from then on)."""
+
+    @property
+    def end_us(self) -> float:
+        return max((span.end_us for span in self.spans), default=0.0)
+
+
+def idle_fractions(panel: Panel) -> tuple[float, ...]:
+    """Per rank, the part of the panel's time in which the rank does not compute."""
+    busy = [0.0] * panel.num_ranks
+    for span in panel.spans:
+        if span.kind != "wait":
+            busy[span.rank] += span.end_us - span.start_us
+    end_us = panel.end_us
+    return tuple(max(0.0, 1.0 - time / end_us) if end_us else 0.0 for time in busy)
+
+
+def module_colours(panels: Sequence[Panel]) -> dict[str, str]:
+    """A colour per module, in the order in which the modules first appear."""
+    names = dict.fromkeys(
+        span.module
+        for panel in panels
+        for span in sorted(panel.spans, key=lambda span: span.start_us)
+    )
+    return {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+
+
+def plan_panel(plan: Plan, title: str, simulation: Simulation | None = None) -> Panel:
+    """What the simulator expects of ``plan``, with the memory that its activations take."""
+    simulation = simulation or simulate(plan)
+    spans = [
+        Span(
+            rank,
+            plan.partition[timed.action.stage].module,
+            str(timed.action),
+            timed.start_us,
+            timed.end_us,
+            timed.action.type.value,  # type: ignore[arg-type]
+        )
+        for rank, line in enumerate(simulation.timelines)
+        for timed in line
+    ]
+    return Panel(
+        title=title,
+        spans=spans,
+        num_ranks=plan.problem.num_ranks,
+        memory=_memory_curves(plan, simulation),
+    )
+
+
+def _memory_curves(plan: Plan, simulation: Simulation) -> dict[int, list[tuple[float, int]]]:
+    table = build_task_table(plan.graph, plan.recomputed_layers)
+    curves: dict[int, list[tuple[float, int]]] = {}
+    for rank, line in enumerate(simulation.timelines):
+        held = table.static_bytes[rank]
+        curve = [(0.0, held)]
+        for action, start_us, end_us in line:
+            number = table.numbers[Work(action.stage, action.microbatch or 0, action.sub)]
+            if action.type is ActionType.FORWARD:
+                held += table.stored_bytes[number]
+                curve.append((start_us, held))
+            elif action.type is not ActionType.INPUT_GRAD or not table.has_weight_grad[number]:
+                held -= table.stored_bytes[number]
+                curve.append((end_us, held))
+        curves[rank] = curve
+    return curves
+
+
+def write_timeline(path: str | Path, title: str, panels: Sequence[Panel]) -> None:
+    """Write ``panels`` under one another into one self-contained HTML file."""
+    colours = module_colours(panels)
+    data = {
+        "modules": list(colours),
+        "colours": list(colours.values()),
+        "panels": [_panel_data(panel, list(colours)) for panel in panels],
+    }
+    template = resources.files("megatron_dip.simulator").joinpath("timeline.html")
+    # In JSON "<" only occurs inside strings; escaped, no string can end the script element.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = template.read_text(encoding="utf-8").replace("__TITLE__", html.escape(title))
+    Path(path).write_text(page.replace("__DATA__", text), encoding="utf-8")
+
+
+def _panel_data(panel: Panel, modules: list[str]) -> dict[str, Any]:
+    rows: list[list[list[Any]]] = [[] for _ in range(panel.num_ranks)]
+    number = {module: index for index, module in enumerate(modules)}
+    for span in sorted(panel.spans, key=lambda span: (span.rank, span.start_us)):
+        rows[span.rank].append(
+            [
+                round(span.start_us, 1),
+                round(span.end_us, 1),
+                number[span.module],
+                _KINDS.index(span.kind),
+                span.action,
+            ]
+        )
+    memory = None
+    if panel.memory is not None:
+        memory = [
+            [[round(time, 1), held] for time, held in panel.memory.get(rank, ())]
+            for rank in range(panel.num_ranks)
+        ]
+    return {
+        "title": panel.title,
+        "end_us": panel.end_us,
+        "idle": idle_fractions(panel),
+        "rows": rows,
+        "memory": memory,
+        "memory_top": max((point[1] for curve in memory or () for point in curve), default=0),
+    }
