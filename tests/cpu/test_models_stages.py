@@ -4,6 +4,8 @@ import logging
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import Float16Module
 from models_setup import (
     LANGUAGE_HIDDEN,
     LANGUAGE_LAYERS,
@@ -20,6 +22,7 @@ from models_setup import (
 from megatron_dip.data.images import patch_coordinates
 from megatron_dip.errors import PartitionError, UnsupportedError
 from megatron_dip.models.initialization import named_global_parameters
+from megatron_dip.models.layers import block_submodules
 from megatron_dip.models.segment_layout import slice_config
 from megatron_dip.models.shapes import inner_boundary_shape, vision_output_shape
 from megatron_dip.models.vision import interpolated_positions
@@ -304,10 +307,6 @@ def test_layers_outside_of_the_module_are_refused(base):
 def test_experts_are_refused_by_name(base):
     stage_config = slice_config(base, first_layer=0, num_layers=1, first=True, last=True)
     stage_config.num_moe_experts = 4
-    from megatron.core.transformer.enums import AttnMaskType
-
-    from megatron_dip.models.layers import block_submodules
-
     with pytest.raises(UnsupportedError, match="num_moe_experts"):
         block_submodules(stage_config, num_layers=1, mask_type=AttnMaskType.causal)
 
@@ -316,6 +315,28 @@ def test_building_stages_does_not_repeat_megatrons_deprecation_notice(base, capl
     with caplog.at_level(logging.WARNING):
         language_stages(base)
     assert "DEPRECATED" not in caplog.text
+
+
+def test_16_bit_stages_hand_on_16_bit_rows_under_megatrons_wrapper():
+    base = base_config(torch.bfloat16)
+    base.bf16 = True
+    images, text = vision_batch(), language_batch()
+    vision, language = (
+        [Float16Module(stage.config, stage) for stage in stages]
+        for stages in (vision_stages(base, (1,)), language_stages(base, (2,)))
+    )
+    inner = vision[0](None, images, fp32_output=False)
+    features = vision[1](inner, images, fp32_output=False)
+    hidden = language[0](None, text, features, fp32_output=False)
+    assert {inner.dtype, features.dtype, hidden.dtype} == {torch.bfloat16}
+    losses = language[1](hidden, text)
+    assert losses.dtype == torch.float32
+    losses.sum().backward()
+    assert all(
+        parameter.grad is not None
+        for stage in vision + language
+        for parameter in stage.parameters()
+    )
 
 
 def test_one_step_of_both_modules_trains_all_parameters(base):

@@ -14,7 +14,8 @@ WORKER = Path(__file__).with_name("models_tensor_parallel_worker.py")
 MODES = ("plain", "sequence", "sequence+recompute")
 # Megatron computes the loss in 32 bits whatever the model's precision is, and adds up the ranks'
 # parts of the softmax in another order than one rank alone.
-TOLERANCE = 2e-6
+LOSS_TOLERANCE = 2e-6
+GRADIENT_TOLERANCE = 2e-7
 
 
 def run_worker(folder, tensor_parallel, modes):
@@ -77,7 +78,7 @@ def test_every_rank_has_all_image_features(one_rank, two_ranks):
 def test_every_rank_has_the_losses_of_all_tokens(one_rank, two_ranks):
     for results in two_ranks:
         torch.testing.assert_close(
-            results["losses"], one_rank["losses"], rtol=TOLERANCE, atol=TOLERANCE
+            results["losses"], one_rank["losses"], rtol=LOSS_TOLERANCE, atol=LOSS_TOLERANCE
         )
 
 
@@ -85,9 +86,12 @@ def test_every_rank_has_the_complete_gradient_of_the_features(one_rank, two_rank
     expected = one_rank["features gradient"]
     for results in two_ranks:
         torch.testing.assert_close(
-            results["features gradient"], expected, rtol=0, atol=TOLERANCE * expected.abs().max()
+            results["features gradient"],
+            expected,
+            rtol=0,
+            atol=GRADIENT_TOLERANCE * expected.abs().max(),
         )
 
 
 def test_every_gradient_is_that_of_one_rank(one_rank, two_ranks):
-    assert_shards(two_ranks, one_rank, "gradients", TOLERANCE)
+    assert_shards(two_ranks, one_rank, "gradients", GRADIENT_TOLERANCE)
