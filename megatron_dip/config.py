@@ -131,6 +131,9 @@ class DataConfig(Form):
     """Least language tokens that an image stands for, after the 2x2 merge."""
     max_image_tokens: Positive = 256
     skip_bad_samples: bool = False
+    """Go on without samples that cannot be used, and count them; also --skip-bad-samples."""
+    valid_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the samples that is kept for validation."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -230,4 +233,6 @@ def megatron_arguments(config: DipConfig) -> dict[str, int | float | str | bool]
         "untie_embeddings_and_output_weights": True,
         "tokenizer_type": "NullTokenizer",
         "vocab_size": language.vocab_size,
+        # Megatron's own loaders have no place for a function that puts microbatches together.
+        "dataloader_type": "external",
     }

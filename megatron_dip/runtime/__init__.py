@@ -10,6 +10,8 @@ from megatron_dip.runtime.runner import (
     SavedForward,
     StageInput,
     StageRunner,
+    backward_inputs,
+    backward_weights,
 )
 from megatron_dip.runtime.timeline import MeasuredSpan, Recorder
 
@@ -26,6 +28,8 @@ __all__ = [
     "StageInput",
     "StageRunner",
     "agree_on_plan",
+    "backward_inputs",
+    "backward_weights",
     "create_channel_groups",
     "message_shape",
     "pipeline_channels",

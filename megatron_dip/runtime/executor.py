@@ -31,16 +31,23 @@ class Executor:
         runner: How stages compute.
         channels: Transfers to the other ranks.
         boundaries: Shapes of what is received.
+        recorder: Where spans of computing and waiting are added.
     """
 
     def __init__(
-        self, *, rank: int, runner: StageRunner, channels: Channels, boundaries: BoundaryRules
+        self,
+        *,
+        rank: int,
+        runner: StageRunner,
+        channels: Channels,
+        boundaries: BoundaryRules,
+        recorder: Recorder | None = None,
     ) -> None:
         self.rank = rank
         self.runner = runner
         self.channels = channels
         self.boundaries = boundaries
-        self.recorder = Recorder()
+        self.recorder = recorder or Recorder()
 
     def run(self, plan: Plan, *, forward_only: bool = False) -> None:
         """Execute this rank's actions; returns when all are done and all sends have ended.
@@ -48,7 +55,6 @@ class Executor:
         Raises:
             ExecutionError: An action failed; its message shows the action within the schedule.
         """
-        self.recorder.clear()
         run = _PlanRun(self, plan, forward_only)
         actions = plan.actions[self.rank]
         if forward_only:
@@ -131,8 +137,8 @@ class _PlanRun:
 
     def backward(self, action: Action) -> None:
         work = _work_of(action)
-        saved = self._unstash(work)
         output_grad = self._output_grad(work, action)
+        saved = self._unstash(work)
         start = self.executor.recorder.now_us()
         grads = []
         if saved.call.is_loss or output_grad is not None:
@@ -147,8 +153,8 @@ class _PlanRun:
             self.backward(action)
             return
         saved = self.stash[work]
-        self._release(work, saved)
         saved.output_grad = self._output_grad(work, action)
+        self._end_sends(work)
         start = self.executor.recorder.now_us()
         grads = []
         if saved.call.is_loss or saved.output_grad is not None:
@@ -234,14 +240,14 @@ class _PlanRun:
 
     def _unstash(self, work: Work) -> SavedForward:
         saved = self.stash.pop(work)
-        self._release(work, saved)
+        self._end_sends(work)
+        self.executor.runner.release_output(saved)
         return saved
 
-    def _release(self, work: Work, saved: SavedForward) -> None:
-        # The gradient is here, so the output has arrived: these waits return at once.
+    def _end_sends(self, work: Work) -> None:
+        # The gradient is on its way back, so the output has arrived: these waits return at once.
         for send in self.sends.pop(work, ()):
             self.executor.channels.wait_send(send)
-        self.executor.runner.release_output(saved)
 
 
 def _work_of(action: Action) -> Work:

@@ -15,7 +15,15 @@ from megatron_dip.partition import Stage
 from megatron_dip.plan import Work
 from megatron_dip.workload import SubMicrobatch
 
-__all__ = ["ForwardCall", "ModuleRunner", "SavedForward", "StageInput", "StageRunner"]
+__all__ = [
+    "ForwardCall",
+    "ModuleRunner",
+    "SavedForward",
+    "StageInput",
+    "StageRunner",
+    "backward_inputs",
+    "backward_weights",
+]
 
 
 class StageInput(NamedTuple):
@@ -122,22 +130,10 @@ class ModuleRunner:
     def input_grad(
         self, saved: SavedForward, output_grad: torch.Tensor | None
     ) -> list[torch.Tensor | None]:
-        """Gradients of the inputs alone; the graph stays for :meth:`weight_grad`."""
-        wanted = [tensor for tensor in saved.input_tensors if tensor.requires_grad]
-        if wanted and saved.output.requires_grad:
-            torch.autograd.backward(saved.output, output_grad, inputs=wanted, retain_graph=True)
-        return [tensor.grad for tensor in saved.input_tensors]
+        return backward_inputs(saved, output_grad)
 
     def weight_grad(self, saved: SavedForward) -> None:
-        """Gradients of the parameters alone.
-
-        Autograd walks the graph a second time for them: the halves together cost more than one
-        full backward.  They pay only where layers keep their weight gradients apart themselves.
-        """
-        module = self._stages[saved.call.stage.stage]
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        if parameters and saved.output.requires_grad:
-            torch.autograd.backward(saved.output, saved.output_grad, inputs=parameters)
+        backward_weights(saved, self._stages[saved.call.stage.stage])
 
     def release_output(self, saved: SavedForward) -> None:
         """Plain autograd checks the output's shape in backward, so it stays."""
@@ -162,6 +158,27 @@ class ModuleRunner:
             for grad, piece in zip(grads, pieces, strict=True):
                 grad.copy_(piece.view_as(grad))
         self._reductions = []
+
+
+def backward_inputs(
+    saved: SavedForward, output_grad: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """Gradients of a forward's inputs alone; its graph stays for :func:`backward_weights`."""
+    wanted = [tensor for tensor in saved.input_tensors if tensor.requires_grad]
+    if wanted and saved.output.requires_grad:
+        torch.autograd.backward(saved.output, output_grad, inputs=wanted, retain_graph=True)
+    return [tensor.grad for tensor in saved.input_tensors]
+
+
+def backward_weights(saved: SavedForward, module: torch.nn.Module) -> None:
+    """Gradients of a module's parameters alone, after :func:`backward_inputs`.
+
+    Autograd walks the graph a second time for them: the halves together cost more than one full
+    backward.  They pay only where layers keep their weight gradients apart themselves.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if parameters and saved.output.requires_grad:
+        torch.autograd.backward(saved.output, saved.output_grad, inputs=parameters)
 
 
 def _trainable_grads(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -3,15 +3,14 @@
 import time
 from typing import NamedTuple
 
-from megatron_dip.plan import Action
-
 __all__ = ["MeasuredSpan", "Recorder"]
 
 
 class MeasuredSpan(NamedTuple):
-    """One action or wait; times in microseconds of the host's monotonic clock."""
+    """One piece of work or wait; times in microseconds of the host's monotonic clock."""
 
-    action: Action
+    label: str
+    """The text of the action that was run or that waited, or what else the rank did."""
     start_us: float
     end_us: float
     is_wait: bool
@@ -30,9 +29,6 @@ class Recorder:
     def now_us() -> float:
         return time.perf_counter_ns() / 1000.0
 
-    def record(self, action: Action, start_us: float, *, is_wait: bool = False) -> None:
+    def record(self, label: object, start_us: float, *, is_wait: bool = False) -> None:
         """Add a span that ends now."""
-        self.spans.append(MeasuredSpan(action, start_us, self.now_us(), is_wait))
-
-    def clear(self) -> None:
-        self.spans = []
+        self.spans.append(MeasuredSpan(str(label), start_us, self.now_us(), is_wait))

@@ -1,0 +1,155 @@
+"""Megatron's forward-backward function, run under a plan.
+
+Takes and returns what ``megatron.core.pipeline_parallel.schedules`` does: pulls the microbatches
+of the step, has a plan made for them, runs it, and finalizes gradients.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+
+from megatron_dip.data import VlmMicrobatch
+from megatron_dip.errors import DataError, UnsupportedError
+from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.integration.runner import MegatronRunner
+from megatron_dip.integration.trace import trace_plan
+from megatron_dip.runtime import Executor, Recorder
+
+__all__ = ["forward_backward_dip"]
+
+
+def forward_backward_dip(
+    *,
+    forward_step_func: Any,
+    data_iterator: Any,
+    model: Sequence[torch.nn.Module],
+    num_microbatches: int,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+    first_val_step: bool | None = None,
+    force_all_reduce: bool | None = False,
+    **_: Any,
+) -> list[Any]:
+    """One step of training or evaluation; what Megatron's schedules ask for and do not use here
+    (sequence length, micro-batch size, communicators) is in the plan.
+
+    Returns:
+        On the last pipeline rank the reports of the loss function, one per microbatch; else [].
+
+    Raises:
+        UnsupportedError: The model is not made of chunks of this package.
+        DataError: The iterator yields something else than microbatches.
+        ExecutionError: An action of the plan failed.
+    """
+    recorder = Recorder()
+    start_us = recorder.now_us()
+    pipeline = _pipeline_of(model)
+    config = get_model_config(model[0])
+    if config.timers is not None:
+        config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+    microbatches = _pull(data_iterator, num_microbatches)
+    recorder.record("data", start_us)
+    planning_us = recorder.now_us()
+    plan = pipeline.agree_on_plan([microbatch.metadata() for microbatch in microbatches])
+    recorder.record("plan", planning_us, is_wait=not pipeline.is_plan_owner)
+    runner = MegatronRunner(
+        chunks={get_attr_wrapped_model(chunk, "stage").stage: chunk for chunk in model},
+        config=config,
+        forward_step=forward_step_func,
+        microbatches=microbatches,
+        context_parallel_size=mpu.get_context_parallel_world_size(),
+        reduces_early=_reduces_early(model) and not forward_only,
+        first_microbatch=schedules.check_first_val_step(first_val_step, forward_only, True),
+        collect_non_loss_data=collect_non_loss_data,
+    )
+    executor = Executor(
+        rank=pipeline.rank,
+        runner=runner,
+        channels=pipeline.channels,
+        boundaries=pipeline.boundaries,
+        recorder=recorder,
+    )
+    with _without_gradient_sync(model):
+        executor.run(plan, forward_only=forward_only)
+    if not forward_only:
+        _finalize(model, config, runner, bool(force_all_reduce))
+    if config.timers is not None:
+        config.timers("forward-backward").stop()
+    if not forward_only:
+        trace_plan(pipeline, plan, recorder, start_us)
+    return runner.reports.in_order()
+
+
+def _pipeline_of(model: Sequence[torch.nn.Module]) -> DipPipeline:
+    try:
+        pipeline = get_attr_wrapped_model(model[0], "pipeline")
+    except RuntimeError:
+        raise UnsupportedError(
+            "--dip-schedule was given but the model is not made of stages (have the script's "
+            "model_provider call megatron_dip.integration.vlm.build_model)"
+        ) from None
+    assert isinstance(pipeline, DipPipeline)
+    return pipeline
+
+
+def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[VlmMicrobatch]:
+    if data_iterator is None:
+        raise DataError(
+            "this rank has no data (set is_distributed = True on the script's dataset provider: "
+            "under --dip-schedule every rank reads the batch's metadata)"
+        )
+    microbatches = []
+    for _ in range(num_microbatches):
+        microbatch = next(data_iterator)
+        if not isinstance(microbatch, VlmMicrobatch):
+            raise DataError(
+                f"the data iterator yielded {type(microbatch).__name__} (expected VlmMicrobatch: "
+                f"use the datasets of megatron_dip.integration.vlm)"
+            )
+        microbatches.append(microbatch)
+    return microbatches
+
+
+def _reduces_early(model: Sequence[torch.nn.Module]) -> bool:
+    """Whether gradients may be reduced as soon as a stage's last backward is done.
+
+    Without overlap a reduction blocks, and finalizing would do it a second time; with several
+    optimizer instances its handle is lost, with the same effect.
+    """
+    ddp_config = getattr(model[0], "ddp_config", None)
+    return bool(
+        ddp_config is not None
+        and ddp_config.overlap_grad_reduce
+        and ddp_config.num_distributed_optimizer_instances == 1
+    )
+
+
+def _without_gradient_sync(model: Sequence[torch.nn.Module]) -> ExitStack:
+    """Megatron's own hooks count backwards of the first batch; a plan's differ per batch."""
+    stack = ExitStack()
+    for chunk in model:
+        if hasattr(chunk, "no_sync"):
+            stack.enter_context(chunk.no_sync())  # type: ignore[operator]
+    return stack
+
+
+def _finalize(
+    model: Sequence[torch.nn.Module],
+    config: TransformerConfig,
+    runner: MegatronRunner,
+    force_all_reduce: bool,
+) -> None:
+    if config.finalize_model_grads_func is None:
+        return
+    config.finalize_model_grads_func(
+        list(model),
+        runner.num_tokens if config.calculate_per_token_loss else None,
+        pg_collection=get_attr_wrapped_model(model[0], "pg_collection"),
+        force_all_reduce=force_all_reduce,
+    )

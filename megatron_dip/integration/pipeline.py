@@ -1,0 +1,149 @@
+"""What a rank needs to run plans under Megatron: configuration, groups, channels, boundaries."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dip.config import DipConfig, build_partition
+from megatron_dip.costs import ProblemBuilder
+from megatron_dip.errors import ConfigError
+from megatron_dip.partition import Partition
+from megatron_dip.plan import Plan
+from megatron_dip.planner import make_plan
+from megatron_dip.runtime import (
+    BoundaryRule,
+    BoundaryRules,
+    Channels,
+    agree_on_plan,
+    create_channel_groups,
+    pipeline_channels,
+)
+from megatron_dip.workload import MicrobatchMetadata, Problem
+
+__all__ = ["DipPipeline"]
+
+_ADAM_STATE_BYTES = 8
+_FP32_BYTES = 4
+_BF16_BYTES = 2
+
+
+class DipPipeline:
+    """One pipeline's share of the run, the same object for all chunks of a rank.
+
+    Making it is a collective call of the whole world: it creates process groups.
+
+    Args:
+        config: The run's configuration.
+        transformer_config: Megatron's configuration of the language module.
+        timeout_seconds: Limit of every wait of the executor.
+    """
+
+    def __init__(
+        self,
+        config: DipConfig,
+        transformer_config: TransformerConfig,
+        timeout_seconds: float,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.partition: Partition = build_partition(config)
+        self.rank: int = mpu.get_pipeline_model_parallel_rank()
+        self.num_ranks: int = mpu.get_pipeline_model_parallel_world_size()
+        if config.schedule.num_ranks != self.num_ranks:
+            raise ConfigError(
+                f"schedule.num_ranks is {config.schedule.num_ranks} but the launch has "
+                f"--pipeline-model-parallel-size {self.num_ranks} (make them equal)"
+            )
+        tensor_ranks: int = mpu.get_tensor_model_parallel_world_size()
+        is_fp32 = transformer_config.params_dtype == torch.float32
+        self._problems = ProblemBuilder(
+            config=config,
+            bytes_per_value=_FP32_BYTES if is_fp32 else _BF16_BYTES,
+            static_bytes_per_weight=_static_bytes(is_fp32),
+            num_tensor_ranks=tensor_ranks,
+        )
+        self.boundaries = _boundaries(config, transformer_config, tensor_ranks)
+        own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
+        channels = pipeline_channels(self.partition, {"vision": (), "language": ("vision",)})
+        pipelines = _gather_distinct(own_pipeline)
+        groups = create_channel_groups(channels, pipelines, timeout_seconds)
+        self._plan_group = _create_plan_group(timeout_seconds)
+        self.channels = Channels(
+            rank=self.rank,
+            pipeline=own_pipeline,
+            groups=groups,
+            device=device,
+            timeout_seconds=timeout_seconds,
+        )
+
+    @property
+    def is_plan_owner(self) -> bool:
+        return bool(dist.get_rank(self._plan_group) == 0)
+
+    def agree_on_plan(self, microbatches: Sequence[MicrobatchMetadata]) -> Plan:
+        """The plan of a batch, the same on all ranks of this pipeline; see ``runtime``."""
+        problem = self._problems.build(microbatches)
+        return agree_on_plan(problem, self.partition, self._make_plan, self._plan_group)
+
+    def _make_plan(self, problem: Problem, partition: Partition) -> Plan:
+        schedule = self.config.schedule
+        return make_plan(
+            problem,
+            partition,
+            algorithm=schedule.planner,
+            max_tokens={
+                name: module.sub_microbatch_tokens for name, module in schedule.modules.items()
+            },
+        )
+
+
+def _static_bytes(is_fp32: bool) -> int:
+    """Bytes per weight: weight, gradient (fp32 in both), master weight and Adam's two moments."""
+    weight = _FP32_BYTES if is_fp32 else _BF16_BYTES + _FP32_BYTES
+    return weight + _FP32_BYTES + _ADAM_STATE_BYTES
+
+
+def _boundaries(
+    config: DipConfig, transformer_config: TransformerConfig, tensor_ranks: int
+) -> BoundaryRules:
+    shards = tensor_ranks if transformer_config.sequence_parallel else 1
+    dtype = transformer_config.pipeline_dtype or transformer_config.params_dtype
+    vision, language = config.model.vision, config.model.language
+    return BoundaryRules(
+        inner={
+            "vision": BoundaryRule(width=vision.hidden_size, dtype=dtype, num_shards=shards),
+            "language": BoundaryRule(width=language.hidden_size, dtype=dtype, num_shards=shards),
+        },
+        # The merge joins 2x2 patches, and every tensor-parallel rank holds all of its rows.
+        outer={"vision": BoundaryRule(width=language.hidden_size, dtype=dtype, tokens_per_row=4)},
+    )
+
+
+def _gather_distinct(ranks: Sequence[int]) -> list[list[int]]:
+    """The rank lists of all processes of the world, each once, in one order."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(ranks))
+    return [list(ranks) for ranks in sorted({tuple(ranks) for ranks in gathered})]
+
+
+def _create_plan_group(timeout_seconds: float) -> dist.ProcessGroup:
+    """A CPU group of all ranks that run one plan: the tensor and pipeline peers of a replica."""
+    own = dist.get_process_group_ranks(mpu.get_model_parallel_group())
+    result: dist.ProcessGroup | None = None
+    for members in _gather_distinct(own):
+        group = dist.new_group(
+            members,
+            timeout=timedelta(seconds=timeout_seconds),
+            backend="gloo",
+            group_desc="dip: plans",
+        )
+        if dist.get_rank() in members:
+            assert isinstance(group, dist.ProcessGroup)
+            result = group
+    assert result is not None
+    return result

@@ -1,0 +1,154 @@
+"""Runs Megatron's stages for the executor, through Megatron's own forward and backward steps.
+
+``schedules.forward_step`` and ``schedules.backward_step`` bring autocast, loss scaling, the
+scalers of auxiliary losses and the script's ``forward_step`` with them, so that the loss means
+what it means under Megatron's own schedule.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
+
+from megatron_dip.data import LanguageBatch, VisionBatch, VlmMicrobatch
+from megatron_dip.integration.chunks import StageBatch, UpstreamRows
+from megatron_dip.integration.losses import LossReports, weighted_forward_step
+from megatron_dip.partition import Stage
+from megatron_dip.runtime import ForwardCall, SavedForward, backward_inputs, backward_weights
+from megatron_dip.workload import SubMicrobatch
+
+__all__ = ["MegatronRunner"]
+
+
+class MegatronRunner:
+    """The stages of one rank for one iteration.
+
+    Args:
+        chunks: Wrapped chunks by stage number.
+        config: The configuration shared by the chunks.
+        forward_step: The script's own.
+        microbatches: The data of this iteration.
+        context_parallel_size: Ranks over which Megatron averages a two-part loss.
+        reduces_early: Whether a stage's gradients are reduced while others still compute.
+        first_microbatch: False where cached fp8 weights stay valid (validation after its first).
+        collect_non_loss_data: As in Megatron's schedules.
+    """
+
+    def __init__(
+        self,
+        *,
+        chunks: Mapping[int, torch.nn.Module],
+        config: TransformerConfig,
+        forward_step: Callable[..., Any],
+        microbatches: Sequence[VlmMicrobatch],
+        context_parallel_size: int,
+        reduces_early: bool,
+        first_microbatch: bool = True,
+        collect_non_loss_data: bool = False,
+    ) -> None:
+        self._chunks = dict(chunks)
+        self._config = config
+        self._forward_step = forward_step
+        self._microbatches = tuple(microbatches)
+        self._context_parallel_size = context_parallel_size
+        self._reduces_early = reduces_early
+        self._collect_non_loss_data = collect_non_loss_data
+        self._device = next(next(iter(self._chunks.values())).parameters()).device
+        self._fresh_chunks = set(self._chunks) if first_microbatch else set()
+        self._data: dict[SubMicrobatch, VisionBatch | LanguageBatch] = {}
+        self.reports = LossReports()
+        self.num_tokens = torch.zeros([], dtype=torch.int, device=self._device)
+
+    def forward(self, call: ForwardCall) -> torch.Tensor:
+        batch = self._stage_batch(call)
+        store: list[Any] = []
+        number = call.work.microbatch
+        stage = call.stage.stage
+        output, num_tokens = schedules.forward_step(
+            self._forward_step_of(call, batch),
+            iter([batch]),
+            self._chunks[stage],
+            len(self._microbatches),
+            [stage_input.tensor for stage_input in call.inputs],
+            store,
+            self._config,
+            self._context_parallel_size,
+            collect_non_loss_data=self._collect_non_loss_data,
+            is_first_microbatch=stage in self._fresh_chunks,
+            current_microbatch=number,
+            is_last_stage=call.is_loss,
+        )
+        self._fresh_chunks.discard(stage)
+        for report in store:
+            self.reports.add(number, report)
+        self.num_tokens += num_tokens
+        (tensor,) = output
+        if call.is_loss:
+            return tensor
+        # A view would keep its base alive when its own memory is freed.
+        viewless: torch.Tensor = make_viewless_tensor(
+            tensor, requires_grad=tensor.requires_grad, keep_graph=True
+        )
+        return viewless
+
+    def backward(
+        self, saved: SavedForward, output_grad: torch.Tensor | None
+    ) -> list[torch.Tensor | None]:
+        inputs = [tensor if tensor.requires_grad else None for tensor in saved.input_tensors]
+        grads: list[torch.Tensor | None] = schedules.backward_step(
+            inputs, saved.output, output_grad, self._config
+        )
+        return grads
+
+    def input_grad(
+        self, saved: SavedForward, output_grad: torch.Tensor | None
+    ) -> list[torch.Tensor | None]:
+        scale = self._config.grad_scale_func
+        if output_grad is None and scale is not None:
+            saved.output = scale(saved.output)
+        return backward_inputs(saved, output_grad)
+
+    def weight_grad(self, saved: SavedForward) -> None:
+        backward_weights(saved, self._chunks[saved.call.stage.stage])
+
+    def release_output(self, saved: SavedForward) -> None:
+        if not saved.call.is_loss:
+            schedules.deallocate_output_tensor(
+                saved.output, self._config.deallocate_pipeline_outputs
+            )
+
+    def reduce_grad(self, stage: Stage) -> None:
+        if self._reduces_early:
+            self._chunks[stage.stage].start_grad_sync()  # type: ignore[operator]
+
+    def _forward_step_of(self, call: ForwardCall, batch: StageBatch) -> Callable[..., Any]:
+        if not call.is_loss:
+            return self._forward_step
+        return weighted_forward_step(
+            self._forward_step,
+            part_tokens=int(batch.loss_mask.sum()),
+            whole_tokens=self._microbatches[call.work.microbatch].num_loss_tokens,
+            per_token=self._config.calculate_per_token_loss,
+        )
+
+    def _stage_batch(self, call: ForwardCall) -> StageBatch:
+        sub = call.sub_microbatch
+        microbatch = self._microbatches[sub.microbatch]
+        data = self._data.get(sub)
+        if data is None:
+            data = microbatch.sub_batch(sub.module, sub.items).to(self._device)
+            self._data[sub] = data
+        upstream = tuple(
+            UpstreamRows(
+                items=other.sub_microbatch.items,
+                num_rows=tuple(
+                    microbatch.images[item].num_tokens for item in other.sub_microbatch.items
+                ),
+            )
+            for other in call.inputs
+            if other.sub_microbatch.module != sub.module
+        )
+        return StageBatch(data=data, upstream=upstream, recompute_layers=call.recompute_layers)

@@ -1,0 +1,188 @@
+"""One rank of the executor's equality test: toy modules under a plan against a plain loop.
+
+Started by ``test_executor.py``; all cases of one number of ranks run in one process group.
+"""
+
+import os
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from toy_modules import WIDTH, Case, ToyStage, build_stages, plain_loop
+
+from megatron_dip.partition import Partition, partition_from_layers
+from megatron_dip.plan import Plan, Recompute, pack_plan, unpack_plan
+from megatron_dip.planner import make_plan
+from megatron_dip.runtime import (
+    BoundaryRule,
+    BoundaryRules,
+    Channels,
+    Executor,
+    ModuleRunner,
+    create_channel_groups,
+    pipeline_channels,
+)
+
+TOLERANCE = 1e-12
+
+CASES: dict[int, list[Case]] = {
+    1: [
+        Case(
+            name="everything on one rank: no message crosses a channel",
+            upstream={"vision": (), "language": ("vision",)},
+            batch=[{"vision": [4, 8], "language": [6, 5]}, {"vision": [], "language": [7]}],
+            cut={"vision": [[1], [1]], "language": [[1], [2]]},
+            max_tokens={"vision": 8, "language": 6},
+        ),
+    ],
+    2: [
+        Case(
+            name="vision and language, one segment, text-only microbatch",
+            upstream={"vision": (), "language": ("vision",)},
+            batch=[
+                {"vision": [4, 8], "language": [6, 5]},
+                {"vision": [], "language": [7]},
+                {"vision": [4, 4, 4], "language": [3, 9]},
+            ],
+            cut={"vision": [[1, 1]], "language": [[2, 1]]},
+        ),
+        Case(
+            name="two segments, sub-microbatches, needs, 1F1B",
+            upstream={"vision": (), "language": ("vision",)},
+            batch=[
+                {"vision": [4, 8, 2], "language": [6, 5]},
+                {"vision": [4], "language": [7, 2]},
+                {"vision": [4, 4, 4], "language": [3, 9]},
+            ],
+            cut={"vision": [[1, 1], [1, 1]], "language": [[1, 1], [1, 0]]},
+            max_tokens={"vision": 6, "language": 6},
+            needs={("language", 0, 0): {"vision": (0, 2)}, ("language", 0, 1): {"vision": (1, 2)}},
+            algorithm="one_f_one_b",
+        ),
+        Case(
+            name="frozen encoder, split backward",
+            upstream={"text": (), "dit": ("text",)},
+            batch=[{"text": [3, 3], "dit": [5]}, {"text": [2], "dit": [8]}] * 2,
+            cut={"text": [[1, 1]], "dit": [[1, 1], [1, 1]]},
+            frozen=("text",),
+            split_backward=True,
+        ),
+    ],
+    4: [
+        Case(
+            name="fan-in of two encoders, frozen language, skipped ranks, recompute",
+            upstream={"vision": (), "audio": (), "language": ("vision", "audio")},
+            batch=[
+                {"vision": [4, 8], "audio": [3], "language": [6, 5]},
+                {"vision": [], "audio": [], "language": [7]},
+                {"vision": [4], "audio": [], "language": [3, 9]},
+                {"vision": [], "audio": [2, 2], "language": [8]},
+            ],
+            cut={
+                "vision": [[1, 0, 1, 1]],
+                "audio": [[0, 1, 1, 0]],
+                "language": [[1, 1, 1, 1], [0, 1, 0, 0]],
+            },
+            frozen=("language",),
+            max_tokens={"vision": 4, "language": 6},
+            recompute=True,
+        ),
+        Case(
+            name="two segments each, many microbatches",
+            upstream={"vision": (), "language": ("vision",)},
+            batch=[{"vision": [4] * (number % 4), "language": [5, 6]} for number in range(8)],
+            cut={"vision": [[1, 1, 1, 1]], "language": [[1, 1, 1, 1], [1, 1, 1, 0]]},
+            max_tokens={"vision": 8, "language": 6},
+            split_backward=True,
+            recompute=True,
+        ),
+    ],
+}
+
+
+def plan_of(case: Case, num_ranks: int, partition: Partition) -> Plan:
+    problem = case.problem(num_ranks)
+    plan = make_plan(
+        problem,
+        partition,
+        algorithm=case.algorithm,
+        max_tokens={name: case.max_tokens.get(name) for name in case.upstream},
+        split_backward=case.split_backward,
+    )
+    if case.recompute:
+        plan = replace(plan, recompute=recompute_everything(plan))
+    # As in training: the plan travels in its compact form.
+    return unpack_plan(pack_plan(plan), problem, partition)
+
+
+def recompute_everything(plan: Plan) -> tuple[Recompute, ...]:
+    graph = plan.graph
+    return tuple(
+        Recompute(*work, tuple(graph.partition[work.stage].layers))
+        for work in graph.works
+        if graph.has_backward(work.stage) and graph.partition[work.stage].num_layers
+    )
+
+
+def run_case(case: Case, rank: int, num_ranks: int) -> None:
+    partition = partition_from_layers(case.cut, num_ranks)
+    plan = plan_of(case, num_ranks, partition)
+    pipeline = list(range(num_ranks))
+    groups = create_channel_groups(pipeline_channels(partition, case.upstream), [pipeline], 30.0)
+    channels = Channels(
+        rank=rank,
+        pipeline=pipeline,
+        groups=groups,
+        device=torch.device("cpu"),
+        timeout_seconds=30.0,
+    )
+    stages = build_stages(case, partition.stages_on(rank))
+    runner = ModuleRunner(stages, case.rows())
+    rules = {name: BoundaryRule(width=WIDTH, dtype=torch.float64) for name in case.upstream}
+    executor = Executor(
+        rank=rank,
+        runner=runner,
+        channels=channels,
+        boundaries=BoundaryRules(inner=rules, outer=rules),
+    )
+    executor.run(plan, forward_only=True)
+    forward_losses = dict(runner.losses)
+    executor.run(plan)
+    assert runner.losses == forward_losses, "evaluation and training must see the same loss"
+    expected_loss, expected = plain_loop(case, plan.problem, partition)
+    if rank == num_ranks - 1:
+        loss = sum(float(loss) for loss in runner.losses.values())
+        assert abs(loss - expected_loss) <= TOLERANCE * abs(expected_loss), (loss, expected_loss)
+    worst = largest_error(stages, expected)
+    assert worst <= TOLERANCE, f"{case.name}: relative error {worst}"
+    num_actions = len(plan.actions[rank])
+    print(f"rank {rank}: {case.name}: within {worst:.1e}, {num_actions} actions", flush=True)
+
+
+def largest_error(
+    stages: dict[int, ToyStage], expected: dict[tuple[int, str], torch.Tensor | None]
+) -> float:
+    """Relative to the largest gradient of each parameter."""
+    worst = 0.0
+    for number, stage in stages.items():
+        for name, parameter in stage.named_parameters():
+            wanted = expected[number, name]
+            if wanted is None:
+                assert parameter.grad is None, f"stage {number} has a gradient for {name}"
+                continue
+            assert parameter.grad is not None, f"stage {number} has no gradient for {name}"
+            worst = max(worst, float((parameter.grad - wanted).abs().max() / wanted.abs().max()))
+    return worst
+
+
+def main() -> None:
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for case in CASES[num_ranks]:
+        run_case(case, rank, num_ranks)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
