@@ -1,10 +1,11 @@
 """Megatron-LM on CPU: the unmodified ``pretrain()`` over gloo, in several processes.
 
 ``enable()`` gives torch's CUDA functions CPU meanings, so that Megatron's training, evaluation,
-checkpoints and optimizers run as they are; the same layers, the same loop, slower.  It covers
-pipeline, tensor, sequence, data and expert parallelism with 32-bit and bfloat16 parameters.  It
-does not cover what exists only as a CUDA kernel: Transformer Engine, fp8, CUDA graphs, FSDP and
-context parallelism are refused when arguments are parsed.
+checkpoints and optimizers run as they are; the same layers, the same loop, slower.  Tested are
+pipeline, tensor, sequence and data parallelism, Adam (also distributed) and SGD, 32-bit and
+bfloat16 parameters.  Expert parallelism, fp16 and Megatron's interleaved schedule are neither
+tested nor refused.  What exists only as a CUDA kernel (Transformer Engine, fp8, CUDA graphs, FSDP,
+context parallelism) is refused when arguments are parsed.
 
 Nothing of it is in effect unless ``enable()`` is called: it changes torch for the whole process.
 """
