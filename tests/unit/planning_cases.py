@@ -1,0 +1,180 @@
+"""Problems for the planning tests: small ones with known numbers, and random ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import strategies as st
+
+from megatron_dip.costs.work import static_bytes
+from megatron_dip.partition import Partition, partition_from_layers
+from megatron_dip.plan import PipelineGraph
+from megatron_dip.planner import form_sub_microbatches
+from megatron_dip.simulator import build_task_table
+from megatron_dip.workload import Problem, parse_problem
+
+UNLIMITED = 10**15
+
+MODULE_GRAPHS: dict[str, tuple[tuple[str, tuple[str, ...], bool], ...]] = {
+    "one module": (("language", (), True),),
+    "encoder": (("vision", (), True), ("language", ("vision",), True)),
+    "frozen encoder": (("vision", (), False), ("language", ("vision",), True)),
+    "frozen backbone": (("vision", (), True), ("language", ("vision",), False)),
+    "two encoders": (
+        ("vision", (), True),
+        ("audio", (), False),
+        ("language", ("vision", "audio"), True),
+    ),
+    "three in a row": (
+        ("vision", (), True),
+        ("connector", ("vision",), False),
+        ("language", ("connector",), True),
+    ),
+}
+"""Name, upstream, trainable of every module."""
+
+
+def make_item(number: int = 0, forward_us: float = 1.0, **fields: Any) -> dict[str, Any]:
+    """An item whose backward takes twice its forward."""
+    return {
+        "item": number,
+        "tokens": 1,
+        "forward_us": forward_us,
+        "input_grad_us": forward_us,
+        "weight_grad_us": forward_us,
+        "activation_bytes": 10,
+        "boundary_bytes": 4,
+    } | fields
+
+
+def make_problem(
+    modules: Sequence[tuple[str, tuple[str, ...], bool]],
+    num_layers: dict[str, int],
+    microbatches: list[dict[str, list[dict[str, Any]]]],
+    *,
+    num_ranks: int,
+    overhead_us: float = 0.0,
+    layer_static_bytes: int = 0,
+    latency_us: float = 0.0,
+    bytes_per_us: float = 1e30,
+    memory_limit_bytes: Sequence[int] | None = None,
+) -> Problem:
+    return parse_problem(
+        {
+            "num_ranks": num_ranks,
+            "memory_limit_bytes": list(memory_limit_bytes or [UNLIMITED] * num_ranks),
+            "transfer": {"latency_us": latency_us, "bytes_per_us": bytes_per_us},
+            "modules": [
+                {
+                    "name": name,
+                    "num_layers": num_layers[name],
+                    "upstream": list(upstream),
+                    "trainable": trainable,
+                    "layer_overhead_us": overhead_us,
+                    "layer_static_bytes": layer_static_bytes,
+                }
+                for name, upstream, trainable in modules
+            ],
+            "microbatches": microbatches,
+        }
+    )
+
+
+def chain_case(
+    num_ranks: int, num_microbatches: int, forward_us: float = 1.0, **fields: Any
+) -> tuple[Problem, Partition]:
+    """One module with one layer per rank and equal microbatches."""
+    problem = make_problem(
+        MODULE_GRAPHS["one module"],
+        {"language": num_ranks},
+        [{"language": [make_item(0, forward_us)]} for _ in range(num_microbatches)],
+        num_ranks=num_ranks,
+        **fields,
+    )
+    return problem, partition_from_layers({"language": [[1] * num_ranks]}, num_ranks)
+
+
+def encoder_case(graph: str = "encoder", **fields: Any) -> tuple[Problem, Partition]:
+    """Two ranks; microbatch 0 has two images, microbatch 1 only text; stages 0 1 and 2 3."""
+    problem = make_problem(
+        MODULE_GRAPHS[graph],
+        {"vision": 2, "language": 2},
+        [
+            {"vision": [make_item(0), make_item(1)], "language": [make_item(0, 2.0)]},
+            {"language": [make_item(0, 2.0)]},
+        ],
+        num_ranks=2,
+        **fields,
+    )
+    return problem, partition_from_layers({"vision": [[1, 1]], "language": [[1, 1]]}, 2)
+
+
+def make_graph(problem: Problem, partition: Partition, max_tokens: int | None = 1) -> PipelineGraph:
+    """The graph with sub-microbatches of at most ``max_tokens`` in every module."""
+    limits = {module.name: max_tokens for module in problem.modules}
+    return PipelineGraph(problem, partition, form_sub_microbatches(problem, limits))
+
+
+def tightest_limits(graph: PipelineGraph) -> list[int]:
+    """Per rank, what the largest microbatch needs with all of its activations stored."""
+    table = build_task_table(graph)
+    limits = []
+    for rank in range(table.num_ranks):
+        needs = [0] * graph.problem.num_microbatches
+        for number, work in enumerate(table.works):
+            if table.rank[number] == rank:
+                needs[work.microbatch] += table.stored_bytes[number]
+        limits.append(max(needs) + static_bytes(graph.problem, graph.partition, rank))
+    return limits
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Problem, Partition]:
+    """Any module graph on any partition: empty stages, frozen parts, text-only microbatches."""
+    num_ranks = draw(st.integers(1, 4))
+    modules = MODULE_GRAPHS[draw(st.sampled_from(sorted(MODULE_GRAPHS)))]
+    layers: dict[str, list[list[int]]] = {}
+    for name, _, _ in modules:
+        segment = st.lists(st.integers(0, 2), min_size=num_ranks, max_size=num_ranks)
+        layers[name] = draw(st.lists(segment, min_size=1, max_size=2))
+        layers[name][0][0] += not any(map(sum, layers[name]))
+    names = [name for name, _, _ in modules]
+    microbatches = []
+    for _ in range(draw(st.integers(1, 4))):
+        counts = {name: draw(st.integers(0, 3)) for name in names[:-1]}
+        counts[names[-1]] = draw(st.integers(1, 2))
+        microbatches.append(
+            {
+                name: [_draw_item(draw, number, upstream, counts) for number in range(counts[name])]
+                for name, upstream, _ in modules
+            }
+        )
+    problem = make_problem(
+        modules,
+        {name: sum(map(sum, layers[name])) for name in names},
+        microbatches,
+        num_ranks=num_ranks,
+        overhead_us=draw(st.sampled_from([0.0, 0.5])),
+        layer_static_bytes=100,
+        latency_us=draw(st.sampled_from([0.0, 0.25])),
+        bytes_per_us=draw(st.sampled_from([3.0, 1e12])),
+    )
+    return problem, partition_from_layers(layers, num_ranks)
+
+
+def _draw_item(
+    draw: st.DrawFn, number: int, upstream: tuple[str, ...], counts: dict[str, int]
+) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "tokens": draw(st.integers(0, 3)),
+        "input_grad_us": draw(st.sampled_from([0.0, 1.0, 2.5])),
+        "activation_bytes": draw(st.integers(0, 9)),
+        "boundary_bytes": draw(st.integers(0, 5)),
+        "last_extra_forward_us": draw(st.sampled_from([0.0, 1.5])),
+    }
+    if draw(st.booleans()):
+        fields["needs"] = {
+            name: sorted(draw(st.sets(st.integers(0, counts[name] - 1))))
+            for name in upstream
+            if counts[name]
+        }
+    return make_item(number, draw(st.sampled_from([0.0, 1.0, 3.0])), **fields)

@@ -1,0 +1,146 @@
+"""Problems, partitions and the dependency graph: what is refused, and who waits for whom."""
+
+import pytest
+from planning_cases import (
+    MODULE_GRAPHS,
+    chain_case,
+    encoder_case,
+    make_graph,
+    make_item,
+    make_problem,
+)
+
+from megatron_dip.costs.work import work_cost, work_costs
+from megatron_dip.errors import PartitionError, PlanError, ProblemError
+from megatron_dip.partition import cut_evenly, parse_partition, partition_from_layers
+from megatron_dip.plan import Message, PipelineGraph, Work
+from megatron_dip.planner import form_sub_microbatches
+from megatron_dip.workload import SubMicrobatch, parse_problem
+
+
+def problem_data() -> dict:
+    return encoder_case()[0].model_dump(mode="json")
+
+
+def first_item(data: dict) -> dict:
+    return data["microbatches"][0]["language"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: first_item(d).pop("forward_us"), "language.0.forward_us: Field required"),
+        (lambda d: first_item(d).update(forward_us=-1), "language.0.forward_us"),
+        (lambda d: first_item(d).update(needs={"vision": [7]}), r"no such items \[7\]"),
+        (lambda d: first_item(d).update(needs={"audio": [0]}), "'audio' is not upstream"),
+        (lambda d: d["microbatches"][0].update(audio=[]), "unknown module"),
+        (lambda d: d["modules"][0].update(upstream=["language"]), "cycle"),
+        (lambda d: d["modules"][1].update(upstream=["video"]), "unknown modules"),
+        (lambda d: d["modules"][1].update(name="vision"), "names repeat"),
+        (lambda d: d["memory_limit_bytes"].pop(), "one per rank"),
+        (lambda d: d.update(version=2), "version"),
+    ],
+)
+def test_a_wrong_problem_names_the_field(change, message):
+    data = problem_data()
+    assert parse_problem(data)
+    change(data)
+    with pytest.raises(ProblemError, match=message):
+        parse_problem(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stages: stages[1].update(first_layer=0), "stage 1: first_layer is 0 .expected 1"),
+        (lambda stages: stages[1].update(stage=0), "numbers repeat"),
+        (lambda stages: stages[1].update(rank=0), "share a segment and rank"),
+    ],
+)
+def test_a_wrong_partition_names_the_stage(change, message):
+    data = encoder_case()[1].model_dump(mode="json")
+    change(data["stages"])
+    with pytest.raises(PartitionError, match=message):
+        parse_partition(data)
+
+
+def test_a_partition_of_other_modules_is_refused():
+    problem, _ = encoder_case()
+    with pytest.raises(PartitionError, match=r"expected \['language', 'vision'"):
+        make_graph(problem, partition_from_layers({"language": [[1, 1]]}, 2))
+    short = partition_from_layers({"vision": [[1, 1]], "language": [[1, 0]]}, 2)
+    with pytest.raises(PartitionError, match="module language: stages hold 1 layers"):
+        make_graph(problem, short)
+
+
+def test_layers_are_cut_as_evenly_as_they_can_be():
+    assert cut_evenly(7, 2, 2) == ((2, 2), (2, 1))
+    with pytest.raises(PartitionError, match="3 layers cannot fill"):
+        cut_evenly(3, 2, 2)
+
+
+def test_empty_stages_are_left_out_but_for_the_first_and_last():
+    partition = partition_from_layers({"vision": [[0, 0, 2], [1, 0, 0]]}, 3)
+    places = [(s.segment, s.rank, s.num_layers) for s in partition.chains["vision"]]
+    assert places == [(0, 0, 0), (0, 2, 2), (1, 0, 1), (1, 2, 0)]
+
+
+def test_messages_go_along_the_module_graph():
+    graph = make_graph(*encoder_case())
+    assert graph.forward_inputs(Work(2, 0, 0)) == (
+        Message(1, 2, 0, 0, False),
+        Message(1, 2, 0, 1, False),
+    )
+    assert graph.forward_inputs(Work(2, 1, 0)) == ()
+    assert graph.backward_inputs(Work(1, 0, 1)) == (Message(2, 1, 0, 1, True),)
+    assert graph.contributors(Message(2, 1, 0, 1, True)) == (Work(2, 0, 0),)
+    assert graph.message_bytes(Message(2, 1, 0, 1, True)) == 4
+
+
+def test_a_gradient_sums_over_all_readers_of_an_output():
+    problem = make_problem(
+        MODULE_GRAPHS["encoder"],
+        {"vision": 1, "language": 1},
+        [
+            {
+                "vision": [make_item(0), make_item(1)],
+                "language": [make_item(0, needs={"vision": [0]}), make_item(1)],
+            }
+        ],
+        num_ranks=1,
+    )
+    graph = make_graph(problem, partition_from_layers({"vision": [[1]], "language": [[1]]}, 1))
+    both = (Work(1, 0, 0), Work(1, 0, 1))
+    assert graph.contributors(Message(1, 0, 0, 0, True)) == both
+    assert graph.contributors(Message(1, 0, 0, 1, True)) == both[1:]
+
+
+@pytest.mark.parametrize(
+    ("subs", "message"),
+    [
+        ([("language", 0, 0, (0,))], "missing or without items"),
+        ([("language", 0, 0, ()), ("language", 1, 0, (0,))], "expected sub-microbatches 0, 1"),
+        ([("language", 0, 1, (0,)), ("language", 1, 0, (0,))], "sub-microbatches .1. hold"),
+    ],
+)
+def test_sub_microbatches_that_miss_items_are_refused(subs, message):
+    problem, partition = chain_case(1, 2)
+    with pytest.raises(PlanError, match=message):
+        PipelineGraph(problem, partition, [SubMicrobatch(*sub) for sub in subs])
+
+
+def test_costs_follow_the_written_rules():
+    extras = {"first_extra_forward_us": 0.5, "last_extra_weight_grad_us": 0.25}
+    problem = make_problem(
+        MODULE_GRAPHS["one module"],
+        {"language": 5},
+        [{"language": [make_item(0, 2.0, **extras), make_item(1, 3.0, recompute_us=1.0)]}],
+        num_ranks=2,
+        overhead_us=10.0,
+    )
+    partition = partition_from_layers({"language": [[3, 2]]}, 2)
+    graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, {}))
+    first, last = (work_cost(graph, work) for work in graph.works)
+    assert first == (3 * 15.0 + 0.5, 45.0, 15.0, 13.0, 3 * 20, 12)
+    assert last == (2 * 15.0, 30.0, 10.25, 13.0, 2 * 20, 12)
+    assert work_costs(graph) == dict(zip(graph.works, (first, last), strict=True))

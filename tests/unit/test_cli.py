@@ -1,0 +1,97 @@
+"""The command line: what it prints, and one line with exit code 2 for bad input."""
+
+import json
+
+import pytest
+from planning_cases import encoder_case
+from typer.testing import CliRunner
+
+from megatron_dip.cli.main import app
+from megatron_dip.plan import load_plan, save_plan
+from megatron_dip.planner import make_plan
+
+
+@pytest.fixture
+def files(tmp_path):
+    problem, partition = encoder_case()
+    (tmp_path / "problem.json").write_text(problem.model_dump_json())
+    (tmp_path / "partition.json").write_text(partition.model_dump_json())
+    save_plan(make_plan(problem, partition), tmp_path / "made.json")
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def plan_arguments(files):
+    return (
+        "plan",
+        "--problem",
+        files / "problem.json",
+        "--partition",
+        files / "partition.json",
+        "-o",
+        files / "plan.json",
+    )
+
+
+def test_plan_writes_a_plan_that_validates(files):
+    options = ("--max-tokens", "vision=1", "--split-backward", "--algorithm", "one_f_one_b")
+    result = run(*plan_arguments(files), *options)
+    assert result.exit_code == 0, result.output
+    made = load_plan(files / "plan.json")
+    assert len(made.graph.subs("vision", 0)) == 2
+    assert any(action.type.value == "W" for action in made.actions[0])
+    assert run("validate", files / "plan.json").exit_code == 0
+
+
+def test_simulate_prints_a_row_per_plan_and_writes_the_timeline(files):
+    result = run("simulate", files / "made.json", files / "made.json", "--html", files / "t.html")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("GB") == 2
+    assert "canvas" in (files / "t.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(problem_digest="0" * 64), "problem_digest is 0000"),
+        (lambda data: data["ranks"][0]["actions"].pop(0), "0F0 is missing from rank 0"),
+        (lambda data: data.pop("ranks"), "ranks: Field required"),
+    ],
+)
+def test_validate_names_file_and_fault_in_one_line(files, change, message):
+    path = files / "made.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    result = run("validate", path)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert str(path) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_plan_above_the_memory_limit_does_not_validate(files):
+    problem, partition = encoder_case(memory_limit_bytes=[5, 5])
+    save_plan(make_plan(problem, partition), files / "made.json")
+    result = run("validate", files / "made.json")
+    assert result.exit_code == 2
+    assert "limit 5" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--max-tokens", "vision"), "expected MODULE=TOKENS"),
+        (("--max-tokens", "visoin=4"), "unknown module 'visoin'"),
+        (("--problem", "nowhere.json"), "nowhere.json: cannot be read"),
+        (("-o", "/nowhere/plan.json"), "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(files, extra, message):
+    result = run(*plan_arguments(files), *extra)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

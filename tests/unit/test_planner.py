@@ -1,0 +1,188 @@
+"""The planners: properties over random problems, memory, and sub-microbatches."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planning_cases import (
+    MODULE_GRAPHS,
+    cases,
+    chain_case,
+    encoder_case,
+    make_graph,
+    make_item,
+    make_problem,
+    tightest_limits,
+)
+
+from megatron_dip.errors import InfeasibleError, PlanError
+from megatron_dip.partition import partition_from_layers
+from megatron_dip.plan import format_actions, pack_plan, parse_plan, unpack_plan
+from megatron_dip.plan.validation import check_memory, validate_plan
+from megatron_dip.planner import (
+    default_priority,
+    form_sub_microbatches,
+    make_plan,
+    order_dual_queue,
+    order_one_f_one_b,
+)
+from megatron_dip.planner.dual_queue import Priority
+from megatron_dip.planner.one_f_one_b import in_flight_limits
+from megatron_dip.simulator import build_task_table, simulate, simulate_order
+
+
+@given(
+    case=cases(),
+    algorithm=st.sampled_from(["dual_queue", "one_f_one_b"]),
+    split_backward=st.booleans(),
+    max_tokens=st.sampled_from([None, 1, 3]),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_problem_gets_a_valid_plan_that_survives_its_forms(
+    case, algorithm, split_backward, max_tokens
+):
+    problem, partition = case
+    options = {
+        "algorithm": algorithm,
+        "split_backward": split_backward,
+        "max_tokens": {module.name: max_tokens for module in problem.modules},
+    }
+    plan = make_plan(problem, partition, **options)
+    validate_plan(plan)
+    sends = [a for line in plan.actions for a in line if a.type.is_send]
+    receives = [a for line in plan.actions for a in line if a.type.is_receive]
+    assert len(sends) == len(receives) == len(set(sends))
+    estimate = plan.estimate
+    assert estimate.makespan_us >= estimate.lower_bound_us * (1 - 1e-12)
+    assert simulate(plan).estimate(estimate.lower_bound_us) == estimate
+    assert parse_plan(json.loads(json.dumps(plan.to_json()))) == plan
+    packed = pack_plan(plan)
+    assert unpack_plan(packed, problem, partition) == plan
+    assert pack_plan(make_plan(problem, partition, **options)) == packed
+
+
+@given(case=cases(), split_backward=st.booleans(), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_dual_queue_fits_the_tightest_limit_under_any_priority(case, split_backward, data):
+    problem, partition = case
+    limits = tightest_limits(make_graph(problem, partition))
+    tight = problem.model_copy(update={"memory_limit_bytes": tuple(limits)})
+    table = build_task_table(make_graph(tight, partition))
+    order = data.draw(st.permutations(range(problem.num_microbatches)))
+    numbers = data.draw(st.permutations(range(len(table.works))))
+    priority = Priority(
+        forward_keys=[(number,) for number in numbers],
+        backward_keys=[(-number,) for number in numbers],
+        microbatch_order=tuple(order),
+    )
+    simulation = simulate_order(
+        table, order_dual_queue(table, priority, split_backward=split_backward)
+    )
+    assert all(peak <= limit for peak, limit in zip(simulation.peak_bytes, limits, strict=True))
+
+
+@given(case=cases())
+@settings(max_examples=40, deadline=None)
+def test_dual_queue_plan_is_never_slower_than_one_f_one_b(case):
+    slow = make_plan(*case, algorithm="one_f_one_b")
+    assert make_plan(*case).estimate.makespan_us <= slow.estimate.makespan_us
+
+
+def test_a_microbatch_that_does_not_fit_names_rank_need_and_limit():
+    problem, partition = chain_case(2, 2, memory_limit_bytes=[100, 9])
+    table = build_task_table(make_graph(problem, partition))
+    with pytest.raises(InfeasibleError, match=r"rank 1: microbatch 0 needs 10 bytes .*limit 9"):
+        order_dual_queue(table, default_priority(table))
+
+
+def test_an_infeasible_problem_falls_back_to_one_f_one_b_with_a_warning(caplog):
+    problem, partition = chain_case(2, 2, memory_limit_bytes=[100, 9])
+    plan = make_plan(problem, partition)
+    assert plan.actions == make_plan(problem, partition, algorithm="one_f_one_b").actions
+    assert "falling back to 1F1B: rank 1" in caplog.text
+
+
+def test_memory_limit_holds_microbatches_back():
+    problem, partition = chain_case(4, 8, memory_limit_bytes=[20, 20, 20, 20])
+    plan = make_plan(problem, partition)
+    check_memory(plan, simulate(plan).peak_bytes)
+    free = make_plan(*chain_case(4, 8))
+    assert max(free.estimate.peak_bytes) > 20
+    assert plan.estimate.makespan_us > free.estimate.makespan_us
+
+
+def test_split_backward_fills_gaps():
+    whole = make_plan(*chain_case(4, 4))
+    split = make_plan(*chain_case(4, 4), split_backward=True)
+    assert split.estimate.makespan_us < whole.estimate.makespan_us
+
+
+def test_dual_queue_alternates_where_both_queues_have_work():
+    problem, partition = chain_case(1, 3)
+    table = build_task_table(make_graph(problem, partition))
+    lines = order_dual_queue(table, default_priority(table))
+    kinds = [action.type.value for action in lines[0]]
+    assert kinds == ["F", "B"] * 3
+
+
+def test_one_f_one_b_is_the_classic_order():
+    problem, partition = chain_case(3, 4)
+    table = build_task_table(make_graph(problem, partition))
+    assert [format_actions(line) for line in order_one_f_one_b(table)] == [
+        "0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3",
+        "1F0 1F1 1B0 1F2 1B1 1F3 1B2 1B3",
+        "2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3",
+    ]
+
+
+def test_in_flight_limits_fall_along_the_longest_path():
+    problem, _ = encoder_case()
+    partition = partition_from_layers({"vision": [[1, 1]], "language": [[1, 1]]}, 2)
+    assert in_flight_limits(make_graph(problem, partition)) == {0: 2, 1: 2, 2: 1, 3: 1}
+    frozen, _ = encoder_case("frozen encoder")
+    assert in_flight_limits(make_graph(frozen, partition)) == {2: 2, 3: 1}
+
+
+def sub_items(tokens: list[int], limit: int | None) -> list[list[int]]:
+    problem = make_problem(
+        MODULE_GRAPHS["one module"],
+        {"language": 1},
+        [{"language": [make_item(i, tokens=count) for i, count in enumerate(tokens)]}],
+        num_ranks=1,
+    )
+    groups = form_sub_microbatches(problem, {"language": limit})
+    return [[tokens[item] for item in group.items] for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "expected"),
+    [
+        ([4, 4, 4, 4], None, [[4, 4, 4, 4]]),
+        ([4, 4, 4, 4], 16, [[4, 4, 4, 4]]),
+        ([4, 4, 4, 4], 15, [[4, 4], [4, 4]]),
+        ([4, 4, 4, 4, 4], 16, [[4, 4, 4], [4, 4]]),
+        ([9, 4, 4], 8, [[9], [4, 4]]),
+        ([4, 9, 4], 8, [[4], [9], [4]]),
+        ([5, 5, 5], 8, [[5], [5], [5]]),
+        ([0, 0], 8, [[0, 0]]),
+        ([], 8, []),
+    ],
+)
+def test_sub_microbatches_are_balanced_and_in_order(tokens, limit, expected):
+    assert sub_items(tokens, limit) == expected
+
+
+@given(st.lists(st.integers(0, 20), max_size=12), st.integers(1, 25))
+def test_sub_microbatches_keep_every_item_and_the_limit(tokens, limit):
+    groups = sub_items(tokens, limit)
+    assert [count for group in groups for count in group] == tokens
+    assert all(sum(group) <= limit or len(group) == 1 for group in groups)
+
+
+def test_a_wrong_sub_microbatch_size_is_refused():
+    problem, _ = chain_case(1, 1)
+    with pytest.raises(PlanError, match="unknown module 'visoin'"):
+        form_sub_microbatches(problem, {"visoin": 4})
+    with pytest.raises(PlanError, match="language: 0"):
+        form_sub_microbatches(problem, {"language": 0})
