@@ -93,6 +93,8 @@ class ModuleSchedule(Form):
     """Layers per segment and rank; cut evenly where not given."""
     sub_microbatch_tokens: Positive | None = None
     """Most tokens in a sub-microbatch; a microbatch is not split where not given."""
+    flops_per_us: PositiveNumber | None = None
+    """What one rank achieves on this module; ``costs.flops_per_us`` where not given."""
 
 
 class CostConfig(Form):

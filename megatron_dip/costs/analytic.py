@@ -159,6 +159,7 @@ class ProblemBuilder:
         projector = merged * merged + merged * self.config.model.language.hidden_size
         return tuple(
             self._item(
+                "vision",
                 number,
                 layer,
                 tokens,
@@ -175,6 +176,7 @@ class ProblemBuilder:
         layer = language_layer(config)
         return tuple(
             self._item(
+                "language",
                 number,
                 layer,
                 tokens,
@@ -188,6 +190,7 @@ class ProblemBuilder:
 
     def _item(
         self,
+        module: str,
         number: int,
         layer: LayerShape,
         tokens: int,
@@ -198,9 +201,9 @@ class ProblemBuilder:
         last_flops: float = 0.0,
         needs: tuple[int, ...] | None = None,
     ) -> Item:
-        linear = self._time_us(layer.linear_flops(tokens))
-        attention = self._time_us(layer.attention_flops(spans))
-        first, last = self._time_us(first_flops), self._time_us(last_flops)
+        linear = self._time_us(module, layer.linear_flops(tokens))
+        attention = self._time_us(module, layer.attention_flops(spans))
+        first, last = self._time_us(module, first_flops), self._time_us(module, last_flops)
         width = self.bytes_per_value * tokens
         return Item(
             item=number,
@@ -219,5 +222,7 @@ class ProblemBuilder:
             needs=None if needs is None else {"vision": needs},
         )
 
-    def _time_us(self, flops: float) -> float:
-        return flops / self.num_tensor_ranks / self.config.schedule.costs.flops_per_us
+    def _time_us(self, module: str, flops: float) -> float:
+        schedule = self.config.schedule
+        rate = schedule.modules[module].flops_per_us or schedule.costs.flops_per_us
+        return flops / self.num_tensor_ranks / rate

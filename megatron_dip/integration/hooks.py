@@ -30,15 +30,23 @@ def enable() -> None:
 
 
 def select_schedule(schedule: Schedule) -> Schedule:
-    """Ours when this run has ``--dip-schedule``, else ``schedule``, Megatron's own choice."""
+    """Ours when this run has ``--dip-schedule``, else ``schedule``, Megatron's own choice.
+
+    Megatron's own is measured where ``--dip-trace-dir`` asks for it.
+    """
     from megatron.training import global_vars
 
     # Read directly: get_args() fails where megatron.core is used without the training loop.
-    if not getattr(global_vars._GLOBAL_ARGS, "dip_schedule", False):
-        return schedule
-    from megatron_dip.integration.forward_backward import forward_backward_dip
+    args = global_vars._GLOBAL_ARGS
+    if getattr(args, "dip_schedule", False):
+        from megatron_dip.integration.forward_backward import forward_backward_dip
 
-    return forward_backward_dip
+        return forward_backward_dip
+    if getattr(args, "dip_trace_dir", None):
+        from megatron_dip.integration.trace import measure_schedule
+
+        return measure_schedule(schedule)
+    return schedule
 
 
 class _ScheduleGetter:

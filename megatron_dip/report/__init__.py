@@ -1,10 +1,17 @@
-"""What a run measured, read back: traces of both schedules."""
+"""What runs measured, read back: logs, traces, and their panels beside predicted ones."""
 
-from megatron_dip.report.traces import (
-    IterationTrace,
-    RankTrace,
-    Span,
-    read_traces,
-)
+from megatron_dip.report.calibration import module_slowness
+from megatron_dip.report.local_run import LocalRun, run_local_training
+from megatron_dip.report.panels import measured_panel
+from megatron_dip.report.traces import IterationTrace, RankTrace, Span, read_traces
 
-__all__ = ["IterationTrace", "RankTrace", "Span", "read_traces"]
+__all__ = [
+    "IterationTrace",
+    "LocalRun",
+    "RankTrace",
+    "Span",
+    "measured_panel",
+    "module_slowness",
+    "read_traces",
+    "run_local_training",
+]
