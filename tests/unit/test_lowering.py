@@ -51,10 +51,10 @@ def test_a_receive_is_posted_before_the_action_that_runs_while_it_arrives():
 
 def test_canonical_reduce_order_is_backbone_first_and_last_stage_first():
     problem, _ = encoder_case()
-    partition = partition_from_layers({"vision": [[1, 1]], "language": [[1, 0], [0, 1]]}, 2)
+    partition = partition_from_layers({"vision": [[1, 1]], "language": [[1, 0], [1, 0]]}, 2)
     graph = make_graph(problem, partition)
-    assert canonical_reduce_order(graph, 0) == (2, 0)
-    assert canonical_reduce_order(graph, 1) == (3, 1)
+    assert canonical_reduce_order(graph, 0) == (3, 2, 0)
+    assert canonical_reduce_order(graph, 1) == (4, 1)
 
 
 def test_a_trainable_stage_without_work_is_reduced_too():

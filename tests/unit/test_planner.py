@@ -126,6 +126,17 @@ def test_dual_queue_alternates_where_both_queues_have_work():
     assert kinds == ["F", "B"] * 3
 
 
+def test_dual_queue_goes_on_with_forwards_while_gradients_are_under_way():
+    def kinds_on_rank_0(latency_us: float) -> str:
+        problem, partition = chain_case(2, 8, latency_us=latency_us)
+        table = build_task_table(make_graph(problem, partition))
+        line = order_dual_queue(table, default_priority(table))[0]
+        return "".join(action.type.value for action in line)
+
+    assert kinds_on_rank_0(100.0) == "F" * 8 + "B" * 8
+    assert kinds_on_rank_0(0.0).startswith("FFFFB")
+
+
 def test_one_f_one_b_is_the_classic_order():
     problem, partition = chain_case(3, 4)
     table = build_task_table(make_graph(problem, partition))
