@@ -16,6 +16,7 @@ __all__ = [
     "PlanDigestError",
     "PlanError",
     "PlanMemoryError",
+    "PlanningError",
     "ProblemError",
     "UnsupportedError",
 ]
@@ -59,6 +60,10 @@ class PlanMemoryError(PlanError):
 
 class InfeasibleError(DipError):
     """No schedule satisfies the limits of the problem; names the rank and the limit."""
+
+
+class PlanningError(DipError):
+    """The plan owner could not plan a batch; raised on all ranks of its pipeline."""
 
 
 class ChannelError(DipError):

@@ -4,19 +4,23 @@ No rank decides by itself what to run.  A rank whose data, configuration or plan
 ranks raise the same error before the first action of the iteration.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from megatron_dip.errors import DipError, PlanDigestError
+from megatron_dip.errors import ChannelError, PlanDigestError, PlanningError
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Plan, pack_plan, plan_digest, unpack_plan
+from megatron_dip.runtime.channels import transfer_failure_reason
 from megatron_dip.workload import Problem
 
 __all__ = ["agree_on_plan"]
 
 _DIGEST_BYTES = 32
+
+logger = logging.getLogger(__name__)
 
 
 def agree_on_plan(
@@ -35,30 +39,45 @@ def agree_on_plan(
 
     Raises:
         PlanDigestError: Some rank has another batch, partition or plan; all ranks raise.
-        DipError: The owner's planner failed; all ranks raise.
+        PlanningError: The owner's planner failed, in whatever way; all ranks raise.
+        ChannelError: A rank has died, or does not answer within the group's time limit.
     """
+    packed, plan, failure = b"", None, ""
     is_owner = dist.get_rank(group) == 0
-    failure = ""
-    packed = b""
-    plan: Plan | None = None
     if is_owner:
         try:
             plan = make(problem, partition)
             packed = pack_plan(plan)
-        except DipError as error:
+        # Whatever it is, the other ranks are waiting and must hear of it.
+        except Exception as error:
+            logger.debug("the planner failed", exc_info=True)
             failure = f"{type(error).__name__}: {error}"
-    packed, failure = _broadcast(packed, failure, group)
-    if failure:
-        raise DipError(f"the plan owner could not plan this batch: {failure}")
-    problem_here = ""
-    if plan is None:
-        try:
-            plan = unpack_plan(packed, problem, partition)
-        except PlanDigestError as error:
-            problem_here = str(error)
-    _compare(packed if not problem_here else b"", problem_here, group)
+    try:
+        packed, failure = _broadcast(packed, failure, group)
+        if failure:
+            raise PlanningError(f"the plan owner could not plan this batch: {failure}")
+        difference = ""
+        if plan is None:
+            plan, difference = _unpack(packed, problem, partition)
+        _compare(packed, difference, group)
+    except RuntimeError as error:
+        raise ChannelError(
+            f"agreeing on a plan failed on global rank {dist.get_rank()}: "
+            f"{transfer_failure_reason(error)}"
+        ) from error
     assert plan is not None
     return plan
+
+
+def _unpack(packed: bytes, problem: Problem, partition: Partition) -> tuple[Plan | None, str]:
+    """The plan for this rank's batch, or why it cannot be had."""
+    try:
+        return unpack_plan(packed, problem, partition), ""
+    except PlanDigestError as error:
+        return None, str(error)
+    # Damaged bytes fail in any of the steps from bytes to actions.
+    except Exception as error:
+        return None, f"the plan arrived damaged ({type(error).__name__}: {error})"
 
 
 def _broadcast(packed: bytes, failure: str, group: dist.ProcessGroup) -> tuple[bytes, str]:
@@ -74,15 +93,26 @@ def _broadcast(packed: bytes, failure: str, group: dist.ProcessGroup) -> tuple[b
     return (b"", received.decode()) if int(header[1]) else (received, "")
 
 
-def _compare(packed: bytes, problem_here: str, group: dist.ProcessGroup) -> None:
-    """Raise on every rank unless the digests of all ranks are equal."""
-    own = torch.frombuffer(bytearray.fromhex(plan_digest(packed)), dtype=torch.uint8)
+def _compare(packed: bytes, difference: str, group: dist.ProcessGroup) -> None:
+    """Raise the same error on every rank unless all have the owner's plan, for the same batch.
+
+    Args:
+        packed: The plan as it arrived here.
+        difference: Why it is none for this rank; empty where it is.
+    """
+    digest = "" if difference else plan_digest(packed)
+    own = torch.frombuffer(bytearray.fromhex(digest or "00" * _DIGEST_BYTES), dtype=torch.uint8)
     digests = [torch.empty(_DIGEST_BYTES, dtype=torch.uint8) for _ in range(group.size())]
     dist.all_gather(digests, own, group=group)
-    differing = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
-    if differing:
-        ranks = [dist.get_global_rank(group, rank) for rank in differing]
-        raise PlanDigestError(
-            f"global ranks {ranks} do not have the owner's plan for this batch; nothing was run"
-            + (f" (here: {problem_here})" if problem_here else " (see their messages)")
-        )
+    differing = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
+    if not differing:
+        return
+    # All ranks know of it now, so that all take part in this second, slow exchange.
+    differences: list[str] = [""] * group.size()
+    dist.all_gather_object(differences, difference, group=group)
+    reason = differences[differing[0]] or "its bytes differ from the owner's"
+    ranks = [dist.get_global_rank(group, rank) for rank in differing]
+    raise PlanDigestError(
+        f"global ranks {ranks} do not have the owner's plan for this batch; nothing was run "
+        f"(rank {ranks[0]}: {reason})"
+    )

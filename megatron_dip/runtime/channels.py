@@ -10,8 +10,10 @@ CUDA tensors over a gloo group are staged through pinned host memory: several ra
 share one GPU, which NCCL refuses.
 """
 
+import re
 import time
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -24,7 +26,18 @@ from megatron_dip.errors import ChannelError
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Message
 
-__all__ = ["Channel", "Channels", "Receive", "Send", "create_channel_groups", "pipeline_channels"]
+__all__ = [
+    "Channel",
+    "Channels",
+    "Receive",
+    "Send",
+    "create_channel_groups",
+    "pipeline_channels",
+    "transfer_failure_reason",
+]
+
+_CONNECTION_LOST = re.compile("connection (closed|reset|refused)|reset by peer|broken pipe", re.I)
+_TIMED_OUT = re.compile("timed out|timeout", re.I)
 
 
 class Channel(NamedTuple):
@@ -144,9 +157,29 @@ class Channels:
             for channel, group in self._groups.items()
         }
         self._in_flight: list[Send] = []
+        self._failure: str | None = None
+
+    def abandon(self, failure: str) -> None:
+        """Refuse every later run: messages of the failed one may still lie in the channels."""
+        self._failure = self._failure or failure.splitlines()[0]
+
+    def check_usable(self) -> None:
+        """
+        Raises:
+            ChannelError: An earlier run on these channels failed.
+        """
+        if self._failure is not None:
+            raise ChannelError(
+                f"rank {self.rank}: its channels still hold messages of a run that failed (start "
+                f"the processes again); it was: {self._failure}"
+            )
 
     def send(self, message: Message, receiver: int, tensor: torch.Tensor) -> Send:
-        """Post ``message``; returns at once."""
+        """Post ``message``; returns at once.
+
+        Raises:
+            ChannelError: The peer died.
+        """
         channel = Channel(self.rank, receiver, message.is_gradient)
         tensor = tensor.detach().contiguous()
         if self._stages_through_host[channel]:
@@ -155,7 +188,12 @@ class Channels:
             # gloo reads the buffer from the host's side: the copy must have ended.
             torch.cuda.current_stream(self.device).synchronize()
             tensor = staged
-        work = dist.isend(tensor, dst=self._pipeline[receiver], group=self._groups[channel])
+        group = self._groups[channel]
+        work = self._post(
+            lambda tag: dist.isend(tensor, dst=self._pipeline[receiver], group=group, tag=tag),
+            message,
+            channel,
+        )
         send = Send(message, channel, tensor, work)
         self._in_flight.append(send)
         return send
@@ -163,13 +201,22 @@ class Channels:
     def post_receive(
         self, message: Message, sender: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Receive:
-        """Post a receive of ``message`` into a new buffer; returns at once."""
+        """Post a receive of ``message`` into a new buffer; returns at once.
+
+        Raises:
+            ChannelError: The peer died.
+        """
         channel = Channel(sender, self.rank, message.is_gradient)
         staged = self._stages_through_host[channel]
         buffer = torch.empty(
             shape, dtype=dtype, device="cpu" if staged else self.device, pin_memory=staged
         )
-        work = dist.irecv(buffer, src=self._pipeline[sender], group=self._groups[channel])
+        group = self._groups[channel]
+        work = self._post(
+            lambda tag: dist.irecv(buffer, src=self._pipeline[sender], group=group, tag=tag),
+            message,
+            channel,
+        )
         return Receive(message, channel, buffer, work, self.device)
 
     def wait_receive(self, receive: Receive) -> torch.Tensor:
@@ -178,7 +225,7 @@ class Channels:
         Raises:
             ChannelError: The peer died, or nothing came within the time limit.
         """
-        self._wait(receive.work, receive.message, receive.channel, "receive")
+        self._wait(receive.work, receive.message, receive.channel)
         receive.work = None
         if receive.buffer.device.type == receive.device.type:
             return receive.buffer
@@ -187,7 +234,7 @@ class Channels:
     def wait_send(self, send: Send) -> None:
         """Retire ``send``; returns when its buffer may be freed."""
         if send.work is not None:
-            self._wait(send.work, send.message, send.channel, "send")
+            self._wait(send.work, send.message, send.channel)
             send.work = None
 
     def retire_completed(self) -> None:
@@ -207,7 +254,17 @@ class Channels:
             self.wait_send(send)
         self._in_flight = []
 
-    def _wait(self, work: dist.Work | None, message: Message, channel: Channel, what: str) -> None:
+    def _post(
+        self, post: Callable[[int], dist.Work | None], message: Message, channel: Channel
+    ) -> dist.Work | None:
+        # Gloo matches by tag as well, so that after a lost message the next one is not taken for
+        # it: of another size it would end the process, of the same size give wrong results.
+        try:
+            return post(zlib.crc32(str(message.send).encode()) >> 1)
+        except RuntimeError as error:
+            raise self._error(error, message, channel, "") from error
+
+    def _wait(self, work: dist.Work | None, message: Message, channel: Channel) -> None:
         if work is None:
             return
         start = time.monotonic()
@@ -218,18 +275,30 @@ class Channels:
             else:
                 work.wait(self._timeout)
         except RuntimeError as error:
-            action = message.receive if what == "receive" else message.send
-            raise ChannelError(
-                f"rank {self.rank}: {what} {action} on {channel} failed after "
-                f"{time.monotonic() - start:.1f} s (limit {self._timeout.total_seconds():.0f} s): "
-                f"{_reason(error)}"
-            ) from error
+            after = (
+                f" after {time.monotonic() - start:.1f} s "
+                f"(limit {self._timeout.total_seconds():g} s)"
+            )
+            raise self._error(error, message, channel, after) from error
+
+    def _error(
+        self, error: RuntimeError, message: Message, channel: Channel, after: str
+    ) -> ChannelError:
+        action = message.receive if channel.receiver == self.rank else message.send
+        return ChannelError(
+            f"rank {self.rank}: {action} on the channel {channel} failed{after}: "
+            f"{transfer_failure_reason(error)}"
+        )
 
 
-def _reason(error: RuntimeError) -> str:
-    text = str(error).splitlines()[0]
-    if "Connection closed" in text or "reset by peer" in text:
-        return "the peer's process has ended; see its log for the cause"
-    if "Timed out" in text or "timeout" in text.lower():
-        return "nothing came: the peer is stuck or far behind (raise --dip-timeout-seconds if slow)"
+def transfer_failure_reason(error: RuntimeError) -> str:
+    """What an error of torch.distributed means for a user, and what to do."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if _CONNECTION_LOST.search(text):
+        return "the other process has ended or given up (see its log for the cause)"
+    if _TIMED_OUT.search(text):
+        return (
+            "nothing came: the other process is stuck or far behind "
+            "(see its log; if it is only slow, raise --dip-timeout-seconds)"
+        )
     return text

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_dip.errors import ExecutionError, PlanError
+from megatron_dip.errors import DipError, ExecutionError, PlanError
 from megatron_dip.plan import Action, ActionType, Message, Plan, Work
 from megatron_dip.runtime.boundary import BoundaryRules, message_shape
 from megatron_dip.runtime.channels import Channels, Receive, Send
@@ -54,11 +54,23 @@ class Executor:
 
         Raises:
             ExecutionError: An action failed; its message shows the action within the schedule.
+                Or something that was made or received was not used by any action.
+            ChannelError: A send did not end within the time limit, or an earlier run failed.
         """
+        self.channels.check_usable()
         run = _PlanRun(self, plan, forward_only)
         actions = plan.actions[self.rank]
         if forward_only:
             actions = tuple(action for action in actions if action.type in _FORWARD_TYPES)
+        try:
+            self._run_actions(run, actions)
+            self.channels.drain()
+            run.check_nothing_left()
+        except DipError as error:
+            self.channels.abandon(str(error))
+            raise
+
+    def _run_actions(self, run: "_PlanRun", actions: tuple[Action, ...]) -> None:
         handlers = run.handlers()
         for step, action in enumerate(actions):
             try:
@@ -68,7 +80,6 @@ class Executor:
                     f"rank {self.rank}, step {step} of {len(actions)}, {action}: {error}\n"
                     f"  {_format_around(actions, step)}"
                 ) from error
-        self.channels.drain()
 
 
 @dataclass
@@ -101,6 +112,27 @@ class _PlanRun:
             ActionType.RECV_BACKWARD: self.receive,
             ActionType.REDUCE_GRAD: self.reduce_grad,
         }
+
+    def check_nothing_left(self) -> None:
+        """Every tensor of the run is used up; a plan that validates leaves none.
+
+        Raises:
+            ExecutionError: Names what is left.
+        """
+        left = {
+            "forwards without backward": [
+                str(work.action(ActionType.FORWARD)) for work in self.stash
+            ],
+            "receives never read": [str(message.receive) for message in self.receives],
+            "tensors not read by all": [str(message.receive) for message in self.inbox],
+            "tensors never sent": [str(message.send) for message in self.outbox],
+        }
+        found = [f"{what}: {' '.join(names)}" for what, names in left.items() if names]
+        if found:
+            raise ExecutionError(
+                f"rank {self.executor.rank}: the plan ended with {'; '.join(found)} (this is no "
+                f"valid plan: check it with 'megatron-dip validate')"
+            )
 
     # ---- computing --------------------------------------------------------------------------
 
@@ -178,8 +210,9 @@ class _PlanRun:
         message = Message.of(action)
         receiver = self.plan.graph.partition[message.target].rank
         send = self.executor.channels.send(message, receiver, self.outbox.pop(message))
-        if not message.is_gradient:
-            work = Work(message.source, message.microbatch, message.sub)
+        work = Work(message.source, message.microbatch, message.sub)
+        # Without a backward there is nothing that would wait for the end of the send.
+        if not message.is_gradient and work in self.stash:
             self.sends.setdefault(work, []).append(send)
 
     def receive(self, action: Action) -> None:

@@ -1,0 +1,46 @@
+"""Runs a suite of ``runtime_program.py`` and reads what its ranks report."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launching import run_ranks
+
+__all__ = ["LIMIT_S", "CaseReport", "run_suite"]
+
+PROGRAM = Path(__file__).with_name("runtime_program.py")
+LIMIT_S = 1.0
+"""The limit of waits in the program's cases."""
+
+
+class CaseReport(NamedTuple):
+    """How a case ended on one rank; ``outcome`` is "ok" or the name of an exception."""
+
+    outcome: str
+    message: str
+    cause: str
+    seconds: float
+    result: Any
+
+
+def run_suite(
+    name: str, num_ranks: int, *, dies: int | None = None
+) -> dict[str, list[CaseReport | None]]:
+    """Per case the reports of all ranks; None where rank ``dies`` did not live to make one."""
+    completed = run_ranks(num_ranks, [sys.executable, str(PROGRAM), name], timeout_seconds=60)
+    cases: dict[str, list[CaseReport | None]] = {}
+    for rank, one in enumerate(completed):
+        assert one.returncode == (3 if rank == dies else 0), f"rank {rank}:\n{one.output}"
+        for line in one.output.splitlines():
+            if line.startswith('{"case"'):
+                record = json.loads(line)
+                reports = cases.setdefault(record["case"], [None] * num_ranks)
+                reports[rank] = CaseReport(
+                    outcome=record["outcome"],
+                    message=record["message"],
+                    cause=record["cause"],
+                    seconds=record["seconds"],
+                    result=record.get("result"),
+                )
+    return cases

@@ -1,0 +1,48 @@
+"""Agreeing on a plan: all ranks get the owner's, or all raise the same error and run nothing."""
+
+import pytest
+from runtime_suites import LIMIT_S, CaseReport, run_suite
+
+Cases = dict[str, list[CaseReport | None]]
+
+
+@pytest.fixture(scope="module")
+def cases() -> Cases:
+    return run_suite("agreement", 2)
+
+
+def test_all_ranks_get_the_plan_that_the_owner_made(cases: Cases) -> None:
+    owner, other = cases["same everywhere"]
+    assert owner is not None and owner.outcome == "ok" and "0SEND_F0>1" in owner.result
+    assert other is not None and other.result == owner.result
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "reason"),
+    [
+        ("another batch", "PlanDigestError", "rank 1: the plan was made for batch"),
+        ("another partition", "PlanDigestError", "rank 1: the plan was made for partition"),
+        ("damaged", "PlanDigestError", "rank 1: the plan arrived damaged"),
+        ("planner refuses", "PlanningError", "ConfigError: no planner for this"),
+        ("planner has a bug", "PlanningError", "ZeroDivisionError: a bug"),
+    ],
+)
+def test_what_one_rank_finds_wrong_all_ranks_raise_with_the_same_words(
+    cases: Cases, case: str, error: str, reason: str
+) -> None:
+    owner, other = cases[case]
+    assert owner is not None and other is not None
+    assert owner.outcome == other.outcome == error
+    assert owner.message == other.message
+    assert reason in owner.message
+
+
+def test_a_refused_plan_leaves_nothing_behind_for_the_next(cases: Cases) -> None:
+    assert all(report is not None and report.outcome == "ok" for report in cases["afterwards"])
+
+
+def test_a_planner_that_is_stuck_ends_the_wait_of_the_others(cases: Cases) -> None:
+    other = cases["planner is stuck"][1]
+    assert other is not None and other.outcome == "ChannelError"
+    assert other.seconds < 2 * LIMIT_S
+    assert "agreeing on a plan" in other.message and "--dip-timeout-seconds" in other.message
