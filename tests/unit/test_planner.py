@@ -18,7 +18,15 @@ from planning_cases import (
 
 from megatron_dip.errors import InfeasibleError, PlanError
 from megatron_dip.partition import partition_from_layers
-from megatron_dip.plan import format_actions, pack_plan, parse_plan, unpack_plan
+from megatron_dip.plan import (
+    Action,
+    ActionType,
+    Work,
+    format_actions,
+    pack_plan,
+    parse_plan,
+    unpack_plan,
+)
 from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner import (
     default_priority,
@@ -124,6 +132,32 @@ def test_dual_queue_alternates_where_both_queues_have_work():
     lines = order_dual_queue(table, default_priority(table))
     kinds = [action.type.value for action in lines[0]]
     assert kinds == ["F", "B"] * 3
+
+
+@given(case=cases())
+@settings(max_examples=100, deadline=None)
+def test_dual_queue_lets_no_rank_idle_while_it_has_something_to_do(case):
+    table = build_task_table(make_graph(*case))
+    simulation = simulate_order(table, order_dual_queue(table, default_priority(table)))
+    ends = {t.action: t.end_us for line in simulation.timelines for t in line}
+
+    def end_of(number: int, kinds: str) -> float:
+        actions = [table.works[number].action(ActionType(kind)) for kind in kinds]
+        return next(ends[action] for action in actions if action in ends)
+
+    def arrival(action: Action) -> float:
+        number = table.numbers[Work(action.stage, action.microbatch, action.sub)]
+        if action.type is ActionType.FORWARD:
+            return max([0.0, *(end_of(n, "F") + d for n, d in table.feeds_from[number])])
+        gradients = [end_of(n, "BI") + d for n, d in table.gradients_from[number]]
+        return max([end_of(number, "F"), *gradients])
+
+    for line in simulation.timelines:
+        clock = 0.0
+        for index, (_, start_us, end_us) in enumerate(line):
+            if start_us > clock:
+                assert min(arrival(later.action) for later in line[index:]) >= start_us
+            clock = end_us
 
 
 def test_dual_queue_goes_on_with_forwards_while_gradients_are_under_way():
