@@ -59,6 +59,12 @@ _SCHEDULE_RULES = (
             ("--use-torch-fsdp2", "use_torch_fsdp2"),
         )
     ),
+    Rule(
+        flag="--overlap-param-gather",
+        destination="overlap_param_gather",
+        allowed=(False,),
+        remedy="leave it out; replicas run different plans and would gather in different orders",
+    ),
     Rule(flag="--cuda-graph-impl", destination="cuda_graph_impl", allowed=("none",)),
     Rule(
         flag="--moe-expert-rank-capacity-factor",
@@ -152,7 +158,6 @@ class ArgumentValidation:
             ConfigError: The file of ``--dip-config`` cannot be used, or contradicts a flag.
             UnsupportedError: See ``check_schedule_arguments``.
         """
-        # A YAML file given as --yaml-cfg replaces the arguments wholesale, ours included.
         config_path = getattr(args, "dip_config", None)
         if config_path is not None:
             config = load_config(config_path)

@@ -112,7 +112,7 @@ def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[VlmMicrob
         if not isinstance(microbatch, VlmMicrobatch):
             raise DataError(
                 f"the data iterator yielded {type(microbatch).__name__} (expected VlmMicrobatch: "
-                f"use the datasets of megatron_dip.integration.vlm)"
+                f"use megatron_dip.integration.data.data_iterators)"
             )
         microbatches.append(microbatch)
     return microbatches
