@@ -181,14 +181,21 @@ def test_plans_train_as_the_stock_schedule_with_adam_and_the_loss_per_token(
 
 @pytest.mark.parametrize(
     ("case", "tolerance"),
-    [(SGD_REPLICAS, SGD_TOLERANCE), (ADAM_REPLICAS, ADAM_TOLERANCE)],
-    ids=["sgd", "distributed-adam"],
+    [
+        (SGD_REPLICAS, SGD_TOLERANCE),
+        (replace(SGD_REPLICAS, own_arguments=""), SGD_TOLERANCE),
+        (ADAM_REPLICAS, ADAM_TOLERANCE),
+    ],
+    ids=["early", "at-the-end", "early-distributed-adam"],
 )
-def test_replicas_with_different_plans_reduce_gradients_early_and_train_alike(
+def test_replicas_with_different_plans_reduce_gradients_and_train_alike(
     runs: Runs, case: Case, tolerance: float
 ) -> None:
     """Against replicas that reduce after the last backward, with an optimizer of their own each."""
     compare(runs, case, case.under(None), tolerance)
+    num_chunks = 2 * SPLIT_2.num_segments
+    expected = num_chunks * NUM_ITERATIONS if "--overlap-grad-reduce" in case.own_arguments else 0
+    assert runs.of(case).num_early_reductions == expected
     replicas = runs.plans(case)
     pairs = list(zip(replicas[0], replicas[1], strict=True))
     without_images = [(not any(num_images(a)), not any(num_images(b))) for a, b in pairs]

@@ -18,6 +18,7 @@ hooks.enable()
 
 import megatron.training  # noqa: E402
 import torch  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 
 import megatron_dip.integration.forward_backward  # noqa: E402
 import megatron_dip.integration.vlm  # noqa: E402, F401
@@ -44,7 +45,12 @@ def _watch(training: Any) -> dict[str, list[Any]]:
     The loss is what ``train_step`` returns, over all data-parallel replicas; only ranks that hold
     the loss have one.
     """
-    seen: dict[str, list[Any]] = {"losses": [], "grad_norms": [], "validation_losses": []}
+    seen: dict[str, list[Any]] = {
+        "losses": [],
+        "grad_norms": [],
+        "validation_losses": [],
+        "early_reductions": [],
+    }
     train_step, evaluate = training.train_step, training.evaluate
 
     def watched_train_step(*args: Any, **kwargs: Any) -> Any:
@@ -59,4 +65,13 @@ def _watch(training: Any) -> dict[str, list[Any]]:
         return result
 
     training.train_step, training.evaluate = watched_train_step, watched_evaluate
+    start_grad_sync = DistributedDataParallel.start_grad_sync
+
+    def watched_start(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Finalizing does not come here: it starts what is left by itself, so that numbers alone
+        # cannot tell whether anything was early.
+        seen["early_reductions"].append(len(seen["grad_norms"]))
+        return start_grad_sync(self, *args, **kwargs)
+
+    DistributedDataParallel.start_grad_sync = watched_start
     return seen
