@@ -7,7 +7,7 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$root/.venv/bin/python"
 check_limit_s=300
-pytest_limit_s=840
+pytest_limit_s=1200
 failed=()
 child=""
 
