@@ -36,8 +36,8 @@ class TrainingRun:
     grad_norms: tuple[float, ...]
     validation_losses: tuple[float, ...]
     """One per evaluation."""
-    num_early_reductions: int
-    """Reductions of a chunk's gradients that started before gradients were finalized; last rank."""
+    num_early_reductions: tuple[int, ...]
+    """Per rank, reductions of a chunk's gradients started before gradients were finalized."""
     seconds: float
     log: str
     """Of the last rank."""
@@ -82,7 +82,7 @@ def train(folder: Path, num_ranks: int, *arguments: str) -> TrainingRun:
         losses=tuple(seen[-1]["losses"]),
         grad_norms=tuple(seen[-1]["grad_norms"]),
         validation_losses=tuple(seen[-1]["validation_losses"]),
-        num_early_reductions=len(seen[-1]["early_reductions"]),
+        num_early_reductions=tuple(len(rank["early_reductions"]) for rank in seen),
         seconds=time.monotonic() - start,
         log=logs[-1].read_text(errors="replace"),
     )
