@@ -106,13 +106,24 @@ def _sizes(size: ItemSize, parallel: Parallelism, bytes_per_value: int) -> _Size
 
 
 def _linear(
-    name: str, sizes: _Sizes, inputs: int, outputs: int, *, rows: float | None = None, **more: float
+    name: str,
+    sizes: _Sizes,
+    inputs: int,
+    outputs: int,
+    *,
+    rows: float | None = None,
+    divides_inputs: bool = False,
+    **more: float,
 ) -> Operation:
-    """A linear layer whose weight is divided over the tensor-parallel ranks."""
+    """A linear layer whose weight is divided over the tensor-parallel ranks.
+
+    Either its outputs are divided, and every rank reads whole rows, or its inputs, and every rank
+    writes a part of the sum of whole rows.
+    """
     rows = sizes.rows if rows is None else rows
     flops = 2.0 * rows * inputs * outputs / sizes.tensor
-    # One of the two sides is divided as well; which one makes no difference to the sum of a pair.
-    moved = sizes.bytes_per_value * rows * (inputs + outputs) / sizes.tensor
+    whole, divided = (outputs, inputs) if divides_inputs else (inputs, outputs)
+    moved = sizes.bytes_per_value * rows * (whole + divided / sizes.tensor)
     return Operation(name, flops, flops, flops, moved, moved, moved, **more)
 
 
@@ -162,7 +173,9 @@ def layer_operations(
         _elementwise("attention_norm", sizes, between, hidden, 2),
         _linear("query_key_value", sizes, hidden, hidden + 2 * module.key_value_size),
         _attention(module, size, parallel, sizes),
-        _linear("attention_output", sizes, hidden, hidden, reduced_bytes=joined),
+        _linear(
+            "attention_output", sizes, hidden, hidden, divides_inputs=True, reduced_bytes=joined
+        ),
         _elementwise("attention_residual", sizes, between, hidden, residual_tensors),
     ]
     if module.kind == "dit":
@@ -172,7 +185,7 @@ def layer_operations(
         _elementwise("mlp_norm", sizes, between, hidden, 2),
         _linear("mlp_in", sizes, hidden, gate * ffn),
         _elementwise("mlp_activation", sizes, sizes.rows, ffn / sizes.tensor, gate + 1),
-        _linear("mlp_out", sizes, ffn, hidden, reduced_bytes=joined),
+        _linear("mlp_out", sizes, ffn, hidden, divides_inputs=True, reduced_bytes=joined),
         _elementwise("mlp_residual", sizes, between, hidden, residual_tensors),
     ]
     return tuple(operations)
@@ -202,6 +215,7 @@ def _cross_attention(
             sizes,
             hidden,
             hidden,
+            divides_inputs=True,
             reduced_bytes=sizes.bytes_per_value * rows * hidden,
         ),
         _elementwise("cross_residual", sizes, sizes.rows_between, hidden, 3),
@@ -296,6 +310,7 @@ def last_operations(
             middle,
             module.projector.output_size,
             rows=rows,
+            divides_inputs=True,
             reduced_bytes=joined,
         ),
     )

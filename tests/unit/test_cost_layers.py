@@ -107,6 +107,19 @@ def test_sequence_parallelism_shortens_norms_and_leaves_operations():
         assert operation.forward_bytes == pytest.approx(factor * by_name[operation.name])
 
 
+def test_tensor_ranks_read_or_write_whole_rows_at_the_edges_of_a_region():
+    operations = layer_operations(vit(), item(10), Parallelism(tensor=2), 2)
+    moved = {operation.name: operation.forward_bytes for operation in operations}
+    assert moved["query_key_value"] == 10 * 2 * (8 + 24 / 2)
+    assert moved["attention"] == 10 * 2 * 32 / 2
+    assert moved["attention_output"] == 10 * 2 * (8 / 2 + 8)
+    assert moved["mlp_in"] == 10 * 2 * (8 + 32 / 2)
+    assert moved["mlp_activation"] == 10 * 2 * 2 * 32 / 2
+    assert moved["mlp_out"] == 10 * 2 * (32 / 2 + 8)
+    assert moved["mlp_norm"] == 10 * 2 * 2 * 8
+    assert moved["mlp_residual"] == 10 * 2 * 3 * 8
+
+
 def test_the_ring_of_context_parallelism_shows_only_where_attention_is_shorter():
     size, module = item(64), causal()
     free = times(plain_device(), context=2).layer(module, size)
