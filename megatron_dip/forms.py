@@ -15,10 +15,12 @@ def explain_validation_error(error: ValidationError) -> str:
     """One line per wrong field: its path, what is wrong and, where it helps, what was given."""
     lines = []
     for detail in error.errors():
-        path = ".".join(str(part) for part in detail["loc"]) or "top level"
+        path = ".".join(str(part) for part in detail["loc"])
         given = detail.get("input")
         shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
-        lines.append(f"{path}: {detail['msg']}{shown}")
+        # Checks of ours across fields: pydantic puts its own words before the message.
+        message = detail["msg"].removeprefix("Value error, ")
+        lines.append(f"{path}: {message}{shown}" if detail["loc"] else message)
     return "; ".join(lines)
 
 

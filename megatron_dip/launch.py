@@ -3,22 +3,33 @@
     torchrun ... -m megatron_dip.launch [--cpu [--pin]] SCRIPT ARGUMENTS...
 
 The script runs as if it had been started itself.  What is wrong with the user's input ends the
-process with one line on standard error and exit status 2; any other exception keeps its traceback.
+process with one line on standard error and exit status 2, and so does the end of another rank;
+any other exception keeps its traceback.
 """
 
 import argparse
+import multiprocessing
 import os
+import re
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Never
 
-from megatron_dip.errors import DipError, UnsupportedError
+from megatron_dip.errors import (
+    ChannelError,
+    DipError,
+    ExecutionError,
+    PlanningError,
+    UnsupportedError,
+)
 
 __all__ = ["main"]
 
 _EXIT_USER_ERROR = 2
+# Gloo's words, in which an error arrives from a collective that is Megatron's.
+_LOST_CONNECTION = re.compile("connection (closed|reset) by peer", re.IGNORECASE)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,11 +42,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except DipError as error:
-        # Those that are no ValueError are failures of a run, not of its input.
-        if options.dip_debug or not isinstance(error, ValueError):
+    except Exception as error:
+        line = None if options.dip_debug else _explain(error)
+        if line is None:
             raise
-        _exit_with(" ".join(str(error).split()))
+        _exit_with(" ".join(line.split()))
+
+
+def _explain(error: Exception) -> str | None:
+    """What to tell instead of a traceback; None where only a traceback tells enough.
+
+    That is for errors in the user's input and for the end of another rank, in whatever they are
+    wrapped: an action of the executor, or a collective of Megatron's.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if _tells_enough(cause):
+            text = str(error if isinstance(error, DipError) else cause)
+            # The second line of an executor's message shows the schedule around its action.
+            return text.splitlines()[0] if isinstance(error, ExecutionError) else text
+        cause = cause.__cause__
+    if isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)):
+        return (
+            f"rank {os.environ.get('RANK', '0')} lost its connection to another rank, whose "
+            f"process has ended: see its log for the cause"
+        )
+    return None
+
+
+def _tells_enough(error: BaseException) -> bool:
+    if isinstance(error, PlanningError):
+        # On the owner, a mistake in the planner itself is the cause: show where it is.
+        return error.__cause__ is None or isinstance(error.__cause__, DipError)
+    return isinstance(error, ChannelError) or (
+        isinstance(error, DipError) and isinstance(error, ValueError)
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +130,22 @@ def _pin_to_core() -> None:
 
 def _exit_with(message: str) -> Never:
     print(f"megatron-dip: error: {message}", file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        _end_at_once()
     sys.exit(_EXIT_USER_ERROR)
+
+
+def _end_at_once() -> Never:
+    """End without the interpreter's own tidying.
+
+    With process groups whose peers are gone or still wait, that may hang, or abort with another
+    exit status and a second message.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    os._exit(_EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":

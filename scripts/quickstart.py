@@ -191,10 +191,10 @@ def num_tokens(plan: Plan) -> int:
 def comparison(outcomes: Sequence[Outcome], plans: dict[int, Plan]) -> Table:
     """Losses, speed and idle time of every schedule."""
     table = Table(title="the same model, weights and batches under two schedules")
-    for column in ("schedule", "loss first", "loss last", "tokens/s", "speed"):
-        table.add_column(column, justify="left" if column == "schedule" else "right")
-    for rank in range(len(outcomes[0].traces[0].ranks)):
-        table.add_column(f"rank {rank} idle", justify="right")
+    table.add_column("schedule", no_wrap=True)
+    idle_columns = [f"idle {rank}" for rank in range(len(outcomes[0].traces[0].ranks))]
+    for column in ("loss first", "last", "tokens/s", "speed", *idle_columns):
+        table.add_column(column, justify="right")
     speeds = [tokens_per_second(outcome, plans) for outcome in outcomes]
     for outcome, speed in zip(outcomes, speeds, strict=True):
         idle = zip(*(trace.idle_fractions for trace in outcome.traces), strict=True)
@@ -206,7 +206,9 @@ def comparison(outcomes: Sequence[Outcome], plans: dict[int, Plan]) -> Table:
             f"{speed / speeds[0]:.2f}x",
             *(f"{median(fractions):.1%}" for fractions in idle),
         )
-    table.caption = "medians over iterations; idle: neither computing nor loading data"
+    table.caption = (
+        "medians over iterations; idle: share of time a rank neither computes nor loads data"
+    )
     return table
 
 

@@ -9,13 +9,14 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dip.config import load_config, megatron_arguments
+from megatron_dip.config import DipConfig, load_config, megatron_arguments
 from megatron_dip.errors import ConfigError, UnsupportedError
 from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
 
 __all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments"]
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
+DEFAULT_EVAL_INTERVAL = 1000
 
 _BY_PARTITION = f"{LEAVE_OUT}; the partition of --dip-config says which layers a rank holds"
 _SCHEDULE_RULES = (
@@ -57,6 +58,12 @@ _SCHEDULE_RULES = (
             ("--use-megatron-fsdp", "use_megatron_fsdp"),
             ("--use-torch-fsdp2", "use_torch_fsdp2"),
         )
+    ),
+    Rule(
+        flag="--overlap-param-gather",
+        destination="overlap_param_gather",
+        allowed=(False,),
+        remedy="leave it out; replicas run different plans and would gather in different orders",
     ),
     Rule(flag="--cuda-graph-impl", destination="cuda_graph_impl", allowed=("none",)),
     Rule(
@@ -114,6 +121,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             default=None,
             help="Folder for measured timelines and per-iteration records.",
         )
+        group.add_argument(
+            "--skip-bad-samples",
+            action="store_true",
+            help="Leave out samples that cannot be used, and count them; "
+            "also data.skip_bad_samples of --dip-config.",
+        )
     _install_validation(parser)
     return parser
 
@@ -145,14 +158,17 @@ class ArgumentValidation:
             ConfigError: The file of ``--dip-config`` cannot be used, or contradicts a flag.
             UnsupportedError: See ``check_schedule_arguments``.
         """
-        # A YAML file given as --yaml-cfg replaces the arguments wholesale, ours included.
         config_path = getattr(args, "dip_config", None)
         if config_path is not None:
-            _apply_config(args, config_path, self._explicit_arguments())
-        if getattr(args, "dip_schedule", False):
-            check_schedule_arguments(args)
-        if config_path is None or args.decoder_first_pipeline_num_layers is not None:
+            config = load_config(config_path)
+            explicit = self._explicit_arguments()
+            _apply_config(args, config_path, config, explicit)
+            _complete_evaluation(args, explicit)
+            if getattr(args, "dip_schedule", False):
+                _check_num_ranks(args, config)
+        if not getattr(args, "dip_schedule", False):
             return self._validate_args(args, defaults or {})
+        check_schedule_arguments(args)
         # Megatron wants layers to divide by pipeline ranks unless a number for the first is given;
         # the partition needs no such thing, and the models read the partition.
         args.decoder_first_pipeline_num_layers = args.num_layers
@@ -187,8 +203,10 @@ def _install_validation(parser: argparse.ArgumentParser) -> None:
     arguments.validate_args.parser = parser
 
 
-def _apply_config(args: argparse.Namespace, path: str, explicit: dict[str, Any]) -> None:
-    for destination, value in megatron_arguments(load_config(path)).items():
+def _apply_config(
+    args: argparse.Namespace, path: str, config: DipConfig, explicit: dict[str, Any]
+) -> None:
+    for destination, value in megatron_arguments(config).items():
         if destination in explicit and explicit[destination] != value:
             flag = "--" + destination.replace("_", "-")
             raise ConfigError(
@@ -196,6 +214,25 @@ def _apply_config(args: argparse.Namespace, path: str, explicit: dict[str, Any])
                 f"leave the flag out or change the file"
             )
         setattr(args, destination, value)
+
+
+def _check_num_ranks(args: argparse.Namespace, config: DipConfig) -> None:
+    if config.schedule.num_ranks != args.pipeline_model_parallel_size:
+        raise ConfigError(
+            f"schedule.num_ranks is {config.schedule.num_ranks} but the launch has "
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} (make them equal)"
+        )
+
+
+def _complete_evaluation(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+    """No evaluation unless the command line asks for one.
+
+    Megatron's own defaults (100 iterations, no interval) fail where it counts samples.
+    """
+    if "eval_interval" not in explicit:
+        args.eval_interval = DEFAULT_EVAL_INTERVAL
+        if "eval_iters" not in explicit:
+            args.eval_iters = 0
 
 
 def _positive_seconds(text: str) -> float:

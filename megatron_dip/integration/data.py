@@ -21,6 +21,7 @@ from megatron_dip.data import (
     DataIndex,
     DataSettings,
     LanguageBatch,
+    PackedSequence,
     VisionBatch,
     VlmDataset,
     VlmMicrobatch,
@@ -76,7 +77,7 @@ def data_iterators(num_samples: Sequence[int]) -> tuple[Any, Any, Any]:
     """
     args = get_args()
     config = load_config(args.dip_config)
-    skip = config.data.skip_bad_samples or getattr(args, "skip_bad_samples", False)
+    skip = config.data.skip_bad_samples or args.skip_bad_samples
     settings = _settings(config)
     index = _shared_index(config, settings)
     tokenizer = load_tokenizer(settings.tokenizer)
@@ -133,6 +134,12 @@ def _shared_index(config: DipConfig, settings: DataSettings) -> DataIndex:
             outcome = [str(path), None]
         except DataError as error:
             outcome = [None, str(error)]
+        except OSError as error:
+            outcome = [
+                None,
+                f"the data index cannot be kept in {folder} ({error.strerror}): name a folder "
+                f"that can be written to as data.cache_folder",
+            ]
     dist.broadcast_object_list(outcome, src=0)
     shared_path, failure = outcome
     if failure is not None:
@@ -149,13 +156,47 @@ def _iterate(dataset: VlmDataset, consumed_samples: int) -> Iterator[VlmMicrobat
         data_parallel_rank=mpu.get_data_parallel_rank(),
         data_parallel_size=mpu.get_data_parallel_world_size(),
     )
+    reporting = _ErrorsAsItems(dataset)
     loader = torch.utils.data.DataLoader(
-        dataset,
+        reporting,
         batch_sampler=sampler,
         num_workers=args.num_workers,
-        collate_fn=dataset.collate_fn,
+        collate_fn=reporting.collate,
         persistent_workers=args.num_workers > 0,
         # Its base seed must not be drawn from the generator that dropout draws from.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return _raise_errors(iter(loader))
+
+
+class _ErrorsAsItems(torch.utils.data.Dataset[PackedSequence | DataError]):
+    """A data set that returns its errors.
+
+    An error raised in a worker of a data loader comes back with the worker's traceback as its
+    message; one that is returned keeps its own.
+    """
+
+    def __init__(self, dataset: VlmDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, i: int) -> PackedSequence | DataError:
+        try:
+            return self._dataset[i]
+        except DataError as error:
+            return error
+
+    def collate(self, items: Sequence[PackedSequence | DataError]) -> VlmMicrobatch | DataError:
+        """The microbatch, or the first error in it."""
+        sequences = []
+        for item in items:
+            if isinstance(item, DataError):
+                return item
+            sequences.append(item)
+        return self._dataset.collate_fn(sequences)
+
+
+def _raise_errors(batches: Iterator[VlmMicrobatch | DataError]) -> Iterator[VlmMicrobatch]:
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
@@ -19,6 +20,7 @@ from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
 from megatron_dip.integration.trace import trace_plan
+from megatron_dip.plan import Plan
 from megatron_dip.runtime import Executor, Recorder
 
 __all__ = ["forward_backward_dip"]
@@ -75,7 +77,7 @@ def forward_backward_dip(
         boundaries=pipeline.boundaries,
         recorder=recorder,
     )
-    with _without_gradient_sync(model):
+    with _without_gradient_sync(model), _boundaries_in_16_bits(model, plan):
         executor.run(plan, forward_only=forward_only)
     if not forward_only:
         _finalize(model, config, runner, bool(force_all_reduce))
@@ -110,7 +112,7 @@ def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[VlmMicrob
         if not isinstance(microbatch, VlmMicrobatch):
             raise DataError(
                 f"the data iterator yielded {type(microbatch).__name__} (expected VlmMicrobatch: "
-                f"use the datasets of megatron_dip.integration.vlm)"
+                f"use megatron_dip.integration.data.data_iterators)"
             )
         microbatches.append(microbatch)
     return microbatches
@@ -137,6 +139,30 @@ def _without_gradient_sync(model: Sequence[torch.nn.Module]) -> ExitStack:
         if hasattr(chunk, "no_sync"):
             stack.enter_context(chunk.no_sync())  # type: ignore[operator]
     return stack
+
+
+def _boundaries_in_16_bits(model: Sequence[torch.nn.Module], plan: Plan) -> ExitStack:
+    """Megatron's 16-bit wrapper turns all outputs of the last rank into 32 bits, not losses only.
+
+    It takes them for losses because no virtual pipeline is on.
+    """
+    stack = ExitStack()
+    for chunk in model:
+        if plan.graph.is_loss_stage(get_attr_wrapped_model(chunk, "stage").stage):
+            continue
+        wrapper = chunk
+        while isinstance(wrapper, torch.nn.Module):
+            if isinstance(wrapper, Float16Module):
+                hook = wrapper.register_forward_pre_hook(_keep_precision, with_kwargs=True)
+                stack.enter_context(hook)
+            wrapper = getattr(wrapper, "module", None)  # type: ignore[assignment]
+    return stack
+
+
+def _keep_precision(
+    _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"fp32_output": False}
 
 
 def _finalize(

@@ -11,7 +11,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.config import DipConfig, build_partition
 from megatron_dip.costs import config_builder, item_sizes
-from megatron_dip.errors import ConfigError
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Plan
 from megatron_dip.planner import make_plan
@@ -50,11 +49,6 @@ class DipPipeline:
         self.partition: Partition = build_partition(config)
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
         self.num_ranks: int = mpu.get_pipeline_model_parallel_world_size()
-        if config.schedule.num_ranks != self.num_ranks:
-            raise ConfigError(
-                f"schedule.num_ranks is {config.schedule.num_ranks} but the launch has "
-                f"--pipeline-model-parallel-size {self.num_ranks} (make them equal)"
-            )
         tensor_ranks: int = mpu.get_tensor_model_parallel_world_size()
         self._problems = config_builder(
             config,

@@ -97,7 +97,7 @@ def _write(
         "start_us": start_us,
         "end_us": end_us,
         "spans": [
-            [span.label, span.start_us, span.end_us, span.is_wait] for span in recorder.spans
+            [str(span.label), span.start_us, span.end_us, span.is_wait] for span in recorder.spans
         ],
     }
     with open(directory / f"rank{dist.get_rank():05d}.jsonl", "a", encoding="utf-8") as file:

@@ -21,6 +21,7 @@ from megatron_dip.errors import ConfigError
 from megatron_dip.integration.chunks import ChunkList, DipChunk
 from megatron_dip.integration.data import WholeBatch
 from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.integration.rules import Rule, check_rules
 from megatron_dip.models.configs import (
     make_language_config,
     make_projection_config,
@@ -33,6 +34,15 @@ from megatron_dip.models.vision import VisionStage
 from megatron_dip.partition import Stage
 
 __all__ = ["StageFactory", "StockVlm", "build_model"]
+
+_STOCK_RULES = tuple(
+    Rule(flag=flag, destination=destination, allowed=(None,))
+    for flag, destination in (
+        ("--pipeline-model-parallel-layout", "pipeline_model_parallel_layout"),
+        ("--num-layers-per-virtual-pipeline-stage", "num_layers_per_virtual_pipeline_stage"),
+        ("--num-virtual-stages-per-pipeline-rank", "num_virtual_stages_per_pipeline_rank"),
+    )
+)
 
 
 class StageFactory:
@@ -189,6 +199,7 @@ def build_model(
 
     Raises:
         ConfigError: There is no ``--dip-config``, or it does not fit the launch.
+        UnsupportedError: Megatron's own schedule was asked for a cut that the model does not have.
     """
     args = get_args()
     if not args.dip_config:
@@ -202,6 +213,7 @@ def build_model(
             dip_config, factory.language_config, args.dip_timeout_seconds, device
         )
         return _build_chunks(factory, pipeline)
+    check_rules(args, _STOCK_RULES, "with this model under Megatron's own schedule")
     return StockVlm(
         factory,
         pre_process=pre_process,

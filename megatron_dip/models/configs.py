@@ -39,6 +39,12 @@ _OF_THE_RUN = (
     "init_model_with_meta_device", "calculate_per_token_loss",
 )  # fmt: skip
 
+# How Megatron's own schedule places the layers of the language module, as its command line says.
+_PLACEMENT = (
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
+
 
 def _of_the_run(base: TransformerConfig) -> dict[str, Any]:
     return {name: getattr(base, name) for name in _OF_THE_RUN if hasattr(base, name)}
@@ -72,6 +78,7 @@ def make_language_config(
             "activation_func": torch.nn.functional.silu,
             "add_bias_linear": False,
             "apply_rope_fusion": base.apply_rope_fusion,
+            **{name: getattr(base, name) for name in _PLACEMENT},
         }
     )
 

@@ -2,7 +2,7 @@
 
 A plan file is self-contained: it embeds its problem and partition, so that it can be validated,
 simulated, drawn and rehearsed alone.  What travels to the ranks during training is the compact
-form of :mod:`megatron_dip.plan.rank_plan`.
+form of :mod:`megatron_dip.plan.wire`.
 """
 
 import json
@@ -160,10 +160,17 @@ def parse_plan(data: Mapping[str, Any], source: str = "") -> Plan:
         sub_microbatches=tuple(
             SubMicrobatch(s.module, s.microbatch, s.sub, s.items) for s in form.sub_microbatches
         ),
-        actions=tuple(parse_actions(" ".join(rank.actions)) for rank in form.ranks),
+        actions=_parse_ranks(form.ranks, source),
         recompute=tuple(Recompute(r.stage, r.microbatch, r.sub, r.layers) for r in form.recompute),
         estimate=form.estimate,
     )
+
+
+def _parse_ranks(ranks: tuple[_RankForm, ...], source: str) -> tuple[tuple[Action, ...], ...]:
+    try:
+        return tuple(parse_actions(" ".join(rank.actions)) for rank in ranks)
+    except PlanError as error:
+        raise PlanError(f"{source or 'plan'}: {error}") from None
 
 
 def load_plan(path: str | Path) -> Plan:

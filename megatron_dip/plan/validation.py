@@ -61,9 +61,9 @@ def check_memory(plan: Plan, peak_bytes: Iterable[int]) -> None:
     for rank, (peak, limit) in enumerate(zip(peak_bytes, limits, strict=True)):
         if peak > limit:
             raise PlanMemoryError(
-                f"rank {rank}: the plan needs {peak} bytes (limit {limit}: recompute more layers, "
-                f"use smaller microbatches, or plan with algorithm 'dual_queue', which keeps the "
-                f"limit)"
+                f"rank {rank}: the plan needs {peak} bytes (limit {limit}: plan with "
+                f"algorithm 'dual_queue', which keeps a limit that can be kept, use smaller "
+                f"microbatches or more ranks, or list layers under 'recompute')"
             )
 
 

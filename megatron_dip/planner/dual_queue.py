@@ -95,7 +95,7 @@ class MemoryGuard:
             raise InfeasibleError(
                 f"rank {rank}: microbatch {microbatch_order[index]} needs "
                 f"{needs[rank, index] + table.static_bytes[rank]} bytes with its weights (limit "
-                f"{limits[rank]}: recompute layers, or use smaller microbatches)"
+                f"{limits[rank]}: use smaller microbatches or more ranks)"
             )
 
     def admits(self, number: int) -> bool:

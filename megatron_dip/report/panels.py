@@ -8,6 +8,8 @@ from megatron_dip.simulator import timeline
 
 __all__ = ["measured_panel"]
 
+_OTHER_WORK = {"data": "loading data", "plan": "planning"}
+
 
 def measured_panel(
     trace: IterationTrace, title: str, partition: Partition | None = None
@@ -48,7 +50,7 @@ def _action(span: Span) -> Action | None:
 def _module(span: Span, partition: Partition | None, rank: int) -> str:
     action = _action(span)
     if action is None:
-        return span.label
+        return _OTHER_WORK.get(span.label, span.label)
     if partition is not None:
         return partition[action.stage].module
     return "vision + language" if rank == 0 else "language"
@@ -59,5 +61,5 @@ def _kind(span: Span) -> timeline.SpanKind:
     if span.is_wait:
         return "wait"
     if action is None or not action.type.is_compute:
-        return "F"
+        return "other"
     return action.type.value  # type: ignore[return-value]

@@ -4,7 +4,6 @@ No rank decides by itself what to run.  A rank whose data, configuration or plan
 ranks raise the same error before the first action of the iteration.
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -19,8 +18,6 @@ from megatron_dip.workload import Problem
 __all__ = ["agree_on_plan"]
 
 _DIGEST_BYTES = 32
-
-logger = logging.getLogger(__name__)
 
 
 def agree_on_plan(
@@ -43,6 +40,7 @@ def agree_on_plan(
         ChannelError: A rank has died, or does not answer within the group's time limit.
     """
     packed, plan, failure = b"", None, ""
+    mistake: Exception | None = None
     is_owner = dist.get_rank(group) == 0
     if is_owner:
         try:
@@ -50,12 +48,12 @@ def agree_on_plan(
             packed = pack_plan(plan)
         # Whatever it is, the other ranks are waiting and must hear of it.
         except Exception as error:
-            logger.debug("the planner failed", exc_info=True)
+            mistake = error
             failure = f"{type(error).__name__}: {error}"
     try:
         packed, failure = _broadcast(packed, failure, group)
         if failure:
-            raise PlanningError(f"the plan owner could not plan this batch: {failure}")
+            raise PlanningError(f"the plan owner could not plan this batch: {failure}") from mistake
         difference = ""
         if plan is None:
             plan, difference = _unpack(packed, problem, partition)

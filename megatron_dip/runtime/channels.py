@@ -12,7 +12,6 @@ share one GPU, which NCCL refuses.
 
 import re
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +35,7 @@ __all__ = [
     "transfer_failure_reason",
 ]
 
+_LARGEST_TAG = 2**31 - 1
 _CONNECTION_LOST = re.compile("connection (closed|reset|refused)|reset by peer|broken pipe", re.I)
 _TIMED_OUT = re.compile("timed out|timeout", re.I)
 
@@ -156,7 +156,11 @@ class Channels:
             channel: device.type == "cuda" and dist.get_backend(group) == "gloo"
             for channel, group in self._groups.items()
         }
-        self._in_flight: list[Send] = []
+        # A gloo transfer never says that it has ended; it is known from what follows it.
+        self._says_when_ended = {
+            channel: dist.get_backend(group) != "gloo" for channel, group in self._groups.items()
+        }
+        self._in_flight: dict[Message, Send] = {}
         self._failure: str | None = None
 
     def abandon(self, failure: str) -> None:
@@ -195,7 +199,7 @@ class Channels:
             channel,
         )
         send = Send(message, channel, tensor, work)
-        self._in_flight.append(send)
+        self._in_flight[message] = send
         return send
 
     def post_receive(
@@ -233,26 +237,23 @@ class Channels:
 
     def wait_send(self, send: Send) -> None:
         """Retire ``send``; returns when its buffer may be freed."""
-        if send.work is not None:
+        if self._in_flight.pop(send.message, None) is not None:
             self._wait(send.work, send.message, send.channel)
-            send.work = None
 
     def retire_completed(self) -> None:
-        """Free the buffers of sends that have ended, without waiting.
-
-        A gloo send never reports its end: those are retired by :meth:`wait_send`.
-        """
-        remaining = []
-        for send in self._in_flight:
-            if send.work is not None and not send.work.is_completed():
-                remaining.append(send)
-        self._in_flight = remaining
+        """Free the buffers of sends that are known to have ended, without waiting."""
+        if not any(self._says_when_ended.values()):
+            return
+        self._in_flight = {
+            message: send
+            for message, send in self._in_flight.items()
+            if not (self._says_when_ended[send.channel] and send.work and send.work.is_completed())
+        }
 
     def drain(self) -> None:
         """Wait until every send has ended: the end of an iteration."""
-        for send in self._in_flight:
+        for send in list(self._in_flight.values()):
             self.wait_send(send)
-        self._in_flight = []
 
     def _post(
         self, post: Callable[[int], dist.Work | None], message: Message, channel: Channel
@@ -260,7 +261,8 @@ class Channels:
         # Gloo matches by tag as well, so that after a lost message the next one is not taken for
         # it: of another size it would end the process, of the same size give wrong results.
         try:
-            return post(zlib.crc32(str(message.send).encode()) >> 1)
+            # The hash of a tuple of numbers is the same in all processes.
+            return post(hash(message) & _LARGEST_TAG)
         except RuntimeError as error:
             raise self._error(error, message, channel, "") from error
 
@@ -269,7 +271,7 @@ class Channels:
             return
         start = time.monotonic()
         try:
-            if dist.get_backend(self._groups[channel]) == "nccl":
+            if self._says_when_ended[channel]:
                 # Orders the stream only; the group's own watchdog holds the time limit.
                 work.wait()
             else:

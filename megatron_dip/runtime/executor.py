@@ -255,21 +255,18 @@ class _PlanRun:
     def _contribute(self, saved: SavedForward, grads: list[torch.Tensor | None]) -> None:
         """Add gradients of inputs to the messages back, and hand over those that are complete."""
         graph = self.plan.graph
-        work = saved.call.work
-        returned = {
-            message: (grads[index] if grads else None, stage_input.tensor)
-            for index, (message, stage_input) in enumerate(
-                zip(graph.forward_inputs(work), saved.call.inputs, strict=True)
-            )
-        }
-        for message in graph.backward_outputs(work):
-            grad, leaf = returned[message.reverse]
-            # A stage may leave an input unread, a text-only sequence for one.
-            grad = torch.zeros_like(leaf) if grad is None else grad
-            so_far = self.outbox.pop(message, None)
+        for index, message in enumerate(graph.forward_inputs(saved.call.work)):
+            if not graph.has_backward(message.source):
+                continue
+            grad = grads[index] if grads else None
+            if grad is None:
+                # A stage may leave an input unread, a text-only sequence for one.
+                grad = torch.zeros_like(saved.call.inputs[index].tensor)
+            back = message.reverse
+            so_far = self.outbox.pop(back, None)
             if so_far is None:
-                so_far = self.inbox.pop(message, None)
-            self._put(message, grad if so_far is None else so_far + grad)
+                so_far = self.inbox.pop(back, None)
+            self._put(back, grad if so_far is None else so_far + grad)
 
     def _unstash(self, work: Work) -> SavedForward:
         saved = self.stash.pop(work)

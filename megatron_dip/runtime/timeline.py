@@ -9,8 +9,8 @@ __all__ = ["MeasuredSpan", "Recorder"]
 class MeasuredSpan(NamedTuple):
     """One piece of work or wait; times in microseconds of the host's monotonic clock."""
 
-    label: str
-    """The text of the action that was run or that waited, or what else the rank did."""
+    label: object
+    """The action that was run or that waited, or what else the rank did; read as text."""
     start_us: float
     end_us: float
     is_wait: bool
@@ -31,4 +31,4 @@ class Recorder:
 
     def record(self, label: object, start_us: float, *, is_wait: bool = False) -> None:
         """Add a span that ends now."""
-        self.spans.append(MeasuredSpan(str(label), start_us, self.now_us(), is_wait))
+        self.spans.append(MeasuredSpan(label, start_us, self.now_us(), is_wait))

@@ -28,9 +28,9 @@ __all__ = [
     "write_timeline",
 ]
 
-SpanKind = Literal["F", "B", "I", "W", "wait"]
+SpanKind = Literal["F", "B", "I", "W", "other", "wait"]
 
-_KINDS: tuple[SpanKind, ...] = ("F", "B", "I", "W", "wait")
+_KINDS: tuple[SpanKind, ...] = ("F", "B", "I", "W", "other", "wait")
 # Told apart by people who do not see red or green, and readable under white text.
 _COLOURS = ("#2f7fc1", "#d9822b", "#2a9d7f", "#9b5fb5", "#c2506b", "#7d7a3a", "#4f5fa8", "#8a6a52")
 

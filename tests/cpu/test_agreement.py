@@ -34,6 +34,8 @@ def test_what_one_rank_finds_wrong_all_ranks_raise_with_the_same_words(
     assert owner is not None and other is not None
     assert owner.outcome == other.outcome == error
     assert owner.message == other.message
+    # Where the mistake is, the owner's traceback shows.
+    assert owner.cause == (reason.split(":")[0] if error == "PlanningError" else "NoneType")
     assert reason in owner.message
 
 

@@ -8,7 +8,7 @@ import pytest
 from gpt_runs import GPT_ARGUMENTS, SCRIPT, launch
 from launching import CompletedRank
 
-from megatron_dip.errors import DataError, ExecutionError
+from megatron_dip.errors import DataError, ExecutionError, PlanningError
 from megatron_dip.integration import hooks, versions
 from megatron_dip.launch import main
 
@@ -117,5 +117,55 @@ def test_a_failure_of_the_run_keeps_its_traceback(
 ) -> None:
     with pytest.raises(ExecutionError):
         run_without_megatron(raising("ExecutionError"))
+    with pytest.raises(PlanningError):
+        run_without_megatron(
+            "from megatron_dip.errors import PlanningError\n"
+            "raise PlanningError('no plan') from ZeroDivisionError('a bug in the planner')"
+        )
     with pytest.raises(ZeroDivisionError):
         run_without_megatron("1 / 0")
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("raise ChannelError('nothing came')", "nothing came"),
+        (
+            "try: raise ChannelError('nothing came')\n"
+            "except ChannelError as e: raise ExecutionError('3F1: nothing came\\n  2F1') from e",
+            "3F1: nothing came",
+        ),
+        ("raise PlanningError('no plan')", "no plan"),
+        ("raise PlanError('no plan:\\n  1F0')", "no plan: 1F0"),
+        (
+            "try: raise DataError('sample 3 has no image')\n"
+            "except DataError as error: raise RuntimeError('in a worker') from error",
+            "sample 3 has no image",
+        ),
+        (
+            "raise RuntimeError('[pair.cc:561] Connection closed by peer [::1]:5')",
+            "rank 0 lost its connection to another rank, whose process has ended: see its log for "
+            "the cause",
+        ),
+    ],
+    ids=[
+        "channel",
+        "action",
+        "planning",
+        "plan",
+        "wrapped input error",
+        "collective of Megatron's",
+    ],
+)
+def test_the_end_of_another_rank_and_wrapped_input_errors_are_one_line(
+    run_without_megatron: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    expected: str,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        run_without_megatron(f"from megatron_dip.errors import *\n{script}\n")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"megatron-dip: error: {expected}\n"

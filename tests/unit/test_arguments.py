@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,10 +60,12 @@ def test_what_needs_cuda_is_refused_by_its_flag(values: dict[str, Any], flag: st
 def validated(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function from a command line to the arguments that Megatron's own validation sees.
 
-    The file of ``--dip-config`` states 10 layers and the type of the tokenizer.
+    The file of ``--dip-config`` states 10 layers, the type of the tokenizer and a schedule for 4
+    ranks.
     """
     stated = {"num_layers": 10, "tokenizer_type": "NullTokenizer"}
-    monkeypatch.setattr(arguments, "load_config", lambda path: path)
+    config = SimpleNamespace(schedule=SimpleNamespace(num_ranks=4))
+    monkeypatch.setattr(arguments, "load_config", lambda path: config)
     monkeypatch.setattr(arguments, "megatron_arguments", lambda config: stated)
     monkeypatch.setattr(arguments, "_install_validation", lambda parser: None)
 
@@ -71,6 +74,9 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> Any:
         parser = argparse.ArgumentParser(allow_abbrev=False)
         parser.add_argument("--num-layers", type=int, default=None)
         parser.add_argument("--tokenizer-type", default="SentencePiece")
+        parser.add_argument("--pipeline-model-parallel-size", type=int, default=4)
+        parser.add_argument("--eval-iters", type=int, default=100)
+        parser.add_argument("--eval-interval", type=int, default=None)
         parser.add_argument("--decoder-first-pipeline-num-layers", type=int, default=None)
         arguments.add_arguments(arguments.add_arguments(parser))
         seen: dict[str, Any] = {}
@@ -108,10 +114,48 @@ def test_a_flag_that_states_the_default_still_contradicts_the_configuration(
         validated("--dip-config", "a.yaml", "--tokenizer-type", "SentencePiece")
 
 
-def test_layers_need_not_divide_by_pipeline_ranks_with_a_configuration(validated: Any) -> None:
-    seen, after = validated("--dip-config", "a.yaml")
+def test_layers_need_not_divide_by_pipeline_ranks_under_the_schedule_alone(validated: Any) -> None:
+    seen, after = validated("--dip-config", "a.yaml", "--dip-schedule")
     assert seen["decoder_first_pipeline_num_layers"] is not None
     assert after.decoder_first_pipeline_num_layers is None
+    # Megatron's own schedule needs it, and Megatron says so.
+    seen, _ = validated("--dip-config", "a.yaml")
+    assert seen["decoder_first_pipeline_num_layers"] is None
+
+
+def test_megatrons_own_placement_of_layers_is_left_to_its_own_schedule(validated: Any) -> None:
+    flags = ("--dip-config", "a.yaml", "--decoder-first-pipeline-num-layers", "3")
+    seen, after = validated(*flags)
+    assert seen["decoder_first_pipeline_num_layers"] == 3
+    assert after.decoder_first_pipeline_num_layers == 3
+    with pytest.raises(UnsupportedError, match="--decoder-first-pipeline-num-layers 3"):
+        validated(*flags, "--dip-schedule")
+
+
+def test_a_schedule_for_another_number_of_ranks_is_refused(validated: Any) -> None:
+    flags = ("--dip-config", "a.yaml", "--pipeline-model-parallel-size", "2")
+    validated(*flags)
+    with pytest.raises(ConfigError, match=r"num_ranks is 4 .*--pipeline-model-parallel-size 2"):
+        validated(*flags, "--dip-schedule")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", (0, 1000)),
+        ("--eval-iters 3", (3, 1000)),
+        ("--eval-interval 5", (100, 5)),
+        ("--eval-iters 3 --eval-interval 5", (3, 5)),
+    ],
+)
+def test_a_run_is_evaluated_only_if_its_command_line_says_so(
+    validated: Any, flags: str, expected: tuple[int, int]
+) -> None:
+    """Megatron's own defaults, 100 iterations and no interval, fail where it counts samples."""
+    seen, _ = validated("--dip-config", "a.yaml", *flags.split())
+    assert (seen["eval_iters"], seen["eval_interval"]) == expected
+    unchanged, _ = validated(*flags.split())
+    assert unchanged["eval_interval"] in (None, 5)
 
 
 def test_without_our_arguments_nothing_changes(validated: Any) -> None:

@@ -48,7 +48,7 @@ def test_the_page_is_self_contained_and_holds_every_span(panels, tmp_path):
     data = json.loads(text)
     assert data["modules"] == ["vision", "language"]
     assert data["panels"][1]["title"] == "measured </script>"
-    assert data["panels"][1]["rows"][0][1] == [30.0, 90.0, 0, 4, "0RECV_B0<1"]
+    assert data["panels"][1]["rows"][0][1] == [30.0, 90.0, 0, 5, "0RECV_B0<1"]
     assert sum(map(len, data["panels"][0]["rows"])) == len(panels[0].spans)
     assert data["panels"][0]["idle"] == list(idle_fractions(panels[0]))
 

@@ -73,7 +73,8 @@ def _give_every_parameter_its_step() -> None:
 
     Its ``state_dict`` needs a step before there is any, when a run resumes.  ``load_state_dict``
     gives all parameters one tensor, to which each of them would add one, and overwrites it with
-    what a shard held: the bias correction of a resumed run would be wrong.
+    what a shard held: the bias correction of a resumed run would be wrong.  Its fully reshardable
+    form stores no step per parameter, but loading it asks for one.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -100,6 +101,14 @@ def _give_every_parameter_its_step() -> None:
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(step)
 
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(set_states)
+    def set_states_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # What is no tensor is left as it is.
+        set_states(self, model_param, {"step": None} | tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_without_step
     DistributedOptimizer.state_dict = state_dict_with_steps
     DistributedOptimizer.load_state_dict = load_with_own_steps
 

@@ -1,0 +1,75 @@
+"""Options of a run of the example: Megatron's own placement of layers, and traces of schedules."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from failing_runs import run_vlm
+from tiny_vlm import make_tiny_data, write_config
+
+from megatron_dip.report import read_traces
+
+NUM_MICROBATCHES = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training-options")
+    make_tiny_data(folder / "data")
+    write_config(folder / "config.yaml", folder / "data", num_ranks=2)
+    return folder
+
+
+class Run(NamedTuple):
+    """``losses`` as logged, and the number of parameters on each rank."""
+
+    losses: list[float]
+    num_parameters: list[int]
+
+
+def train(folder: Path, name: str, *arguments: str) -> Run:
+    """Two iterations on two ranks; traces are in ``folder / name``."""
+    flags = ("--pipeline-model-parallel-size", "2", "--dip-config", str(folder / "config.yaml"))
+    batch = ("--global-batch-size", str(NUM_MICROBATCHES), "--calculate-per-token-loss")
+    trace = ("--dip-trace-dir", str(folder / name))
+    ranks = run_vlm(folder / f"run-{name}", 2, *flags, *batch, *trace, *arguments)
+    for rank in ranks:
+        assert rank.returncode == 0, rank.output[-4000:]
+    losses = re.findall(r"iteration +\d+/.*lm loss: (\S+)", ranks[-1].output)
+    assert len(losses) == 2
+    parameters = [re.search(r"number of parameters .*: (\d+)", rank.output) for rank in ranks]
+    return Run([float(loss) for loss in losses], [int(found[1]) for found in parameters if found])
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> Run:
+    return train(folder, "stock")
+
+
+def test_megatrons_own_schedule_keeps_its_own_placement_of_layers(folder: Path, stock: Run) -> None:
+    """Two of eight language layers on the first rank give the same model as four."""
+    uneven = train(folder, "uneven", "--decoder-first-pipeline-num-layers", "2")
+    assert uneven.losses == pytest.approx(stock.losses)
+    assert sum(uneven.num_parameters) == sum(stock.num_parameters)
+    assert uneven.num_parameters[0] < stock.num_parameters[0]
+
+
+def test_both_schedules_write_traces_of_all_their_actions(folder: Path, stock: Run) -> None:
+    train(folder, "dip", "--dip-schedule")
+    for name in ("stock", "dip"):
+        traces = read_traces(folder / name)
+        assert [(trace.schedule, trace.iteration) for trace in traces] == [(name, 1), (name, 2)]
+        for trace in traces:
+            assert len(trace.ranks) == 2
+            assert all(0.0 <= idle <= 1.0 for idle in trace.idle_fractions), trace.idle_fractions
+    for rank in read_traces(folder / "stock")[0].ranks:
+        expected = {f"{rank.rank}{kind}{m}" for kind in "FB" for m in range(NUM_MICROBATCHES)}
+        assert {span.label for span in rank.spans} == expected
+    for rank in read_traces(folder / "dip")[0].ranks:
+        labels = [span.label for span in rank.spans if not span.is_wait]
+        counts = Counter(match[0] for text in labels if (match := re.search("[FB]", text)))
+        # The language stage computes every microbatch, the vision stage those with images.
+        assert NUM_MICROBATCHES < counts["F"] == counts["B"] <= 2 * NUM_MICROBATCHES
+        assert len(set(labels)) == len(labels)

@@ -1,0 +1,62 @@
+"""One rank of a training run, with Megatron imported once for all runs of a test session.
+
+Importing Megatron takes many seconds of a core, training a tiny model few.  So the module is
+preloaded by a fork server (see ``training_runs``): every rank is forked from a process that has
+imported everything and started nothing, and then runs what ``python -m megatron_dip.launch`` runs.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dip.integration import cpu_mode, hooks
+
+cpu_mode.enable()
+hooks.enable()
+
+import megatron.training  # noqa: E402
+import torch  # noqa: E402
+
+import megatron_dip.integration.forward_backward  # noqa: E402
+import megatron_dip.integration.vlm  # noqa: E402, F401
+from megatron_dip.launch import main  # noqa: E402
+
+__all__ = ["run_rank"]
+
+
+def run_rank(environment: dict[str, str], arguments: Sequence[str], record: str) -> None:
+    """Launch the script that ``arguments`` name as one rank.
+
+    ``record`` gets what :func:`_watch` sees, as JSON.
+    """
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    seen = _watch(megatron.training.training)
+    main(["--cpu", *arguments])
+    Path(record).write_text(json.dumps(seen))
+
+
+def _watch(training: Any) -> dict[str, list[Any]]:
+    """Collect losses and gradient norms where Megatron has them in full; the log rounds them.
+
+    The loss is what ``train_step`` returns, over all data-parallel replicas; only ranks that hold
+    the loss have one.
+    """
+    seen: dict[str, list[Any]] = {"losses": [], "grad_norms": [], "validation_losses": []}
+    train_step, evaluate = training.train_step, training.evaluate
+
+    def watched_train_step(*args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        seen["losses"] += [float(value) for value in result[0].values()]
+        seen["grad_norms"].append(float(result[5]))
+        return result
+
+    def watched_evaluate(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        seen["validation_losses"] += [float(value) for value in (result[0] or {}).values()]
+        return result
+
+    training.train_step, training.evaluate = watched_train_step, watched_evaluate
+    return seen
