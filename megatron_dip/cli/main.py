@@ -1,4 +1,4 @@
-"""The ``megatron-dip`` command: plan a batch, validate plans, simulate and draw them."""
+"""The ``megatron-dip`` command: make batch problems, plan, validate, simulate and draw them."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_profile
 from megatron_dip.errors import ConfigError, DipError
+from megatron_dip.mixtures import built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.partition import load_partition
 from megatron_dip.plan.plan import Plan, load_plan, save_plan
 from megatron_dip.plan.validation import check_memory, validate_plan
@@ -55,7 +57,41 @@ class AlgorithmChoice(StrEnum):
 
 assert set(AlgorithmChoice) == set(get_args(Algorithm))
 
+
+class MixtureChoice(StrEnum):
+    """Names of the built-in mixtures."""
+
+    VLM = "vlm"
+    T2V = "t2v"
+
+
 PlanFiles = Annotated[list[Path], typer.Argument(help="Plan files.")]
+
+
+@app.command("problem")
+def make_problem(
+    model: Annotated[Path, typer.Option(help="Model (YAML).")],
+    cluster: Annotated[Path, typer.Option(help="Cluster (YAML).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the problem goes (JSON).")],
+    mixture: Annotated[MixtureChoice | None, typer.Option(help="Built-in mixture.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Distributions of a data set (JSON), instead of a mixture.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Measured times of layers (JSON), instead of the GPU's.")
+    ] = None,
+    microbatches: Annotated[int, typer.Option(help="Microbatches of the batch.")] = 16,
+    seed: Annotated[int, typer.Option(help="Another seed draws another batch.")] = 0,
+) -> None:
+    """Make a batch problem from a model, a cluster and a workload."""
+    if (mixture is None) == (statistics is None):
+        raise ConfigError("--mixture or --statistics: expected exactly one of them")
+    workload = built_in_mixture(mixture.value) if mixture else load_workload(str(statistics))
+    builder = cluster_builder(
+        load_model(model), load_cluster(cluster), load_profile(profile) if profile else None
+    )
+    made = builder.build(draw_microbatches(workload, microbatches, seed))
+    _write(output, lambda: output.write_text(made.model_dump_json(exclude_none=True) + "\n"))
 
 
 @app.command()
@@ -132,7 +168,7 @@ def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:
     return limits
 
 
-def _write(path: Path, write: Callable[[], None]) -> None:
+def _write(path: Path, write: Callable[[], object]) -> None:
     try:
         write()
     except OSError as error:

@@ -1,6 +1,38 @@
-"""What work costs: time and memory of a sub-microbatch in a stage, and problems from sizes."""
+"""What work costs: time and memory of a sub-microbatch in a stage, and problems from sizes.
 
-from megatron_dip.costs.analytic import ProblemBuilder
+``shapes`` says what a model is, ``layers`` what its layers compute and move, ``devices`` how
+fast a GPU does it, ``analytic`` and ``profile`` how long that takes, ``memory`` what it keeps;
+``builder`` makes batch problems of it and ``machine`` builders from configurations.
+"""
+
+from megatron_dip.costs.builder import ItemSizes, ProblemBuilder, item_sizes
+from megatron_dip.costs.layers import ItemSize, Parallelism
+from megatron_dip.costs.machine import (
+    ClusterConfig,
+    cluster_builder,
+    config_builder,
+    load_cluster,
+)
+from megatron_dip.costs.profile import Profile, load_profile
+from megatron_dip.costs.shapes import ModelShape, ModuleShape, load_model
 from megatron_dip.costs.work import WorkCost, static_bytes, work_cost
 
-__all__ = ["ProblemBuilder", "WorkCost", "static_bytes", "work_cost"]
+__all__ = [
+    "ClusterConfig",
+    "ItemSize",
+    "ItemSizes",
+    "ModelShape",
+    "ModuleShape",
+    "Parallelism",
+    "ProblemBuilder",
+    "Profile",
+    "WorkCost",
+    "cluster_builder",
+    "config_builder",
+    "item_sizes",
+    "load_cluster",
+    "load_model",
+    "load_profile",
+    "static_bytes",
+    "work_cost",
+]

@@ -10,7 +10,7 @@ from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.config import DipConfig, build_partition
-from megatron_dip.costs import ProblemBuilder
+from megatron_dip.costs import config_builder, item_sizes
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Plan
 from megatron_dip.planner import make_plan
@@ -25,10 +25,6 @@ from megatron_dip.runtime import (
 from megatron_dip.workload import MicrobatchMetadata, Problem
 
 __all__ = ["DipPipeline"]
-
-_ADAM_STATE_BYTES = 8
-_FP32_BYTES = 4
-_BF16_BYTES = 2
 
 
 class DipPipeline:
@@ -54,12 +50,11 @@ class DipPipeline:
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
         self.num_ranks: int = mpu.get_pipeline_model_parallel_world_size()
         tensor_ranks: int = mpu.get_tensor_model_parallel_world_size()
-        is_fp32 = transformer_config.params_dtype == torch.float32
-        self._problems = ProblemBuilder(
-            config=config,
-            bytes_per_value=_FP32_BYTES if is_fp32 else _BF16_BYTES,
-            static_bytes_per_weight=_static_bytes(is_fp32),
+        self._problems = config_builder(
+            config,
+            is_fp32=transformer_config.params_dtype == torch.float32,
             num_tensor_ranks=tensor_ranks,
+            sequence_parallel=transformer_config.sequence_parallel,
         )
         self.boundaries = _boundaries(config, transformer_config, tensor_ranks)
         own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
@@ -81,7 +76,7 @@ class DipPipeline:
 
     def agree_on_plan(self, microbatches: Sequence[MicrobatchMetadata]) -> Plan:
         """The plan of a batch, the same on all ranks of this pipeline; see ``runtime``."""
-        problem = self._problems.build(microbatches)
+        problem = self._problems.build([item_sizes(metadata) for metadata in microbatches])
         return agree_on_plan(problem, self.partition, self._make_plan, self._plan_group)
 
     def _make_plan(self, problem: Problem, partition: Partition) -> Plan:
@@ -94,12 +89,6 @@ class DipPipeline:
                 name: module.sub_microbatch_tokens for name, module in schedule.modules.items()
             },
         )
-
-
-def _static_bytes(is_fp32: bool) -> int:
-    """Bytes per weight: weight, gradient (fp32 in both), master weight and Adam's two moments."""
-    weight = _FP32_BYTES if is_fp32 else _BF16_BYTES + _FP32_BYTES
-    return weight + _FP32_BYTES + _ADAM_STATE_BYTES
 
 
 def _boundaries(

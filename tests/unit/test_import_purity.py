@@ -15,6 +15,7 @@ PLANNING = (
     "costs",
     "errors",
     "forms",
+    "mixtures",
     "partition",
     "plan",
     "planner",

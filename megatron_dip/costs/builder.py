@@ -1,0 +1,145 @@
+"""Batch problems from the sizes of items: one builder, for analytic and for measured times."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_dip.costs.analytic import LayerTimes, PhaseTimes
+from megatron_dip.costs.layers import ItemSize
+from megatron_dip.costs.memory import MemoryModel
+from megatron_dip.costs.shapes import ModelShape, ModuleShape
+from megatron_dip.errors import ProblemError
+from megatron_dip.workload import (
+    Item,
+    LayerExtra,
+    MicrobatchMetadata,
+    Module,
+    Problem,
+    TransferCost,
+)
+
+__all__ = ["ItemSizes", "ProblemBuilder", "item_sizes"]
+
+ItemSizes = Mapping[str, Sequence[ItemSize]]
+"""Per module, the items of one microbatch; items are numbered from 0."""
+
+_NO_TIME = PhaseTimes(0.0, 0.0, 0.0)
+
+
+def item_sizes(metadata: MicrobatchMetadata) -> dict[str, tuple[ItemSize, ...]]:
+    """The items of a microbatch of images and sequences."""
+    return {
+        "vision": tuple(
+            ItemSize(tokens=tokens, spans=spans) for tokens, spans in metadata.sizes("vision")
+        ),
+        "language": tuple(
+            ItemSize(tokens=tokens, spans=spans, needs={"vision": needs})
+            for (tokens, spans), needs in zip(
+                metadata.sizes("language"), metadata.needs, strict=True
+            )
+        ),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemBuilder:
+    """Makes the problem of a batch from the sizes of its items.
+
+    Frozen modules get no weight gradient; modules without anything trainable in them or upstream
+    get no backward, and what sits before a first layer passes no gradient on where nothing upstream
+    is trainable.
+    """
+
+    model: ModelShape
+    times: LayerTimes
+    memory: MemoryModel
+    num_ranks: int
+    memory_limit_bytes: int
+    """Per rank, weights included."""
+    transfer: TransferCost
+
+    def build(self, microbatches: Sequence[ItemSizes]) -> Problem:
+        """The problem of one batch; modules without items in a microbatch are left out of it.
+
+        Raises:
+            ProblemError: A microbatch names a module that the model does not have.
+        """
+        names = [module.name for module in self.model.modules]
+        for number, microbatch in enumerate(microbatches):
+            unknown = sorted(set(microbatch) - set(names))
+            if unknown:
+                raise ProblemError(
+                    f"microbatches.{number}: unknown modules {unknown} (expected some of {names})"
+                )
+        return Problem(
+            num_ranks=self.num_ranks,
+            memory_limit_bytes=(self.memory_limit_bytes,) * self.num_ranks,
+            transfer=self.transfer,
+            modules=tuple(self._module(module) for module in self.model.modules),
+            microbatches=tuple(
+                {
+                    module.name: tuple(
+                        self._item(module, number, size)
+                        for number, size in enumerate(microbatch[module.name])
+                    )
+                    for module in self.model.modules
+                    if microbatch.get(module.name)
+                }
+                for microbatch in microbatches
+            ),
+        )
+
+    def _module(self, module: ModuleShape) -> Module:
+        return Module(
+            name=module.name,
+            num_layers=module.num_layers,
+            upstream=module.upstream,
+            trainable=module.trainable,
+            layer_overhead_us=self.times.overhead_us(module),
+            layer_static_bytes=self.memory.layer_static_bytes(module),
+            first_layer_extra=LayerExtra(static_bytes=self.memory.first_static_bytes(module)),
+            last_layer_extra=LayerExtra(static_bytes=self.memory.last_static_bytes(module)),
+        )
+
+    def _item(self, module: ModuleShape, number: int, size: ItemSize) -> Item:
+        backward = self.model.modules_with_backward()
+        has_backward = module.name in backward
+        passes_on = any(name in backward for name in module.upstream)
+        layer, first, last = (
+            _PhaseRule(has_backward, module.trainable).apply(times)
+            for times in (
+                self.times.layer(module, size),
+                self.times.first_extra(module, size),
+                self.times.last_extra(module, size),
+            )
+        )
+        if not passes_on:
+            first = first._replace(input_grad_us=0.0)
+        return Item(
+            item=number,
+            tokens=size.tokens,
+            forward_us=layer.forward_us,
+            input_grad_us=layer.input_grad_us,
+            weight_grad_us=layer.weight_grad_us,
+            activation_bytes=self.memory.activation_bytes(module, size) if has_backward else 0,
+            boundary_bytes=self.memory.boundary_bytes(module, size),
+            first_extra_forward_us=first.forward_us,
+            first_extra_input_grad_us=first.input_grad_us,
+            first_extra_weight_grad_us=first.weight_grad_us,
+            last_extra_forward_us=last.forward_us,
+            last_extra_input_grad_us=last.input_grad_us,
+            last_extra_weight_grad_us=last.weight_grad_us,
+            needs=dict(size.needs) or None,
+        )
+
+
+@dataclass(frozen=True)
+class _PhaseRule:
+    has_backward: bool
+    trainable: bool
+
+    def apply(self, times: PhaseTimes) -> PhaseTimes:
+        return PhaseTimes(
+            forward_us=times.forward_us,
+            input_grad_us=times.input_grad_us if self.has_backward else 0.0,
+            weight_grad_us=times.weight_grad_us if self.trainable else 0.0,
+        )

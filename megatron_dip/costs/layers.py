@@ -1,0 +1,325 @@
+"""Operations of one layer on one rank: floating-point operations, bytes, collectives.
+
+Notation: n tokens, h hidden, k width of keys (and of values), f of the MLP, s a span, t and c the
+tensor- and context-parallel sizes, m tokens that cross-attention reads.
+
+- A linear layer of i inputs and o outputs takes 2 n i o operations forward, as many for the
+  gradient of its input and as many for that of its weight, divided by t and c.
+- The core of attention takes 4 s^2 h per span (half where causal) forward and twice that backward;
+  the core of cross-attention 4 s m h.  Cores have no weights.  Recomputing the scores inside the
+  backward kernel is not counted: it is no useful work, and rates are measured without it.
+- Norms, activations, residuals and modulation move bytes only.
+- Tensor parallelism joins the outputs of attention, cross-attention and MLP: one all-reduce each,
+  or with sequence parallelism an all-gather and a reduce-scatter of together the same volume,
+  forward and again in the input gradient.  Sequence parallelism's gather for the weight gradient
+  is overlapped by Megatron and not counted.
+- Context parallelism sends keys and values around a ring behind the core of attention.  Causal
+  attention is balanced over the ranks.
+
+Bytes are of activations alone: an item adds no traffic of weights to a kernel that runs anyway.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from megatron_dip.costs.shapes import TIMESTEP_VALUES, ModuleShape
+from megatron_dip.forms import Form
+
+__all__ = [
+    "ItemSize",
+    "Operation",
+    "Parallelism",
+    "first_operations",
+    "last_operations",
+    "layer_operations",
+    "total_flops",
+]
+
+_LOSS_BYTES = 4
+"""Losses are computed in fp32, whatever the type of activations."""
+
+
+class Parallelism(Form):
+    """How one layer is divided."""
+
+    tensor: Annotated[int, Field(gt=0)] = 1
+    context: Annotated[int, Field(gt=0)] = 1
+    sequence_parallel: bool = False
+    """Norms and boundaries hold 1/tensor of the tokens."""
+
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks over which the tokens between the parallel regions are divided."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemSize:
+    """All that the cost of one item depends on."""
+
+    tokens: int
+    spans: tuple[int, ...]
+    """Tokens that attend to each other; their sum is ``tokens`` where nothing is padded."""
+    context_tokens: int = 0
+    """Tokens that cross-attention reads; every span reads all of them."""
+    needs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Upstream items that this one reads, per module; a module not named: all of the microbatch."""
+
+
+class Operation(NamedTuple):
+    """One kernel of a layer on one rank; a phase that it has no part in is zero."""
+
+    name: str
+    forward_flops: float = 0.0
+    input_grad_flops: float = 0.0
+    weight_grad_flops: float = 0.0
+    forward_bytes: float = 0.0
+    input_grad_bytes: float = 0.0
+    weight_grad_bytes: float = 0.0
+    reduced_bytes: float = 0.0
+    """Joined over the tensor-parallel ranks after it, forward and in the input gradient."""
+    ring_bytes: float = 0.0
+    """Sent to the next context-parallel rank beside it, forward; twice that in the gradient."""
+
+
+class _Sizes(NamedTuple):
+    """One item on one rank."""
+
+    rows: float
+    """Tokens in a tensor-parallel region."""
+    rows_between: float
+    """Tokens between the regions."""
+    tensor: int
+    bytes_per_value: int
+
+
+def _sizes(size: ItemSize, parallel: Parallelism, bytes_per_value: int) -> _Sizes:
+    return _Sizes(
+        rows=size.tokens / parallel.context,
+        rows_between=size.tokens / parallel.sequence_shards,
+        tensor=parallel.tensor,
+        bytes_per_value=bytes_per_value,
+    )
+
+
+def _linear(
+    name: str,
+    sizes: _Sizes,
+    inputs: int,
+    outputs: int,
+    *,
+    rows: float | None = None,
+    divides_inputs: bool = False,
+    **more: float,
+) -> Operation:
+    """A linear layer whose weight is divided over the tensor-parallel ranks.
+
+    Either its outputs are divided, and every rank reads whole rows, or its inputs, and every rank
+    writes a part of the sum of whole rows.
+    """
+    rows = sizes.rows if rows is None else rows
+    flops = 2.0 * rows * inputs * outputs / sizes.tensor
+    whole, divided = (outputs, inputs) if divides_inputs else (inputs, outputs)
+    moved = sizes.bytes_per_value * rows * (whole + divided / sizes.tensor)
+    return Operation(name, flops, flops, flops, moved, moved, moved, **more)
+
+
+def _elementwise(
+    name: str, sizes: _Sizes, rows: float, width: float, num_tensors: int
+) -> Operation:
+    """Reads and writes ``num_tensors`` rows of ``width`` forward, one more for the gradient."""
+    one = sizes.bytes_per_value * rows * width
+    return Operation(
+        name, forward_bytes=num_tensors * one, input_grad_bytes=(num_tensors + 1) * one
+    )
+
+
+def _attention(
+    module: ModuleShape, size: ItemSize, parallel: Parallelism, sizes: _Sizes
+) -> Operation:
+    shards = parallel.tensor * parallel.context
+    share = 0.5 if module.kind == "causal" else 1.0
+    flops = share * sum(4.0 * span * span * module.hidden_size for span in size.spans) / shards
+    key_values = 2 * module.key_value_size
+    moved = (
+        sizes.bytes_per_value * sizes.rows * (2 * module.hidden_size + key_values) / sizes.tensor
+    )
+    sent = sizes.bytes_per_value * sizes.rows * key_values / sizes.tensor * (parallel.context - 1)
+    return Operation(
+        "attention",
+        forward_flops=flops,
+        input_grad_flops=2 * flops,
+        forward_bytes=moved,
+        input_grad_bytes=2 * moved,
+        ring_bytes=sent,
+    )
+
+
+def layer_operations(
+    module: ModuleShape, size: ItemSize, parallel: Parallelism, bytes_per_value: int
+) -> tuple[Operation, ...]:
+    """One layer of ``module`` on one item, in the order of its forward."""
+    sizes = _sizes(size, parallel, bytes_per_value)
+    hidden, ffn = module.hidden_size, module.ffn_hidden_size
+    joined = bytes_per_value * sizes.rows * hidden
+    gate = 2 if module.is_gated else 1
+    between = sizes.rows_between
+    # A modulated norm reads and writes what a plain one does; a gate reads one row more.
+    residual_tensors = 4 if module.kind == "dit" else 3
+    operations = [
+        _elementwise("attention_norm", sizes, between, hidden, 2),
+        _linear("query_key_value", sizes, hidden, hidden + 2 * module.key_value_size),
+        _attention(module, size, parallel, sizes),
+        _linear(
+            "attention_output", sizes, hidden, hidden, divides_inputs=True, reduced_bytes=joined
+        ),
+        _elementwise("attention_residual", sizes, between, hidden, residual_tensors),
+    ]
+    if module.kind == "dit":
+        operations += _cross_attention(module, size, parallel, sizes)
+        operations += _layer_modulation(module, size, sizes)
+    operations += [
+        _elementwise("mlp_norm", sizes, between, hidden, 2),
+        _linear("mlp_in", sizes, hidden, gate * ffn),
+        _elementwise("mlp_activation", sizes, sizes.rows, ffn / sizes.tensor, gate + 1),
+        _linear("mlp_out", sizes, ffn, hidden, divides_inputs=True, reduced_bytes=joined),
+        _elementwise("mlp_residual", sizes, between, hidden, residual_tensors),
+    ]
+    return tuple(operations)
+
+
+def _cross_attention(
+    module: ModuleShape, size: ItemSize, parallel: Parallelism, sizes: _Sizes
+) -> list[Operation]:
+    hidden = module.hidden_size
+    rows, context = sizes.rows, float(size.context_tokens)
+    flops = 4.0 * rows * context * hidden / sizes.tensor
+    moved = sizes.bytes_per_value * 2 * (rows + context) * hidden / sizes.tensor
+    return [
+        _elementwise("cross_norm", sizes, sizes.rows_between, hidden, 2),
+        _linear("cross_query", sizes, hidden, hidden),
+        # Every context-parallel rank reads the whole caption.
+        _linear("cross_key_value", sizes, hidden, 2 * hidden, rows=context),
+        Operation(
+            "cross_attention",
+            forward_flops=flops,
+            input_grad_flops=2 * flops,
+            forward_bytes=moved,
+            input_grad_bytes=2 * moved,
+        ),
+        _linear(
+            "cross_output",
+            sizes,
+            hidden,
+            hidden,
+            divides_inputs=True,
+            reduced_bytes=sizes.bytes_per_value * rows * hidden,
+        ),
+        _elementwise("cross_residual", sizes, sizes.rows_between, hidden, 3),
+    ]
+
+
+def _layer_modulation(module: ModuleShape, size: ItemSize, sizes: _Sizes) -> list[Operation]:
+    """A network in every layer reads one row per clip, whole on every tensor-parallel rank."""
+    if module.modulation == "shared":
+        return []
+    whole = sizes._replace(tensor=1)
+    hidden = module.hidden_size
+    return [_linear("modulation", whole, hidden, 6 * hidden, rows=len(size.spans))]
+
+
+def first_operations(
+    module: ModuleShape, size: ItemSize, parallel: Parallelism, bytes_per_value: int
+) -> tuple[Operation, ...]:
+    """What sits before the first layer; nothing in it takes the gradient of its own input.
+
+    Except a caption projection, whose gradient goes on to a text encoder.
+    """
+    sizes = _sizes(size, parallel, bytes_per_value)
+    hidden = module.hidden_size
+    if module.kind == "causal":
+        # Every rank looks up its share of the vocabulary and adds the others' rows.
+        moved = bytes_per_value * sizes.rows * hidden
+        return (
+            Operation(
+                "embedding",
+                forward_bytes=2 * moved,
+                weight_grad_bytes=3 * moved,
+                reduced_bytes=moved,
+            ),
+        )
+    # The embedding of patches is small and whole on every rank.
+    whole = sizes._replace(tensor=1)
+    patches = _linear("patch_embedding", whole, module.patch_values or 0, hidden)
+    patches = patches._replace(input_grad_flops=0.0, input_grad_bytes=0.0)
+    if module.kind == "vit":
+        return (patches,)
+    clips = float(len(size.spans))
+    conditioning = [
+        _linear("timestep", whole, TIMESTEP_VALUES + hidden, hidden, rows=clips),
+        _linear(
+            "caption_projection", whole, module.context_size or 0, hidden, rows=size.context_tokens
+        ),
+    ]
+    if module.modulation == "shared":
+        conditioning.append(_linear("modulation", whole, hidden, 6 * hidden, rows=clips))
+    return (patches, *conditioning)
+
+
+def last_operations(
+    module: ModuleShape, size: ItemSize, parallel: Parallelism, bytes_per_value: int
+) -> tuple[Operation, ...]:
+    """What sits after the last layer."""
+    sizes = _sizes(size, parallel, bytes_per_value)
+    hidden = module.hidden_size
+    norm = _elementwise("final_norm", sizes, sizes.rows_between, hidden, 2)
+    if module.kind == "causal":
+        if not module.has_head:
+            return (norm,)
+        vocabulary = module.vocab_size or 0
+        loss = _elementwise(
+            "loss",
+            sizes._replace(bytes_per_value=_LOSS_BYTES),
+            sizes.rows,
+            vocabulary / sizes.tensor,
+            2,
+        )
+        return (norm, _linear("head", sizes, hidden, vocabulary), loss)
+    if module.kind == "dit":
+        whole = sizes._replace(tensor=1)
+        clips = float(len(size.spans))
+        return (
+            norm,
+            _linear("final_modulation", whole, hidden, 2 * hidden, rows=clips),
+            _linear("output", whole, hidden, module.patch_values or 0),
+        )
+    if module.projector is None:
+        return (norm,)
+    rows = sizes.rows / module.projector.merge
+    middle = module.projector.intermediate_size
+    joined = bytes_per_value * rows * module.projector.output_size
+    return (
+        norm,
+        _linear("projector_in", sizes, module.projector.merge * hidden, middle, rows=rows),
+        _linear(
+            "projector_out",
+            sizes,
+            middle,
+            module.projector.output_size,
+            rows=rows,
+            divides_inputs=True,
+            reduced_bytes=joined,
+        ),
+    )
+
+
+def total_flops(operations: Sequence[Operation]) -> tuple[float, float, float]:
+    """Forward, input gradient and weight gradient of all ``operations``."""
+    return (
+        sum(operation.forward_flops for operation in operations),
+        sum(operation.input_grad_flops for operation in operations),
+        sum(operation.weight_grad_flops for operation in operations),
+    )

@@ -1,0 +1,255 @@
+"""Builders for a machine: from a run's configuration, and from a cluster's."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from megatron_dip.config import CostConfig, DipConfig
+from megatron_dip.costs.analytic import AnalyticTimes, LayerTimes
+from megatron_dip.costs.builder import ProblemBuilder
+from megatron_dip.costs.devices import Device, device_preset
+from megatron_dip.costs.layers import Parallelism
+from megatron_dip.costs.memory import MemoryModel
+from megatron_dip.costs.profile import Profile, ProfiledTimes
+from megatron_dip.costs.shapes import ModelShape, ModuleShape, ProjectorShape, read_yaml
+from megatron_dip.errors import ConfigError
+from megatron_dip.forms import Form
+from megatron_dip.workload import TransferCost
+
+__all__ = ["ClusterConfig", "RateAssumptions", "cluster_builder", "config_builder", "load_cluster"]
+
+Positive = Annotated[int, Field(gt=0)]
+_GIB = 1024**3
+
+
+class RateAssumptions(Form):
+    """What replaces the preset's rates; nothing does where a field is not given."""
+
+    efficiency: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the peak achieved at every size, instead of the preset's curve."""
+    layer_overhead_us: Annotated[float, Field(ge=0)] | None = None
+    memory_traffic: bool = True
+    """False: only operations take time."""
+    collectives: bool = True
+    """False: collectives inside a layer take no time."""
+
+
+class ClusterConfig(Form):
+    """A cluster, and how a model is laid over it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    gpu: str
+    """A preset: A100, H100, H200 or H800."""
+    num_gpus: Positive
+    gpus_per_node: Positive = 8
+    tensor_parallel: Positive = 1
+    context_parallel: Positive = 1
+    pipeline_parallel: Positive
+    sequence_parallel: bool = True
+    distributed_optimizer: bool = True
+    """Optimizer state divided over the data-parallel (and context-parallel) ranks."""
+    memory_limit_bytes: Positive | None = None
+    """Per GPU; all of the preset's memory where not given."""
+    transfer_latency_us: Annotated[float, Field(ge=0)] = 20.0
+    assumptions: RateAssumptions = RateAssumptions()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        device_preset(self.gpu)
+        if self.num_gpus % self.num_model_gpus:
+            raise ValueError(
+                f"num_gpus {self.num_gpus} is not a multiple of tensor_parallel x context_parallel "
+                f"x pipeline_parallel = {self.num_model_gpus}"
+            )
+        return self
+
+    @property
+    def num_model_gpus(self) -> int:
+        """GPUs of one replica of the model."""
+        return self.tensor_parallel * self.context_parallel * self.pipeline_parallel
+
+    @property
+    def data_parallel(self) -> int:
+        return self.num_gpus // self.num_model_gpus
+
+    @property
+    def parallel(self) -> Parallelism:
+        return Parallelism(
+            tensor=self.tensor_parallel,
+            context=self.context_parallel,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def device(self) -> Device:
+        """The preset under the assumptions."""
+        assumed = self.assumptions
+        device = device_preset(self.gpu)
+        if assumed.efficiency is not None:
+            device = device.with_constant_rate(assumed.efficiency)
+        if assumed.layer_overhead_us is not None:
+            device = device.with_layer_overhead(assumed.layer_overhead_us)
+        if not assumed.memory_traffic:
+            device = device.without_memory_traffic()
+        return device
+
+    def link_bytes_per_us(self, ranks_per_group: int) -> float:
+        """What neighbours achieve that sit ``ranks_per_group`` GPUs side by side."""
+        device = device_preset(self.gpu)
+        inside = ranks_per_group <= self.gpus_per_node
+        published = device.nvlink_bytes_per_us if inside else device.network_bytes_per_us
+        return published * device.link_efficiency
+
+    def transfer(self) -> TransferCost:
+        """Between pipeline ranks, which sit outermost: over the network where nodes differ."""
+        return TransferCost(
+            latency_us=self.transfer_latency_us,
+            bytes_per_us=self.link_bytes_per_us(self.num_gpus),
+        )
+
+
+def load_cluster(path: str | Path) -> ClusterConfig:
+    """The cluster in a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read, or a field is missing, unknown or contradicts another.
+    """
+    return ClusterConfig.parse(read_yaml(path), ConfigError, str(path))
+
+
+def cluster_builder(
+    model: ModelShape, cluster: ClusterConfig, profile: Profile | None = None
+) -> ProblemBuilder:
+    """Problems of ``model`` on ``cluster``: times measured where a profile is given.
+
+    Raises:
+        ConfigError: The model cannot be divided by ``tensor_parallel``, or the profile is of other
+            layers.
+    """
+    parallel = cluster.parallel
+    for module in model.modules:
+        _check_division(module, parallel.tensor)
+    device = cluster.device()
+    times: LayerTimes
+    if profile is None:
+        counted = cluster.assumptions.collectives
+        inside = parallel.tensor * parallel.context
+        times = AnalyticTimes(
+            device=device if counted else device.without_collectives(),
+            parallel=parallel,
+            tensor_link_bytes_per_us=cluster.link_bytes_per_us(parallel.tensor)
+            if counted
+            else math.inf,
+            ring_link_bytes_per_us=cluster.link_bytes_per_us(inside) if counted else math.inf,
+        )
+    else:
+        times = ProfiledTimes.for_model(profile, model, parallel)
+    shards = cluster.data_parallel * cluster.context_parallel
+    return ProblemBuilder(
+        model=model,
+        times=times,
+        memory=MemoryModel(
+            parallel=parallel,
+            optimizer_shards=shards if cluster.distributed_optimizer else 1,
+        ),
+        num_ranks=cluster.pipeline_parallel,
+        memory_limit_bytes=cluster.memory_limit_bytes or device.memory_bytes,
+        transfer=cluster.transfer(),
+    )
+
+
+def _check_division(module: ModuleShape, tensor: int) -> None:
+    for field, value in (
+        ("num_attention_heads", module.num_attention_heads),
+        ("num_query_groups", module.query_groups),
+        ("ffn_hidden_size", module.ffn_hidden_size),
+        ("vocab_size", module.vocab_size or 0),
+    ):
+        if value % tensor:
+            raise ConfigError(
+                f"tensor_parallel {tensor} does not divide {module.name}.{field} {value}"
+            )
+
+
+def config_builder(
+    config: DipConfig, *, is_fp32: bool, num_tensor_ranks: int = 1, sequence_parallel: bool = False
+) -> ProblemBuilder:
+    """Problems of a run, at the constant rates that its configuration states."""
+    schedule = config.schedule
+    parallel = Parallelism(tensor=num_tensor_ranks, sequence_parallel=sequence_parallel)
+    memory = MemoryModel(parallel=parallel, is_fp32=is_fp32)
+    return ProblemBuilder(
+        model=_config_model(config),
+        times=AnalyticTimes(
+            device=_config_device(schedule.costs, schedule.costs.flops_per_us),
+            module_devices={
+                name: _config_device(schedule.costs, module.flops_per_us)
+                for name, module in schedule.modules.items()
+                if module.flops_per_us is not None
+            },
+            parallel=parallel,
+            bytes_per_value=memory.bytes_per_value,
+            tensor_link_bytes_per_us=math.inf,
+            ring_link_bytes_per_us=math.inf,
+        ),
+        memory=memory,
+        num_ranks=schedule.num_ranks,
+        memory_limit_bytes=int(schedule.memory_limit_gib * _GIB),
+        transfer=TransferCost(
+            latency_us=schedule.costs.transfer_latency_us,
+            bytes_per_us=schedule.costs.transfer_bytes_per_us,
+        ),
+    )
+
+
+def _config_device(costs: CostConfig, flops_per_us: float) -> Device:
+    """Only operations take time, and the overhead per layer stands for all else."""
+    return Device(
+        name="configured",
+        peak_flops_per_us=flops_per_us,
+        memory_bytes=0,
+        memory_bytes_per_us=math.inf,
+        nvlink_bytes_per_us=math.inf,
+        network_bytes_per_us=math.inf,
+        best_efficiency=1.0,
+        half_rate_flops=0.0,
+        layer_overhead_us=costs.layer_overhead_us,
+        collective_latency_us=0.0,
+    )
+
+
+def _config_model(config: DipConfig) -> ModelShape:
+    vision, language = config.model.vision, config.model.language
+    merged = 4 * vision.hidden_size
+    return ModelShape(
+        name="vision-language",
+        modules=(
+            ModuleShape(
+                name="vision",
+                kind="vit",
+                num_layers=vision.num_layers,
+                hidden_size=vision.hidden_size,
+                ffn_hidden_size=vision.ffn_hidden_size,
+                num_attention_heads=vision.num_attention_heads,
+                trainable=vision.trainable,
+                patch_values=3 * vision.patch_size**2,
+                num_positions=vision.position_grid**2,
+                projector=ProjectorShape(
+                    intermediate_size=merged, output_size=language.hidden_size
+                ),
+            ),
+            ModuleShape(
+                name="language",
+                kind="causal",
+                num_layers=language.num_layers,
+                hidden_size=language.hidden_size,
+                ffn_hidden_size=language.ffn_hidden_size,
+                num_attention_heads=language.num_attention_heads,
+                num_query_groups=language.num_query_groups,
+                upstream=("vision",),
+                trainable=language.trainable,
+                vocab_size=language.vocab_size,
+            ),
+        ),
+    )

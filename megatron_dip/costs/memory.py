@@ -1,0 +1,92 @@
+"""Memory of layers: weights, gradients and optimizer state; stored activations; boundaries.
+
+Mixed precision as in Megatron: weights in bf16, gradients accumulated in fp32, and the optimizer's
+fp32 copy of the weight with Adam's two moments, which a distributed optimizer divides over the
+data-parallel ranks.  Frozen weights have neither gradient nor optimizer state.
+
+Activations are what the backward of a layer reads, with a fused attention kernel, that keeps no
+scores, and without dropout: inputs of linear layers and norms, queries, keys, values and output of
+attention, both sides of the MLP's activation.  Frozen layers that only pass a gradient on keep
+no inputs of linear layers.  The allocator's losses, buffers of collectives, and workspace
+are not modelled.
+"""
+
+from dataclasses import dataclass
+
+from megatron_dip.costs.layers import ItemSize, Parallelism
+from megatron_dip.costs.shapes import ModuleShape
+
+__all__ = ["MemoryModel"]
+
+_FP32_BYTES = 4
+_BF16_BYTES = 2
+_ADAM_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryModel:
+    """Bytes on one rank."""
+
+    parallel: Parallelism
+    is_fp32: bool = False
+    """Weights and activations in fp32; bf16 otherwise."""
+    optimizer_shards: int = 1
+    """Ranks that share one optimizer state: the data-parallel size with a distributed optimizer."""
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Of weights and activations."""
+        return _FP32_BYTES if self.is_fp32 else _BF16_BYTES
+
+    def bytes_per_weight(self, *, trainable: bool) -> float:
+        """Weight, gradient and optimizer state together."""
+        if not trainable:
+            return self.bytes_per_value
+        # In fp32 the weight is its own master copy.
+        state = _ADAM_BYTES if self.is_fp32 else _ADAM_BYTES + _FP32_BYTES
+        return self.bytes_per_value + _FP32_BYTES + state / self.optimizer_shards
+
+    def layer_static_bytes(self, module: ModuleShape) -> int:
+        """One layer."""
+        divided = module.layer_linear_parameters() / self.parallel.tensor
+        return self._static_bytes(module, divided + module.layer_other_parameters())
+
+    def first_static_bytes(self, module: ModuleShape) -> int:
+        """What sits before the first layer."""
+        parameters = module.first_parameters()
+        shards = self.parallel.tensor if module.kind == "causal" else 1
+        return self._static_bytes(module, parameters / shards)
+
+    def last_static_bytes(self, module: ModuleShape) -> int:
+        """What sits after the last layer."""
+        shards = 1 if module.kind == "dit" else self.parallel.tensor
+        return self._static_bytes(module, module.last_parameters() / shards)
+
+    def _static_bytes(self, module: ModuleShape, num_weights: float) -> int:
+        return round(num_weights * self.bytes_per_weight(trainable=module.trainable))
+
+    def activation_bytes(self, module: ModuleShape, size: ItemSize) -> int:
+        """Kept per layer from forward to backward for one item, without recompute."""
+        hidden, ffn, grouped = module.hidden_size, module.ffn_hidden_size, module.key_value_size
+        inside_rows = size.tokens / self.parallel.context / self.parallel.tensor
+        between_rows = size.tokens / self.parallel.sequence_shards
+        context_rows = size.context_tokens / self.parallel.tensor
+        # Norm inputs; queries, keys, values and output of attention; the MLP before activation.
+        between = 2 * hidden
+        inside = 2 * hidden + 2 * grouped + (2 if module.is_gated else 1) * ffn
+        context = 0
+        if module.trainable:
+            between += 2 * hidden
+            inside += ffn
+        if module.kind == "dit":
+            # The third norm; what the two gates multiply; queries, output, keys and values.
+            between += (4 if module.trainable else 3) * hidden
+            inside += 2 * hidden
+            context = 2 * hidden
+        values = between * between_rows + inside * inside_rows + context * context_rows
+        return round(self.bytes_per_value * values)
+
+    def boundary_bytes(self, module: ModuleShape, size: ItemSize) -> int:
+        """Input or output of a layer for one item."""
+        rows = size.tokens / self.parallel.sequence_shards
+        return round(self.bytes_per_value * rows * module.hidden_size)

@@ -1,0 +1,248 @@
+"""Shapes of the modules of a model: all that the cost of its layers depends on.
+
+A model is a list of modules, upstream modules first.  Three kinds of layer exist:
+
+- ``vit``: full attention over each span, biases, GELU; patch embedding with learned positions
+  before the first layer, a final norm and optionally a projector after the last.
+- ``causal``: causal attention with grouped queries over packed spans, gated MLP, RMSNorm;
+  an embedding before the first layer, a final norm and optionally a head with loss after the last.
+- ``dit``: full self-attention over each clip, cross-attention to the upstream module's tokens,
+  GELU, AdaLN modulation; patch embedding, caption projection and timestep embedding before the
+  first layer, the output layer after the last.
+
+Mixture-of-experts layers and tied embeddings are not modelled.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from megatron_dip.errors import ConfigError
+from megatron_dip.forms import Form
+
+__all__ = ["ModelShape", "ModuleShape", "ProjectorShape", "load_model", "read_yaml"]
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class ProjectorShape(Form):
+    """Two linear layers after a vision tower, on groups of merged tokens."""
+
+    merge: Positive = 4
+    """Tokens that become one row."""
+    intermediate_size: Positive
+    output_size: Positive
+    """Hidden size of the module that reads the rows."""
+
+
+class ModuleShape(Form):
+    """One modality model."""
+
+    name: Annotated[str, Field(min_length=1)]
+    kind: Literal["vit", "causal", "dit"]
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_attention_heads: Positive
+    num_query_groups: Positive | None = None
+    """Heads of keys and values; as many as of queries where not given."""
+    upstream: tuple[str, ...] = ()
+    trainable: bool = True
+    vocab_size: Positive | None = None
+    """Of ``causal`` modules."""
+    has_head: bool = True
+    """Of ``causal`` modules: an encoder of text has none."""
+    qkv_bias: bool = False
+    """Of ``causal`` modules."""
+    patch_values: Positive | None = None
+    """Of ``vit`` and ``dit`` modules: values of one patch (channels x frames x rows x columns)."""
+    num_positions: Count = 0
+    """Rows of the learned table of positions."""
+    projector: ProjectorShape | None = None
+    """Of ``vit`` modules."""
+    context_size: Positive | None = None
+    """Of ``dit`` modules: hidden size of what cross-attention reads."""
+    modulation: Literal["shared", "per_layer"] = "shared"
+    """Of ``dit`` modules: one modulation network for all layers and a table per layer
+    (AdaLN-single, arXiv 2310.00426), or one network in every layer (AdaLN-Zero, arXiv 2212.09748).
+    """
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.query_groups}"
+            )
+        required = {"vit": "patch_values", "causal": "vocab_size", "dit": "patch_values"}
+        if getattr(self, required[self.kind]) is None:
+            raise ValueError(f"{required[self.kind]} is missing (a {self.kind} module needs it)")
+        if (self.kind == "dit") != (self.context_size is not None):
+            raise ValueError("context_size is needed by dit modules, and only by them")
+        if self.projector is not None and self.kind != "vit":
+            raise ValueError(f"projector belongs to vit modules (this one is {self.kind})")
+        return self
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of the keys, and of the values, of one token."""
+        return self.hidden_size // self.num_attention_heads * self.query_groups
+
+    @property
+    def is_gated(self) -> bool:
+        return self.kind == "causal"
+
+    def layer_linear_parameters(self) -> int:
+        """Weights of the linear layers of one layer: what tensor parallelism divides."""
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        attention = 2 * hidden * hidden + 2 * hidden * self.key_value_size
+        cross = 4 * hidden * hidden if self.kind == "dit" else 0
+        return attention + cross + (3 if self.is_gated else 2) * hidden * ffn
+
+    def layer_other_parameters(self) -> int:
+        """Norms, biases and modulation of one layer."""
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        if self.kind == "causal":
+            bias = hidden + 2 * self.key_value_size if self.qkv_bias else 0
+            return 2 * hidden + bias
+        biases = 2 * hidden + 2 * self.key_value_size + hidden + ffn
+        if self.kind == "vit":
+            return biases + 4 * hidden
+        network = 6 * hidden * (hidden + 1) if self.modulation == "per_layer" else 0
+        return biases + 4 * hidden + 6 * hidden + network
+
+    def first_parameters(self) -> int:
+        """Parameters before the first layer."""
+        hidden = self.hidden_size
+        if self.kind == "causal":
+            return (self.vocab_size or 0) * hidden
+        embedding = ((self.patch_values or 0) + self.num_positions) * hidden
+        return embedding + (self.conditioning_parameters() if self.kind == "dit" else 0)
+
+    def conditioning_parameters(self) -> int:
+        """Of a ``dit`` module: caption projection, timestep embedding and shared modulation."""
+        hidden = self.hidden_size
+        timestep = TIMESTEP_VALUES * hidden + hidden * hidden
+        shared = 6 * hidden * hidden if self.modulation == "shared" else 0
+        return (self.context_size or 0) * hidden + timestep + shared
+
+    def last_parameters(self) -> int:
+        """Parameters after the last layer."""
+        hidden = self.hidden_size
+        if self.kind == "causal":
+            return hidden + ((self.vocab_size or 0) * hidden if self.has_head else 0)
+        if self.kind == "dit":
+            return 2 * hidden * hidden + (self.patch_values or 0) * hidden
+        if self.projector is None:
+            return 2 * hidden
+        merged = self.projector.merge * hidden
+        return 2 * hidden + self.projector.intermediate_size * (merged + self.projector.output_size)
+
+    def num_parameters(self) -> int:
+        """All parameters of the module."""
+        layer = self.layer_linear_parameters() + self.layer_other_parameters()
+        return self.num_layers * layer + self.first_parameters() + self.last_parameters()
+
+
+TIMESTEP_VALUES = 256
+"""Sines and cosines that a timestep is embedded with (arXiv 2212.09748)."""
+
+
+class ModelShape(Form):
+    """The modules of a model, upstream modules first."""
+
+    name: Annotated[str, Field(min_length=1)]
+    modules: Annotated[tuple[ModuleShape, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        known: dict[str, ModuleShape] = {}
+        for number, module in enumerate(self.modules):
+            where = f"modules.{number}"
+            if module.name in known:
+                raise ValueError(f"{where}.name: {module.name!r} repeats")
+            unknown = [name for name in module.upstream if name not in known]
+            if unknown:
+                raise ValueError(
+                    f"{where}.upstream: {unknown} not among the modules before it ({list(known)})"
+                )
+            for name in module.upstream:
+                self._check_edge(where, known[name], module)
+            known[module.name] = module
+        return self
+
+    @staticmethod
+    def _check_edge(where: str, upstream: ModuleShape, module: ModuleShape) -> None:
+        width = upstream.projector.output_size if upstream.projector else upstream.hidden_size
+        expected, field = (
+            (module.context_size, "context_size")
+            if module.kind == "dit"
+            else (module.hidden_size, "hidden_size")
+        )
+        if width != expected:
+            raise ValueError(
+                f"{where}.{field}: {expected}, but {upstream.name} gives rows of {width} "
+                "(make them equal, or give the upstream module a projector)"
+            )
+
+    def module(self, name: str) -> ModuleShape:
+        """The module called ``name``.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        for module in self.modules:
+            if module.name == name:
+                return module
+        names = [module.name for module in self.modules]
+        raise ConfigError(f"model {self.name} has no module {name!r} (expected one of {names})")
+
+    def modules_with_backward(self) -> frozenset[str]:
+        """Modules with something trainable in them or upstream of them."""
+        found: set[str] = set()
+        for module in self.modules:
+            if module.trainable or found.intersection(module.upstream):
+                found.add(module.name)
+        return frozenset(found)
+
+    def num_parameters(self) -> int:
+        """All parameters of the model."""
+        return sum(module.num_parameters() for module in self.modules)
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """The mapping at the top of a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML or holds no mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({error})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values at top level")
+    return data
+
+
+def load_model(path: str | Path) -> ModelShape:
+    """The model in a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read, or a field is missing, unknown or contradicts another.
+    """
+    return ModelShape.parse(read_yaml(path), ConfigError, str(path))

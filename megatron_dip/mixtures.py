@@ -1,0 +1,223 @@
+"""Batches drawn from distributions: what a data set looks like to the planner, without the data.
+
+Two kinds of workload are known.  ``vlm``: every microbatch is one packed sequence whose share of
+image tokens is drawn first, so that batches range from nearly all text to nearly all images.
+``t2v``: every microbatch holds clips of drawn frames and resolution, each with its captions.
+Draws are independent; data sets that are sorted or bucketed by length are not modelled.
+``docs/workloads.md`` describes the built-in mixtures and the file format.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from megatron_dip.costs import ItemSize, ItemSizes
+from megatron_dip.errors import ConfigError
+from megatron_dip.forms import Form, explain_validation_error, read_json
+
+__all__ = [
+    "Clips",
+    "Counts",
+    "ImagesAndText",
+    "Shares",
+    "Workload",
+    "built_in_mixture",
+    "draw_microbatches",
+    "load_workload",
+]
+
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+_IMAGE_MERGE = 4
+"""Patches that stand for one language token, after the 2x2 merge."""
+_LEAST_TEXT_TOKENS = 8
+"""Of a sample with images: a question and an answer."""
+
+
+class _Weighted(Form):
+    weights: tuple[Weight, ...] | None = None
+    """One per value, in any unit; all alike where not given."""
+
+    def _check_weights(self, num_values: int) -> None:
+        if self.weights is None:
+            return
+        if len(self.weights) != num_values:
+            raise ValueError(f"{len(self.weights)} weights for {num_values} values (one per value)")
+        if not sum(self.weights) > 0:
+            raise ValueError("weights sum to 0 (give one value a positive weight)")
+
+
+class Counts(_Weighted):
+    """A distribution over whole numbers."""
+
+    values: Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_weights(len(self.values))
+        return self
+
+    def draw(self, random: Random) -> int:
+        """One value."""
+        return random.choices(self.values, self.weights)[0]
+
+
+class Shares(_Weighted):
+    """A distribution over shares of a whole."""
+
+    values: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_weights(len(self.values))
+        return self
+
+    def draw(self, random: Random) -> float:
+        """One value."""
+        return random.choices(self.values, self.weights)[0]
+
+
+class ImagesAndText(Form):
+    """Packed sequences of text samples and of samples with images."""
+
+    format: Literal["megatron-dip/workload"] = "megatron-dip/workload"
+    version: Literal[1] = 1
+    kind: Literal["vlm"]
+    sequence_tokens: Positive
+    """Tokens of every packed sequence; samples are cut to fill it."""
+    image_share: Shares
+    """Of a sequence's tokens that stand for images, per sequence."""
+    image_patches: Counts
+    images_per_sample: Counts
+    text_tokens: Counts
+    """Of samples without images; those with images get text by the share."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        wrong = [patches for patches in self.image_patches.values if patches % _IMAGE_MERGE]
+        if wrong:
+            raise ValueError(f"image_patches.values: {wrong} are no multiples of {_IMAGE_MERGE}")
+        return self
+
+    def draw(self, random: Random) -> ItemSizes:
+        """The items of one microbatch: its images and one sequence."""
+        share = self.image_share.draw(random)
+        images: list[int] = []
+        spans: list[int] = []
+        room = self.sequence_tokens
+        while room > 0:
+            drawn: list[int] = []
+            if share > 0:
+                count = self.images_per_sample.draw(random)
+                drawn = [self.image_patches.draw(random) for _ in range(count)]
+            image_tokens = 0
+            for patches in drawn:
+                # Images that no longer fit are left out; they are never cut.
+                if image_tokens + patches // _IMAGE_MERGE + _LEAST_TEXT_TOKENS <= room:
+                    image_tokens += patches // _IMAGE_MERGE
+                    images.append(patches)
+            if image_tokens:
+                text = max(_LEAST_TEXT_TOKENS, round(image_tokens * (1 - share) / share))
+            else:
+                text = self.text_tokens.draw(random)
+            spans.append(min(room, image_tokens + text))
+            room -= spans[-1]
+        return {
+            "vision": [ItemSize(tokens=patches, spans=(patches,)) for patches in images],
+            "language": [
+                ItemSize(
+                    tokens=self.sequence_tokens,
+                    spans=tuple(spans),
+                    needs={"vision": tuple(range(len(images)))},
+                )
+            ],
+        }
+
+
+class Clips(Form):
+    """Video clips with captions."""
+
+    format: Literal["megatron-dip/workload"] = "megatron-dip/workload"
+    version: Literal[1] = 1
+    kind: Literal["t2v"]
+    clips_per_microbatch: Counts = Counts(values=(1,))
+    frames: Counts
+    """Latent frames of a clip; 1 is a picture."""
+    patches_per_frame: Counts
+    captions_per_clip: Counts
+    caption_tokens: Counts
+
+    def draw(self, random: Random) -> ItemSizes:
+        """The items of one microbatch: captions and the clips that read them."""
+        captions: list[ItemSize] = []
+        clips: list[ItemSize] = []
+        for _ in range(self.clips_per_microbatch.draw(random)):
+            tokens = self.frames.draw(random) * self.patches_per_frame.draw(random)
+            count = self.captions_per_clip.draw(random)
+            lengths = [self.caption_tokens.draw(random) for _ in range(count)]
+            first = len(captions)
+            captions += [ItemSize(tokens=length, spans=(length,)) for length in lengths]
+            clips.append(
+                ItemSize(
+                    tokens=tokens,
+                    spans=(tokens,),
+                    context_tokens=sum(lengths),
+                    needs={"text": tuple(range(first, len(captions)))},
+                )
+            )
+        return {"text": captions, "dit": clips}
+
+
+Workload = Annotated[ImagesAndText | Clips, Field(discriminator="kind")]
+
+
+def built_in_mixture(name: Literal["vlm", "t2v"]) -> ImagesAndText | Clips:
+    """The mixture called ``name``; see ``docs/workloads.md``."""
+    if name == "vlm":
+        return ImagesAndText(
+            kind="vlm",
+            sequence_tokens=8192,
+            image_share=Shares(values=(0.0, 0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)),
+            image_patches=Counts(values=(196, 256, 676, 1296, 2704), weights=(1, 2, 3, 2, 2)),
+            images_per_sample=Counts(values=(1, 2, 4, 8), weights=(4, 2, 1, 1)),
+            text_tokens=Counts(values=(128, 512, 1024, 2048, 4096), weights=(3, 3, 2, 2, 1)),
+        )
+    return Clips(
+        kind="t2v",
+        frames=Counts(values=(1, 8, 16, 24, 32)),
+        patches_per_frame=Counts(values=(256, 576, 960), weights=(2, 2, 1)),
+        captions_per_clip=Counts(values=(1, 2, 4)),
+        caption_tokens=Counts(values=(64, 128, 256, 512)),
+    )
+
+
+def load_workload(path: str | Path) -> ImagesAndText | Clips:
+    """The distributions in a statistics file (JSON).
+
+    Raises:
+        ConfigError: The file cannot be read, or a field is missing, unknown or out of range.
+    """
+    data = read_json(path, ConfigError)
+    adapter: TypeAdapter[ImagesAndText | Clips] = TypeAdapter(Workload)
+    try:
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain_validation_error(error)}") from None
+
+
+def draw_microbatches(
+    workload: ImagesAndText | Clips, num_microbatches: int, seed: int
+) -> Sequence[ItemSizes]:
+    """The items of a batch; the same for the same arguments.
+
+    Raises:
+        ConfigError: ``num_microbatches`` is not positive.
+    """
+    if num_microbatches < 1:
+        raise ConfigError(f"{num_microbatches} microbatches (expected at least 1)")
+    random = Random(seed)
+    return [workload.draw(random) for _ in range(num_microbatches)]

@@ -1,0 +1,80 @@
+"""Memory of layers, counted by hand."""
+
+import pytest
+from cost_cases import causal, dit, item, vit
+
+from megatron_dip.costs import Parallelism
+from megatron_dip.costs.memory import MemoryModel
+
+
+def memory(is_fp32=False, optimizer_shards=1, **parallel):
+    return MemoryModel(
+        parallel=Parallelism(**parallel), is_fp32=is_fp32, optimizer_shards=optimizer_shards
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "trainable", "expected"),
+    [
+        ({}, True, 2 + 4 + 12),
+        ({"optimizer_shards": 4}, True, 2 + 4 + 3),
+        ({"is_fp32": True}, True, 4 + 4 + 8),
+        ({}, False, 2),
+        ({"is_fp32": True, "optimizer_shards": 8}, False, 4),
+    ],
+)
+def test_bytes_of_a_weight_with_its_gradient_and_optimizer_state(fields, trainable, expected):
+    assert memory(**fields).bytes_per_weight(trainable=trainable) == expected
+
+
+def test_tensor_ranks_share_linear_weights_but_not_norms():
+    # 576 weights of linear layers, two norms of 8
+    assert memory().layer_static_bytes(causal()) == (576 + 16) * 18
+    assert memory(tensor=2).layer_static_bytes(causal()) == (288 + 16) * 18
+    assert memory(tensor=2).layer_static_bytes(causal(trainable=False)) == (288 + 16) * 2
+
+
+def test_embedding_and_head_are_divided_over_the_vocabulary():
+    assert memory(tensor=2).first_static_bytes(causal()) == 64 * 8 // 2 * 18
+    assert memory(tensor=2).last_static_bytes(causal()) == (64 * 8 + 8) // 2 * 18
+    assert memory().last_static_bytes(causal(has_head=False)) == 8 * 18
+
+
+@pytest.mark.parametrize(
+    ("module", "values"),
+    [
+        # inputs of two norms and two linear layers, queries, keys, values, attention output; MLP
+        (vit(), 8 * 8 + 2 * 32),
+        (causal(), 6 * 8 + 2 * 4 + 3 * 16),
+        (dit(), 8 * 8 + 2 * 32 + 6 * 8),
+    ],
+)
+def test_stored_values_per_token_are_what_the_backward_reads(module, values):
+    assert memory().activation_bytes(module, item(10)) == 10 * values * 2
+
+
+def test_a_caption_adds_its_keys_and_values():
+    plain = memory().activation_bytes(dit(), item(10))
+    assert memory().activation_bytes(dit(), item(10, context=3)) == plain + 3 * 2 * 8 * 2
+
+
+@pytest.mark.parametrize("make", [vit, causal, dit])
+def test_frozen_layers_store_less(make):
+    stored = memory().activation_bytes(make(), item(10))
+    assert 0 < memory().activation_bytes(make(trainable=False), item(10)) < stored
+
+
+def test_sequence_parallelism_divides_what_tensor_parallelism_leaves_whole():
+    size, module = item(10), vit()
+    whole = memory().activation_bytes(module, size)
+    assert memory(tensor=2, sequence_parallel=True).activation_bytes(module, size) == whole // 2
+    between = 4 * 8 * 10 * 2
+    assert memory(tensor=2).activation_bytes(module, size) == between + (whole - between) // 2
+    assert memory(tensor=2).boundary_bytes(module, size) == 10 * 8 * 2
+    assert memory(tensor=2, sequence_parallel=True).boundary_bytes(module, size) == 10 * 8
+
+
+def test_context_ranks_share_tokens():
+    whole = memory().activation_bytes(causal(), item(10))
+    assert memory(context=2).activation_bytes(causal(), item(10)) == whole // 2
+    assert memory(context=2).boundary_bytes(causal(), item(10)) == 10 * 8
