@@ -142,6 +142,14 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
             "--dip-schedule needs a model and a schedule: name their file with --dip-config FILE"
         )
     check_rules(args, _SCHEDULE_RULES, "with --dip-schedule")
+    saves_shards = getattr(args, "use_distributed_optimizer", False) and args.save is not None
+    if saves_shards and not args.dist_ckpt_optim_fully_reshardable:
+        # Megatron's default stores the optimizer by gradient buffers, whose shape is that of the
+        # partition, and its own check on loading compares parallel sizes alone.
+        raise UnsupportedError(
+            "--use-distributed-optimizer with --dip-schedule saves a state that only this very "
+            "partition can load: add --dist-ckpt-optim-fully-reshardable"
+        )
 
 
 class ArgumentValidation:

@@ -170,3 +170,12 @@ def test_a_time_limit_that_is_none_is_refused(validated: Any, text: str) -> None
     assert validated("--dip-timeout-seconds", "1.5")[1].dip_timeout_seconds == 1.5
     with pytest.raises(SystemExit):
         validated("--dip-timeout-seconds", text)
+
+
+def test_a_distributed_optimizer_is_saved_so_that_other_partitions_can_load_it() -> None:
+    saved = {"use_distributed_optimizer": True, "save": "folder"}
+    args = argparse.Namespace(dip_config="a.yaml", dist_ckpt_optim_fully_reshardable=False, **saved)
+    with pytest.raises(UnsupportedError, match="add --dist-ckpt-optim-fully-reshardable"):
+        arguments.check_schedule_arguments(args)
+    args.dist_ckpt_optim_fully_reshardable = True
+    arguments.check_schedule_arguments(args)
