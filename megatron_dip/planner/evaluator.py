@@ -1,6 +1,7 @@
 """What every search has in common: points, their evaluation, the budget, the best one so far."""
 
 import hashlib
+import math
 import time
 from typing import NamedTuple
 
@@ -23,12 +24,12 @@ class Budget(NamedTuple):
     milliseconds: float | None = None
 
     def check(self) -> None:
-        """Raise ConfigError unless exactly one of the two is given and positive."""
+        """Raise ConfigError unless exactly one of the two is given, positive and finite."""
         given = [limit for limit in self if limit is not None]
-        if len(given) != 1 or not given[0] > 0:
+        if len(given) != 1 or not 0 < given[0] < math.inf:
             raise ConfigError(
                 f"search budget: {self.evaluations} evaluations, {self.milliseconds} ms "
-                f"(expected exactly one of the two, above zero)"
+                f"(expected exactly one of the two, above zero and finite)"
             )
 
 

@@ -165,7 +165,15 @@ def test_a_budget_in_milliseconds_ends(search):
 
 
 @pytest.mark.parametrize(
-    "budget", [Budget(), Budget(0), Budget(-1), Budget(None, 0.0), Budget(3, 3.0)]
+    "budget",
+    [
+        Budget(),
+        Budget(0),
+        Budget(-1),
+        Budget(None, 0.0),
+        Budget(None, float("inf")),
+        Budget(3, 3.0),
+    ],
 )
 def test_a_budget_that_is_none_is_refused(budget):
     with pytest.raises(ConfigError, match="expected exactly one of the two, above zero"):
