@@ -39,6 +39,7 @@ setup(
         # Only what the tests run against: the integration binds to names inside Megatron.
         "megatron-core>=0.19,<0.20",
         "numpy",
+        "numba>=0.61",
         "pydantic>=2",
         "PyYAML",
         "typer",

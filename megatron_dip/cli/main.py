@@ -17,6 +17,7 @@ from megatron_dip.partition import load_partition
 from megatron_dip.plan.plan import Plan, load_plan, save_plan
 from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner.planner import Algorithm, make_plan
+from megatron_dip.planner.search import Search
 from megatron_dip.simulator.bounds import lower_bound_us, useful_work_us
 from megatron_dip.simulator.chrome_trace import write_chrome_trace
 from megatron_dip.simulator.picture import write_picture
@@ -55,6 +56,14 @@ class AlgorithmChoice(StrEnum):
     ONE_F_ONE_B = "one_f_one_b"
 
 
+class SearchChoice(StrEnum):
+    """Names of the searches, as typer wants them."""
+
+    LOCAL = "local"
+    MCTS = "mcts"
+
+
+assert set(SearchChoice) == set(get_args(Search))
 assert set(AlgorithmChoice) == set(get_args(Algorithm))
 
 
@@ -109,6 +118,16 @@ def plan(
     split_backward: Annotated[
         bool, typer.Option("--split-backward", help="Input and weight gradients apart.")
     ] = False,
+    search: Annotated[
+        SearchChoice, typer.Option(help="How the dual queue's priorities are searched.")
+    ] = SearchChoice.LOCAL,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Schedules that the search may make; same seed, same plan.")
+    ] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds that the search may take.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random numbers of the search.")] = 0,
 ) -> None:
     """Plan one batch and write the plan."""
     made = make_plan(
@@ -117,6 +136,10 @@ def plan(
         algorithm=algorithm.value,
         max_tokens=_parse_max_tokens(max_tokens or []),
         split_backward=split_backward,
+        search=search.value,
+        evaluations=evaluations,
+        budget_ms=budget_ms,
+        seed=seed,
     )
     _write(output, lambda: save_plan(made, output))
     _print_table([(str(output), made, simulate(made))])

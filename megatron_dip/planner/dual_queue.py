@@ -3,7 +3,7 @@
 Every rank has a queue of ready forwards and one of ready backwards and alternates between them, so
 that activations are given back at the rate at which they are made (DIP, arXiv 2504.14145).  Inside
 a queue the caller's priority decides.  A forward is admitted only if the memory limit can still be
-kept afterwards, see :class:`MemoryGuard`.
+kept afterwards, see :class:`megatron_dip.planner.rules.MemoryGuard`.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dip.errors import InfeasibleError
 from megatron_dip.plan.actions import Action
-from megatron_dip.planner.greedy import Key, schedule_greedily
+from megatron_dip.planner.greedy import schedule_greedily
+from megatron_dip.planner.kernels import ALTERNATE
+from megatron_dip.planner.rules import BatchRules, places
+from megatron_dip.simulator.arrays import IntArray
 from megatron_dip.simulator.bounds import backward_tails_us
+from megatron_dip.simulator.simulate import decode_order
 from megatron_dip.simulator.tasks import TaskTable
 
-__all__ = ["MemoryGuard", "Priority", "default_priority", "order_dual_queue"]
+__all__ = ["Key", "Priority", "default_priority", "order_dual_queue", "priority_key"]
+
+Key = tuple[float, ...]
+"""Smaller goes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,86 +70,20 @@ def order_dual_queue(
     Raises:
         InfeasibleError: A single microbatch does not fit into the memory of a rank.
     """
-    return schedule_greedily(table, _Policy(table, priority), split_backward=split_backward)
+    batch = BatchRules.forwards(table, split_backward=split_backward, has_memory_limit=True)
+    rules = batch.make(priority_key(priority), ALTERNATE, np.array(priority.microbatch_order))
+    return decode_order(table, schedule_greedily(batch, rules).order)
 
 
-class MemoryGuard:
-    """Admits a forward only where every microbatch can still be finished within the limits.
-
-    The banker's algorithm, with microbatches in a fixed order: a state is safe if the first
-    unfinished microbatch can be computed to its end with what is free, then the next with what
-    that gives back, and so on.  Per rank and microbatch i this says: what i and all later ones
-    hold, plus what i still has to store, fits the limit.  From a safe state the first unfinished
-    microbatch can always go on, so that memory never stops a schedule for ever.
-
-    Raises:
-        InfeasibleError: A single microbatch does not fit; the message names rank, need and limit.
-    """
-
-    def __init__(self, table: TaskTable, microbatch_order: Sequence[int]) -> None:
-        self._table = table
-        position = {microbatch: index for index, microbatch in enumerate(microbatch_order)}
-        self._position = [position[work.microbatch] for work in table.works]
-        needs = np.zeros((table.num_ranks, len(position)), dtype=np.int64)
-        for number, rank in enumerate(table.rank):
-            needs[rank, self._position[number]] += table.stored_bytes[number]
-        limits = table.graph.problem.memory_limit_bytes
-        free = np.array(limits, dtype=np.int64) - np.array(table.static_bytes)
-        # Per rank and microbatch i: limit minus the sum of the condition above.
-        self._slack = free[:, None] - needs
-        for rank, index in np.argwhere(self._slack < 0):
-            raise InfeasibleError(
-                f"rank {rank}: microbatch {microbatch_order[index]} needs "
-                f"{needs[rank, index] + table.static_bytes[rank]} bytes with its weights (limit "
-                f"{limits[rank]}: use smaller microbatches or more ranks)"
-            )
-
-    def admits(self, number: int) -> bool:
-        """Is the state safe after this forward has started?"""
-        index = self._position[number]
-        size = self._table.stored_bytes[number]
-        if not index or not size:
-            return True
-        return bool(self._slack[self._table.rank[number], :index].min() >= size)
-
-    def store(self, number: int) -> None:
-        """This forward starts: its own microbatch had counted it already, earlier ones had not."""
-        index = self._position[number]
-        self._slack[self._table.rank[number], :index] -= self._table.stored_bytes[number]
-
-    def release(self, number: int) -> None:
-        """The backward of this work has ended."""
-        index = self._position[number]
-        self._slack[self._table.rank[number], : index + 1] += self._table.stored_bytes[number]
+def priority_key(priority: Priority) -> IntArray:
+    """[3 N]: keys of all tasks; weight gradients in the order of their works."""
+    forward = places_of_keys(priority.forward_keys)
+    backward = places_of_keys(priority.backward_keys)
+    num_works = len(forward)
+    return np.concatenate([forward, num_works + backward, 2 * num_works + np.arange(num_works)])
 
 
-class _Policy:
-    """Alternate between the queues as far as the memory guard allows."""
-
-    def __init__(self, table: TaskTable, priority: Priority) -> None:
-        position = {microbatch: i for i, microbatch in enumerate(priority.microbatch_order)}
-        self.forward_keys: Sequence[Key] = priority.forward_keys
-        self.backward_keys: Sequence[Key] = priority.backward_keys
-        self.source_keys: Sequence[Key] = [
-            (position[work.microbatch], *key)
-            for work, key in zip(table.works, priority.forward_keys, strict=True)
-        ]
-        self._rank = table.rank
-        self._turn_of_backward = [False] * table.num_ranks
-        self._guard = MemoryGuard(table, priority.microbatch_order)
-
-    def prefers_backward(self, rank: int) -> bool:
-        return self._turn_of_backward[rank]
-
-    def admits(self, number: int) -> bool:
-        return self._guard.admits(number)
-
-    def forward_starts(self, number: int) -> None:
-        self._guard.store(number)
-        self._turn_of_backward[self._rank[number]] = True
-
-    def backward_starts(self, number: int) -> None:
-        self._turn_of_backward[self._rank[number]] = False
-
-    def backward_ends(self, number: int) -> None:
-        self._guard.release(number)
+def places_of_keys(keys: Sequence[Key]) -> IntArray:
+    """[N]: the place of every key among all, equal ones in their order."""
+    order = sorted(range(len(keys)), key=lambda number: keys[number])
+    return places(np.argsort(order))

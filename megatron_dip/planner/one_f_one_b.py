@@ -13,11 +13,16 @@ not looked at.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+import numpy as np
 
 from megatron_dip.plan.actions import Action
 from megatron_dip.plan.graph import PipelineGraph
-from megatron_dip.planner.greedy import Key, schedule_greedily
+from megatron_dip.planner.greedy import schedule_greedily
+from megatron_dip.planner.kernels import CLOSERS_FIRST
+from megatron_dip.planner.rules import BatchRules
+from megatron_dip.simulator.simulate import decode_order
 from megatron_dip.simulator.tasks import TaskTable
 
 __all__ = ["in_flight_limits", "order_one_f_one_b"]
@@ -26,8 +31,19 @@ __all__ = ["in_flight_limits", "order_one_f_one_b"]
 def order_one_f_one_b(
     table: TaskTable, *, split_backward: bool = False
 ) -> tuple[tuple[Action, ...], ...]:
-    """Per rank, the compute actions of the batch in the order of 1F1B."""
-    return schedule_greedily(table, _Policy(table), split_backward=split_backward)
+    """Per rank, the compute actions of the batch in the order of 1F1B.
+
+    Backwards go first, and the oldest microbatch before younger ones.
+    """
+    batch = BatchRules.forwards(table, split_backward=split_backward, has_memory_limit=False)
+    limits = in_flight_limits(table.graph)
+    limit = np.array([limits.get(stage, -1) for stage in batch.stages.tolist()], dtype=np.int64)
+    oldest_first = np.argsort(np.argsort(batch.microbatch, kind="stable"))
+    num_works = len(oldest_first)
+    key = np.concatenate([oldest_first + kind * num_works for kind in range(3)])
+    order = np.arange(table.graph.problem.num_microbatches)
+    rules = batch.make(key, CLOSERS_FIRST, order, limit)
+    return decode_order(table, schedule_greedily(batch, rules).order)
 
 
 def in_flight_limits(graph: PipelineGraph) -> dict[int, int]:
@@ -61,47 +77,3 @@ def _longest_paths(
             default=0,
         )
     return paths
-
-
-class _Policy:
-    """Backward first; the oldest microbatch first; microbatches in flight limited per stage."""
-
-    def __init__(self, table: TaskTable) -> None:
-        keys: list[Key] = [(work.microbatch, number) for number, work in enumerate(table.works)]
-        self.forward_keys: Sequence[Key] = keys
-        self.backward_keys: Sequence[Key] = keys
-        self.source_keys: Sequence[Key] = keys
-        self._works = table.works
-        self._limits = in_flight_limits(table.graph)
-        # Per stage: works per microbatch whose backward is still to end, microbatches in order.
-        self._left: dict[int, dict[int, int]] = {}
-        for work in table.works:
-            counts = self._left.setdefault(work.stage, {})
-            counts[work.microbatch] = counts.get(work.microbatch, 0) + 1
-        self._queue = {stage: list(counts)[::-1] for stage, counts in self._left.items()}
-        self._open: dict[int, set[int]] = {stage: set() for stage in self._left}
-
-    def prefers_backward(self, rank: int) -> bool:
-        return True
-
-    def admits(self, number: int) -> bool:
-        stage, microbatch, _ = self._works[number]
-        if stage not in self._limits or microbatch in self._open[stage]:
-            return True
-        is_next = self._queue[stage][-1] == microbatch
-        return is_next and len(self._open[stage]) < self._limits[stage]
-
-    def forward_starts(self, number: int) -> None:
-        stage, microbatch, _ = self._works[number]
-        if stage in self._limits and microbatch not in self._open[stage]:
-            self._queue[stage].pop()
-            self._open[stage].add(microbatch)
-
-    def backward_starts(self, number: int) -> None:
-        """Nothing changes before the end."""
-
-    def backward_ends(self, number: int) -> None:
-        stage, microbatch, _ = self._works[number]
-        self._left[stage][microbatch] -= 1
-        if not self._left[stage][microbatch]:
-            self._open[stage].remove(microbatch)

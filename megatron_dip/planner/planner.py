@@ -1,10 +1,10 @@
 """From a batch problem to a plan: form sub-microbatches, order, lower, estimate, validate."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from megatron_dip.errors import InfeasibleError
+from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action
 from megatron_dip.plan.graph import PipelineGraph, Work
@@ -12,14 +12,16 @@ from megatron_dip.plan.lowering import lower
 from megatron_dip.plan.plan import Plan, Recompute
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner.dual_queue import default_priority, order_dual_queue
+from megatron_dip.planner.evaluator import Budget
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
+from megatron_dip.planner.search import Search, search_schedule
 from megatron_dip.planner.sub_microbatches import form_sub_microbatches
 from megatron_dip.simulator.bounds import lower_bound_us
-from megatron_dip.simulator.simulate import Simulation, simulate_order
+from megatron_dip.simulator.simulate import Simulation, decode_order, simulate_order
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
 from megatron_dip.workload import Problem
 
-__all__ = ["Algorithm", "make_plan", "plan_from_order"]
+__all__ = ["Algorithm", "Search", "make_plan", "plan_from_order"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,10 @@ def make_plan(
     algorithm: Algorithm = "dual_queue",
     max_tokens: Mapping[str, int | None] | None = None,
     split_backward: bool = False,
+    search: Search = "local",
+    evaluations: int | None = None,
+    budget_ms: float | None = None,
+    seed: int = 0,
 ) -> Plan:
     """Plan one batch.
 
@@ -49,16 +55,43 @@ def make_plan(
         algorithm: How compute actions are ordered.
         max_tokens: Per module, the size of a sub-microbatch; not split where missing or None.
         split_backward: Input and weight gradients apart, so that the latter can fill gaps.
+        search: How the dual queue's priorities are searched; see :func:`search_schedule`.
+        evaluations: How many schedules the search may make; or
+        budget_ms: how long it may take.  Without either the default priority is taken.
+        seed: Of the search.
 
     Raises:
+        ConfigError: The budget is not above zero, there are two, or 1F1B is to be searched.
         PartitionError: The partition does not cover the modules.
         PlanError: ``max_tokens`` is wrong.
     """
+    has_budget = evaluations is not None or budget_ms is not None
+    if has_budget:
+        Budget(evaluations, budget_ms).check()
+        if algorithm == "one_f_one_b":
+            raise ConfigError(
+                "a search budget was given for 1F1B, which has nothing to search (leave it out, or "
+                "plan with dual_queue)"
+            )
     graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, max_tokens or {}))
     table = build_task_table(graph)
     order, simulation = _one_f_one_b(table, split_backward)
+
+    def order_by_dual_queue() -> ComputeActions:
+        if not has_budget:
+            return order_dual_queue(table, default_priority(table), split_backward=split_backward)
+        found = search_schedule(
+            table,
+            search=search,
+            evaluations=evaluations,
+            budget_ms=budget_ms,
+            seed=seed,
+            split_backward=split_backward,
+        )
+        return decode_order(table, found.order)
+
     if algorithm == "dual_queue":
-        order, simulation = _dual_queue(table, split_backward, (order, simulation))
+        order, simulation = _dual_queue(table, order_by_dual_queue, (order, simulation))
     elif not _fits(table, simulation):
         logger.warning(
             "1F1B needs %s bytes per rank (limits %s): it does not look at memory, the dual queue "
@@ -88,10 +121,12 @@ def _one_f_one_b(table: TaskTable, split_backward: bool) -> tuple[ComputeActions
 
 
 def _dual_queue(
-    table: TaskTable, split_backward: bool, fallback: tuple[ComputeActions, Simulation]
+    table: TaskTable,
+    make_order: Callable[[], ComputeActions],
+    fallback: tuple[ComputeActions, Simulation],
 ) -> tuple[ComputeActions, Simulation]:
     try:
-        order = order_dual_queue(table, default_priority(table), split_backward=split_backward)
+        order = make_order()
     except InfeasibleError as error:
         logger.warning("the dual queue finds no schedule, falling back to 1F1B: %s", error)
         return fallback

@@ -3,7 +3,7 @@
 from megatron_dip.simulator.tasks import TaskTable
 from megatron_dip.workload import Problem
 
-__all__ = ["backward_tails_us", "lower_bound_us", "useful_work_us"]
+__all__ = ["backward_tails_us", "lower_bound_us", "tails_us", "useful_work_us"]
 
 
 def lower_bound_us(table: TaskTable) -> float:
@@ -41,11 +41,16 @@ def backward_tails_us(table: TaskTable) -> list[float]:
     return tails
 
 
-def _forward_tails_us(table: TaskTable, input_grad_tails: list[float]) -> list[float]:
+def tails_us(table: TaskTable) -> list[float]:
+    """Per work, the longest chain that starts with its forward, with whole backwards."""
+    return _forward_tails_us(table, backward_tails_us(table))
+
+
+def _forward_tails_us(table: TaskTable, backward_tails: list[float]) -> list[float]:
     """Per work, the longest chain from the start of its forward to the end of the batch."""
     tails = [0.0] * len(table.works)
     for number in reversed(range(len(table.works))):
-        longest = input_grad_tails[number] if table.has_backward[number] else 0.0
+        longest = backward_tails[number] if table.has_backward[number] else 0.0
         for other, delay in table.feeds_to[number]:
             longest = max(longest, tails[other] + delay)
         tails[number] = table.forward_us[number] + longest

@@ -7,16 +7,26 @@ with ``I`` where the backward is split.  Not modelled: contention of transfers, 
 reduction and of the optimizer, memory of messages under way.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from megatron_dip.errors import PlanDeadlockError, PlanError
 from megatron_dip.plan.actions import Action, ActionType
 from megatron_dip.plan.graph import Work
 from megatron_dip.plan.plan import Estimate, Plan
+from megatron_dip.simulator.arrays import (
+    BACKWARD_KIND,
+    FORWARD_KIND,
+    WEIGHT_KIND,
+    FloatArray,
+    IntArray,
+    TaskOrder,
+)
+from megatron_dip.simulator.kernels import new_run_state, peak_bytes, run_order
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
 
 __all__ = [
@@ -24,6 +34,8 @@ __all__ = [
     "Simulation",
     "TimedAction",
     "compute_order",
+    "decode_order",
+    "encode_order",
     "simulate",
     "simulate_order",
 ]
@@ -44,15 +56,48 @@ class TimedAction(NamedTuple):
 class Simulation:
     """What the simulator found; lists are per rank."""
 
-    timelines: tuple[tuple[TimedAction, ...], ...]
+    table: TaskTable
+    order: TaskOrder
+    starts_us: FloatArray
+    """[3 N], by the number of the task."""
+    ends_us: FloatArray
     peak_bytes: tuple[int, ...]
     """Weights included."""
-    completion_order: tuple[Action, ...]
-    """All compute actions by the time of their end; ties in an order that respects dependencies."""
+    done: IntArray
+    """All tasks, each after all that it waits for."""
+
+    @cached_property
+    def actions(self) -> tuple[tuple[Action, ...], ...]:
+        """The order that was simulated."""
+        return decode_order(self.table, self.order)
+
+    @cached_property
+    def timelines(self) -> tuple[tuple[TimedAction, ...], ...]:
+        """When every action runs."""
+        starts, ends = self.starts_us.tolist(), self.ends_us.tolist()
+        return tuple(
+            tuple(
+                TimedAction(action, starts[task], ends[task])
+                for action, task in zip(actions, _line(self.order, rank), strict=True)
+            )
+            for rank, actions in enumerate(self.actions)
+        )
+
+    @cached_property
+    def completion_order(self) -> tuple[Action, ...]:
+        """All compute actions by the time of their end; ties in an order that respects what waits
+        for what."""
+        tasks = self.done[np.argsort(self.ends_us[self.done], kind="stable")].tolist()
+        action_of = {
+            task: action
+            for rank, actions in enumerate(self.actions)
+            for action, task in zip(actions, _line(self.order, rank), strict=True)
+        }
+        return tuple(action_of[task] for task in tasks)
 
     @cached_property
     def makespan_us(self) -> float:
-        return max((line[-1].end_us for line in self.timelines if line), default=0.0)
+        return float(self.ends_us.max(initial=0.0))
 
     @cached_property
     def busy_us(self) -> tuple[float, ...]:
@@ -88,7 +133,7 @@ def simulate(plan: Plan) -> Simulation:
     return simulate_order(table, compute_order(plan))
 
 
-def simulate_order(table: TaskTable, order: ComputeOrder) -> Simulation:
+def simulate_order(table: TaskTable, order: ComputeOrder | TaskOrder) -> Simulation:
     """Simulate the compute actions in ``order`` on the costs of ``table``.
 
     Raises:
@@ -96,125 +141,113 @@ def simulate_order(table: TaskTable, order: ComputeOrder) -> Simulation:
             is missing.
         PlanDeadlockError: Some actions can never run; the message lists the blocked heads.
     """
-    tasks = _Tasks(table, order)
-    starts, ends, done = _run(tasks)
-    if len(done) < len(tasks.actions):
-        raise PlanDeadlockError(_blocked_heads(tasks, set(done)))
-    completion = sorted(range(len(done)), key=lambda position: (ends[done[position]], position))
+    tasks = order if isinstance(order, TaskOrder) else encode_order(table, order)
+    state = new_run_state(table.split, tasks)
+    num_done, orphan = run_order(table.split, table.whole.duration_us, tasks, state)
+    if orphan >= 0:
+        action = _action_of(decode_order(table, tasks), tasks, orphan)
+        raise PlanError(f"{action} waits for an action that no rank runs")
+    if num_done < len(tasks.task):
+        raise PlanDeadlockError(_blocked_heads(table, tasks, set(state.done[:num_done].tolist())))
     return Simulation(
-        timelines=tuple(
-            tuple(TimedAction(tasks.actions[t], starts[t], ends[t]) for t in line)
-            for line in tasks.lines
-        ),
-        peak_bytes=_peak_bytes(tasks),
-        completion_order=tuple(tasks.actions[done[position]] for position in completion),
+        table=table,
+        order=tasks,
+        starts_us=state.starts_us,
+        ends_us=state.ends_us,
+        peak_bytes=_peak_bytes(table, tasks),
+        done=state.done,
     )
 
 
-class _Tasks:
-    """The actions of an order, numbered, with durations and links."""
-
-    def __init__(self, table: TaskTable, order: ComputeOrder) -> None:
-        self.table = table
-        self.actions: list[Action] = []
-        self.work: list[int] = []
-        self.duration_us: list[float] = []
-        self.lines: list[list[int]] = []
-        num_works = len(table.works)
-        self.forward: list[int] = [-1] * num_works
-        self.backward: list[int] = [-1] * num_works
-        self.weight: list[int] = [-1] * num_works
-        for actions in order:
-            line = []
-            for action in actions:
-                line.append(len(self.actions))
-                self._add(action)
-            self.lines.append(line)
-        self.successors: list[list[tuple[int, float]]] = [[] for _ in self.actions]
-        self.num_waiting: list[int] = [0] * len(self.actions)
-        self._link()
-
-    def _add(self, action: Action) -> None:
-        table = self.table
-        number = table.numbers.get(Work(action.stage, action.microbatch or 0, action.sub))
-        if number is None or not action.type.is_compute:
-            raise PlanError(f"{action} is not a compute action of this batch")
-        if action.type is ActionType.FORWARD:
-            slots, duration = self.forward, table.forward_us[number]
-        elif action.type is ActionType.WEIGHT_GRAD:
-            slots, duration = self.weight, table.weight_grad_us[number]
-        elif action.type is ActionType.INPUT_GRAD:
-            slots, duration = self.backward, table.input_grad_us[number]
-        else:
-            slots, duration = self.backward, table.backward_us(number)
-        if slots[number] >= 0:
-            raise PlanError(f"{action} comes twice, or beside another backward of its work")
-        slots[number] = len(self.actions)
-        self.actions.append(action)
-        self.work.append(number)
-        self.duration_us.append(duration)
-
-    def _link(self) -> None:
-        for task, (action, number) in enumerate(zip(self.actions, self.work, strict=True)):
-            if action.type is ActionType.FORWARD:
-                for other, delay in self.table.feeds_from[number]:
-                    self._wait(task, self.forward[other], delay)
-            elif action.type is ActionType.WEIGHT_GRAD:
-                self._wait(task, self.backward[number], 0.0)
-            else:
-                self._wait(task, self.forward[number], 0.0)
-                for other, delay in self.table.gradients_from[number]:
-                    self._wait(task, self.backward[other], delay)
-        for line in self.lines:
-            for before, after in itertools.pairwise(line):
-                self._wait(after, before, 0.0)
-
-    def _wait(self, task: int, for_task: int, delay_us: float) -> None:
-        if for_task < 0:
-            raise PlanError(f"{self.actions[task]} waits for an action that no rank runs")
-        self.successors[for_task].append((task, delay_us))
-        self.num_waiting[task] += 1
+def _peak_bytes(table: TaskTable, order: TaskOrder) -> tuple[int, ...]:
+    num_works = len(table.works)
+    is_last = np.zeros(3 * num_works, dtype=bool)
+    is_last[order.task] = True
+    is_last[:num_works] = False
+    is_last[num_works : 2 * num_works] &= ~is_last[2 * num_works :]
+    memory = table.memory
+    peaks = memory.static_bytes.copy()
+    peak_bytes(memory.stored_bytes, is_last, order, peaks)
+    return tuple(peaks.tolist())
 
 
-def _run(tasks: _Tasks) -> tuple[list[float], list[float], list[int]]:
-    """Starts and ends per task, and the tasks that ran, each after all that it waits for."""
-    num_tasks = len(tasks.actions)
-    starts = [0.0] * num_tasks
-    ends = [0.0] * num_tasks
-    num_waiting = list(tasks.num_waiting)
-    done = [task for task in range(num_tasks) if not num_waiting[task]]
-    # The list grows while it is walked: it is the queue and its history in one.
-    for task in done:
-        end = ends[task] = starts[task] + tasks.duration_us[task]
-        for successor, delay in tasks.successors[task]:
-            starts[successor] = max(starts[successor], end + delay)
-            num_waiting[successor] -= 1
-            if not num_waiting[successor]:
-                done.append(successor)
-    return starts, ends, done
+def encode_order(table: TaskTable, order: ComputeOrder) -> TaskOrder:
+    """Actions as numbers of tasks.
+
+    Raises:
+        PlanError: An action is not one of the batch, comes twice, or is half of a backward.
+    """
+    num_works = len(table.works)
+    seen: dict[int, Action] = {}
+    first = [0]
+    for actions in order:
+        for action in actions:
+            number = table.numbers.get(Work(action.stage, action.microbatch or 0, action.sub))
+            if number is None or not action.type.is_compute:
+                raise PlanError(f"{action} is not a compute action of this batch")
+            task = number + num_works * _KINDS[action.type]
+            if task in seen:
+                raise PlanError(f"{action} comes twice, or beside another backward of its work")
+            seen[task] = action
+        first.append(len(seen))
+    for task, action in seen.items():
+        kind, number = divmod(task, num_works)
+        if kind == BACKWARD_KIND:
+            is_half = action.type is ActionType.INPUT_GRAD
+            has_weight_task = number + num_works * WEIGHT_KIND in seen
+            if is_half != (has_weight_task or not table.has_weight_grad[number]):
+                raise PlanError(
+                    f"{action} is not what its backward is here (expected B alone, or I and W, or "
+                    f"I alone where the layers are frozen)"
+                )
+    return TaskOrder(np.array(list(seen), dtype=np.int64), np.array(first, dtype=np.int64))
 
 
-def _peak_bytes(tasks: _Tasks) -> tuple[int, ...]:
-    """A rank runs one action at a time, so its order alone decides what it holds."""
-    table = tasks.table
-    peaks = []
-    for rank, line in enumerate(tasks.lines):
-        held = peak = table.static_bytes[rank]
-        for task in line:
-            kind, number = tasks.actions[task].type, tasks.work[task]
-            if kind is ActionType.FORWARD:
-                held += table.stored_bytes[number]
-                peak = max(peak, held)
-            elif kind is not ActionType.INPUT_GRAD or not table.has_weight_grad[number]:
-                held -= table.stored_bytes[number]
-        peaks.append(peak)
-    return tuple(peaks)
+def decode_order(table: TaskTable, order: TaskOrder) -> tuple[tuple[Action, ...], ...]:
+    """The actions of ``order``, per rank."""
+    num_works = len(table.works)
+    is_split = np.zeros(3 * num_works, dtype=bool)
+    is_split[order.task] = True
+    split = is_split[2 * num_works :].tolist()
+
+    def action_of(task: int) -> Action:
+        kind, number = divmod(task, num_works)
+        name = ActionType.FORWARD
+        if kind == WEIGHT_KIND:
+            name = ActionType.WEIGHT_GRAD
+        elif kind == BACKWARD_KIND:
+            is_half = split[number] or not table.has_weight_grad[number]
+            name = ActionType.INPUT_GRAD if is_half else ActionType.BACKWARD
+        return table.works[number].action(name)
+
+    return tuple(
+        tuple(action_of(task) for task in _line(order, rank))
+        for rank in range(len(order.first) - 1)
+    )
 
 
-def _blocked_heads(tasks: _Tasks, done: set[int]) -> str:
+_KINDS = {
+    ActionType.FORWARD: FORWARD_KIND,
+    ActionType.BACKWARD: BACKWARD_KIND,
+    ActionType.INPUT_GRAD: BACKWARD_KIND,
+    ActionType.WEIGHT_GRAD: WEIGHT_KIND,
+}
+
+
+def _line(order: TaskOrder, rank: int) -> list[int]:
+    return order.task[order.first[rank] : order.first[rank + 1]].tolist()
+
+
+def _action_of(actions: ComputeOrder, order: TaskOrder, task: int) -> Action:
+    place = order.task.tolist().index(task)
+    return [action for line in actions for action in line][place]
+
+
+def _blocked_heads(table: TaskTable, order: TaskOrder, done: set[int]) -> str:
     heads = []
-    for rank, line in enumerate(tasks.lines):
-        head = next((task for task in line if task not in done), None)
+    for rank, actions in enumerate(decode_order(table, order)):
+        line = zip(actions, _line(order, rank), strict=True)
+        head = next((action for action, task in line if task not in done), None)
         if head is not None:
-            heads.append(f"rank {rank}: {tasks.actions[head]}")
+            heads.append(f"rank {rank}: {head}")
     return f"these actions can never run: {', '.join(heads)} (each waits for another one)"

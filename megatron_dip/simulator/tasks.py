@@ -9,14 +9,28 @@ not changed afterwards.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
 
 from megatron_dip.costs.work import static_bytes, work_costs
 from megatron_dip.plan.graph import Message, PipelineGraph, Work
+from megatron_dip.simulator.arrays import IntArray, TaskGraph, task_graph
 
-__all__ = ["Edge", "TaskTable", "build_task_table"]
+__all__ = ["Edge", "MemoryArrays", "TaskTable", "build_task_table"]
 
 Edge = tuple[int, float]
 """Number of the work at the other end, and microseconds between its end and this one's start."""
+
+
+class MemoryArrays(NamedTuple):
+    """What is held, in bytes; N works."""
+
+    stored_bytes: IntArray
+    """[N]"""
+    static_bytes: IntArray
+    """[num_ranks]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,40 @@ class TaskTable:
     def backward_us(self, number: int) -> float:
         """Time of the whole backward."""
         return self.input_grad_us[number] + self.weight_grad_us[number]
+
+    @cached_property
+    def whole(self) -> TaskGraph:
+        """The flat form in which every backward is one task."""
+        return self._task_graph(is_split=False)
+
+    @cached_property
+    def split(self) -> TaskGraph:
+        """The flat form in which every backward with weight gradients is two tasks."""
+        return self._task_graph(is_split=True)
+
+    @cached_property
+    def memory(self) -> MemoryArrays:
+        """The flat form of what every work and rank holds."""
+        return MemoryArrays(
+            stored_bytes=np.array(self.stored_bytes, dtype=np.int64),
+            static_bytes=np.array(self.static_bytes, dtype=np.int64),
+        )
+
+    def _task_graph(self, is_split: bool) -> TaskGraph:
+        edges = [(n, m, delay) for n, feeds in enumerate(self.feeds_to) for m, delay in feeds]
+        has_weight_task = np.array(self.has_weight_grad) & is_split
+        input_grad_us, weight_grad_us = np.array(self.input_grad_us), np.array(self.weight_grad_us)
+        backward_us = np.where(has_weight_task, input_grad_us, input_grad_us + weight_grad_us)
+        return task_graph(
+            np.array(self.rank, dtype=np.int64),
+            np.concatenate([self.forward_us, backward_us, weight_grad_us]),
+            np.concatenate([np.ones(len(self.rank), bool), self.has_backward, has_weight_task]),
+            (
+                np.array([source for source, _, _ in edges], dtype=np.int64),
+                np.array([target for _, target, _ in edges], dtype=np.int64),
+                np.array([delay for _, _, delay in edges], dtype=np.float64),
+            ),
+        )
 
 
 def build_task_table(

@@ -46,6 +46,17 @@ def test_plan_writes_a_plan_that_validates(files):
     assert run("validate", files / "plan.json").exit_code == 0
 
 
+@pytest.mark.parametrize("search", ["local", "mcts"])
+def test_plan_searches_and_writes_the_same_bytes_again(files, search):
+    options = ("--search", search, "--evaluations", "30", "--seed", "3")
+    written = []
+    for _ in range(2):
+        result = run(*plan_arguments(files), *options)
+        assert result.exit_code == 0, result.output
+        written.append((files / "plan.json").read_bytes())
+    assert written[0] == written[1]
+
+
 def test_simulate_prints_a_row_per_plan_and_writes_the_timeline(files):
     result = run("simulate", files / "made.json", files / "made.json", "--html", files / "t.html")
     assert result.exit_code == 0, result.output
@@ -88,6 +99,11 @@ def test_a_plan_above_the_memory_limit_does_not_validate(files):
         (("--max-tokens", "visoin=4"), "unknown module 'visoin'"),
         (("--problem", "nowhere.json"), "nowhere.json: cannot be read"),
         (("-o", "/nowhere/plan.json"), "cannot be written"),
+        (("--evaluations", "0"), "0 evaluations, None ms (expected exactly one"),
+        (("--budget-ms", "-5"), "None evaluations, -5.0 ms (expected exactly one"),
+        (("--budget-ms", "nan"), "nan ms (expected exactly one"),
+        (("--evaluations", "9", "--budget-ms", "9"), "9 evaluations, 9.0 ms (expected exactly"),
+        (("--evaluations", "9", "--algorithm", "one_f_one_b"), "nothing to search"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(files, extra, message):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,8 +36,11 @@ from megatron_dip.planner import (
     order_dual_queue,
     order_one_f_one_b,
 )
-from megatron_dip.planner.dual_queue import Priority
+from megatron_dip.planner.dual_queue import Priority, priority_key
+from megatron_dip.planner.greedy import schedule_greedily
+from megatron_dip.planner.kernels import ALTERNATE
 from megatron_dip.planner.one_f_one_b import in_flight_limits
+from megatron_dip.planner.rules import BatchRules
 from megatron_dip.simulator import build_task_table, simulate, simulate_order
 
 
@@ -158,6 +162,22 @@ def test_dual_queue_lets_no_rank_idle_while_it_has_something_to_do(case):
             if start_us > clock:
                 assert min(arrival(later.action) for later in line[index:]) >= start_us
             clock = end_us
+
+
+@given(case=cases(), split_backward=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_the_engine_and_the_simulator_agree_on_every_start(case, split_backward):
+    problem, partition = case
+    limits = tightest_limits(make_graph(problem, partition))
+    tight = problem.model_copy(update={"memory_limit_bytes": tuple(limits)})
+    table = build_task_table(make_graph(tight, partition))
+    batch = BatchRules.forwards(table, split_backward=split_backward, has_memory_limit=True)
+    priority = default_priority(table)
+    rules = batch.make(priority_key(priority), ALTERNATE, np.array(priority.microbatch_order))
+    schedule = schedule_greedily(batch, rules)
+    simulation = simulate_order(table, schedule.order)
+    assert schedule.starts_us.tolist() == simulation.starts_us.tolist()
+    assert schedule.makespan_us == simulation.makespan_us
 
 
 def test_dual_queue_goes_on_with_forwards_while_gradients_are_under_way():

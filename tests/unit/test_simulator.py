@@ -21,6 +21,7 @@ from megatron_dip.simulator import (
     simulate_order,
     useful_work_us,
 )
+from megatron_dip.simulator.simulate import decode_order, encode_order
 
 
 def brute_force_ends(graph: PipelineGraph, order) -> dict[Action, float]:
@@ -136,6 +137,8 @@ def test_actions_that_wait_for_each_other_are_reported_with_blocked_heads():
         ("0F0 0F0 0B0", "0F0 comes twice"),
         ("0F0 0F9 0B0", "0F9 is not a compute action"),
         ("0B0", "waits for an action that no rank runs"),
+        ("0F0 0I0", "0I0 is not what its backward is here"),
+        ("0F0 0B0 0W0", "0B0 is not what its backward is here"),
     ],
 )
 def test_an_order_that_is_none_is_refused(line, message):
@@ -167,3 +170,16 @@ def test_completion_order_respects_dependencies_of_work_that_takes_no_time():
     done = simulate_order(table, order_one_f_one_b(table)).completion_order
     for before, after in (("0F0", "1F0"), ("2F0", "2B0"), ("2B1", "1B1"), ("1B1", "0B1")):
         assert done.index(Action.parse(before)) < done.index(Action.parse(after))
+
+
+@given(case=cases())
+@settings(max_examples=40, deadline=None)
+def test_an_order_given_as_numbers_is_the_order_given_as_actions(case):
+    table = build_task_table(make_graph(*case))
+    for split in (False, True):
+        order = order_dual_queue(table, default_priority(table), split_backward=split)
+        numbers = encode_order(table, order)
+        assert decode_order(table, numbers) == order
+        given, decoded = simulate_order(table, numbers), simulate_order(table, order)
+        assert given.timelines == decoded.timelines
+        assert given.peak_bytes == decoded.peak_bytes

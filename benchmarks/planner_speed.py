@@ -1,0 +1,162 @@
+"""How good a plan is after how long: ratio to the lower bound by budget, and time per evaluation.
+
+Reads the test problems of a folder (``*-test-*.json``).  Every module but the last is cut into 2
+segments, the last into 4, layers shared out so that all ranks have about the same work, heads
+included; sub-microbatches of at most 8192 tokens.
+
+    python benchmarks/planner_speed.py PROBLEM_FOLDER [--quick]
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dip.partition import Partition, partition_from_layers
+from megatron_dip.plan import PipelineGraph
+from megatron_dip.planner import Search, form_sub_microbatches, search_schedule
+from megatron_dip.planner.evaluator import Budget, Evaluator
+from megatron_dip.planner.portfolio import Portfolio
+from megatron_dip.simulator import (
+    TaskTable,
+    build_task_table,
+    lower_bound_us,
+    simulate_order,
+)
+from megatron_dip.workload import Item, Problem, load_problem
+
+BUDGETS_MS = (50.0, 100.0, 1000.0, 10000.0)
+SIZES = ((8, 16), (8, 32), (8, 64), (8, 128), (16, 128), (16, 256))
+MAX_TOKENS = 8192
+
+
+def item_us(item: Item, part: str = "") -> float:
+    """Forward and backward of an item in one layer, or in the extras named by ``part``."""
+    kinds = ("forward_us", "input_grad_us", "weight_grad_us")
+    return sum(getattr(item, part + kind) for kind in kinds)
+
+
+def balanced_cut(problem: Problem, module: str, num_segments: int) -> list[list[int]]:
+    """Layers per segment and rank; a rank that carries the head gets fewer."""
+    num_ranks = problem.num_ranks
+    items = [i for n in range(problem.num_microbatches) for i in problem.items(module, n)]
+    layer_us = sum(item_us(item) for item in items)
+    load_us = [0.0] * num_ranks
+    load_us[0] += sum(item_us(item, "first_extra_") for item in items)
+    load_us[-1] += sum(item_us(item, "last_extra_") for item in items)
+    counts = [0] * num_ranks
+    for _ in range(problem.module(module).num_layers):
+        rank = min(range(num_ranks), key=lambda rank: (load_us[rank], rank))
+        load_us[rank] += layer_us
+        counts[rank] += 1
+    return [
+        [count // num_segments + (segment < count % num_segments) for count in counts]
+        for segment in range(num_segments)
+    ]
+
+
+def make_table(problem: Problem) -> TaskTable:
+    """The batch on the partition described above."""
+    last = problem.module_order[-1]
+    cuts = {
+        name: balanced_cut(problem, name, 4 if name == last else 2) for name in problem.module_order
+    }
+    partition: Partition = partition_from_layers(cuts, problem.num_ranks)
+    limits = dict.fromkeys(problem.module_order, MAX_TOKENS)
+    return build_task_table(
+        PipelineGraph(problem, partition, form_sub_microbatches(problem, limits))
+    )
+
+
+def resized(problem: Problem, num_ranks: int, num_microbatches: int) -> Problem:
+    """The same kind of batch with other numbers of ranks and microbatches."""
+    limit = max(problem.memory_limit_bytes)
+    repeats = -(-num_microbatches // problem.num_microbatches)
+    return problem.model_copy(
+        update={
+            "num_ranks": num_ranks,
+            "memory_limit_bytes": (limit,) * num_ranks,
+            "microbatches": (problem.microbatches * repeats)[:num_microbatches],
+        }
+    )
+
+
+def quality_table(problems: dict[str, Problem], budgets_ms: tuple[float, ...]) -> Table:
+    """Mean ratio of the lower bound to the makespan, per model, search and budget."""
+    found: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
+    for name, problem in problems.items():
+        table = make_table(problem)
+        bound_us = lower_bound_us(table)
+        for search in get_args(Search):
+            ratios = [
+                bound_us / search_schedule(table, search=search, budget_ms=budget).makespan_us
+                for budget in budgets_ms
+            ]
+            found[name.split("-test")[0], search].append(ratios)
+    printed = Table("model", "search", *(f"{budget:.0f} ms" for budget in budgets_ms))
+    for (model, search), rows in sorted(found.items()):
+        means = (f"{statistics.mean(column):.3f}" for column in zip(*rows, strict=True))
+        printed.add_row(model, search, *means)
+    return printed
+
+
+def speed_table(problem: Problem) -> Table:
+    """Processor time of one evaluation, and of simulating its order, by number of actions."""
+    printed = Table(
+        "ranks", "microbatches", "actions", "table", "evaluation", "per action", "simulator"
+    )
+    for num_ranks, num_microbatches in SIZES:
+        started = time.thread_time()
+        table = make_table(resized(problem, num_ranks, num_microbatches))
+        table_s = time.thread_time() - started
+        evaluator = Evaluator(table, Budget(evaluations=99), split_backward=False, goal_us=0.0)
+        portfolio = Portfolio(table, evaluator.forwards)
+        evaluation_s, simulation_s = [], []
+        for rule, order in list(portfolio.starts())[:8]:
+            started = time.thread_time()
+            schedule = evaluator.evaluate(portfolio.point(rule, order))
+            evaluation_s.append(time.thread_time() - started)
+            simulate_order(table, schedule.order)
+            started = time.thread_time()
+            simulate_order(table, schedule.order)
+            simulation_s.append(time.thread_time() - started)
+        num_actions = int(table.whole.exists.sum())
+        median_s = statistics.median(evaluation_s)
+        printed.add_row(
+            str(num_ranks),
+            str(num_microbatches),
+            str(num_actions),
+            f"{table_s * 1e3:.0f} ms",
+            f"{median_s * 1e3:.2f} ms",
+            f"{median_s / num_actions * 1e9:.0f} ns",
+            f"{num_actions / statistics.median(simulation_s) / 1e6:.0f} M actions/s",
+        )
+    return printed
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder with *-test-*.json problems")
+    parser.add_argument("--quick", action="store_true", help="budgets up to 100 ms")
+    arguments = parser.parse_args()
+    paths = sorted(arguments.folder.glob("*-test-*.json"))
+    if not paths:
+        parser.error(f"{arguments.folder} holds no *-test-*.json problems")
+    problems = {path.stem: load_problem(path) for path in paths}
+    largest = max(problems.values(), key=lambda problem: problem.num_ranks * len(str(problem)))
+    # Compiling, or reading what was compiled, is no part of the times.
+    first = make_table(next(iter(problems.values())))
+    search_schedule(first, evaluations=80)
+    console = Console()
+    console.print(speed_table(largest))
+    console.print(quality_table(problems, BUDGETS_MS[:2] if arguments.quick else BUDGETS_MS))
+
+
+if __name__ == "__main__":
+    main()

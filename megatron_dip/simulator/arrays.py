@@ -1,0 +1,108 @@
+"""One batch as flat arrays: what the compiled functions of simulator and planner compute on.
+
+A *task* is one compute action.  With N works, task n is the forward of work n, N + n its backward
+(or input gradient), 2 N + n its weight gradient.  Tasks that a batch does not have keep their
+numbers, without inputs, outputs or time, so that arrays of all variants have the same length.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "BACKWARD_KIND",
+    "FORWARD_KIND",
+    "WEIGHT_KIND",
+    "FloatArray",
+    "IntArray",
+    "TaskGraph",
+    "TaskOrder",
+    "reverse_graph",
+    "task_graph",
+]
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+FORWARD_KIND, BACKWARD_KIND, WEIGHT_KIND = range(3)
+"""A task's number divided by the number of works."""
+
+
+class TaskGraph(NamedTuple):
+    """Who waits for whom, without the order of the ranks; N works, 3 N tasks, E edges."""
+
+    rank: IntArray
+    """[N]"""
+    exists: NDArray[np.bool_]
+    """[3 N]"""
+    duration_us: FloatArray
+    """[3 N]"""
+    num_inputs: IntArray
+    """[3 N]"""
+    first_output: IntArray
+    """[3 N + 1]: the outputs of task t are the edges first_output[t] to first_output[t + 1]."""
+    output: IntArray
+    """[E]: the task that waits."""
+    delay_us: FloatArray
+    """[E]: between the end of the one and the start of the other."""
+
+
+class TaskOrder(NamedTuple):
+    """Per rank, its tasks in order: rank r has task[first[r]] to task[first[r + 1]]."""
+
+    task: IntArray
+    first: IntArray
+    """[num_ranks + 1]"""
+
+
+def task_graph(
+    rank: IntArray,
+    duration_us: FloatArray,
+    exists: NDArray[np.bool_],
+    feeds: tuple[IntArray, IntArray, FloatArray],
+) -> TaskGraph:
+    """The graph of a batch.
+
+    Args:
+        rank: [N] rank of every work.
+        duration_us: [3 N] time of every task.
+        exists: [3 N] which tasks the batch has.
+        feeds: Works, the works whose forward waits for theirs, and the delays between them.
+    """
+    num_works = len(rank)
+    source, target, delay = feeds
+    works = np.arange(num_works)
+    before = np.concatenate([source, target + num_works, works, works + num_works])
+    after = np.concatenate([target, source + num_works, works + num_works, works + 2 * num_works])
+    delays = np.concatenate([delay, delay, np.zeros(2 * num_works)])
+    present = exists[before] & exists[after]
+    return _graph(rank, exists, duration_us, (before[present], after[present], delays[present]))
+
+
+def reverse_graph(graph: TaskGraph) -> TaskGraph:
+    """The same batch with time running backwards."""
+    before = np.repeat(np.arange(len(graph.exists)), np.diff(graph.first_output))
+    edges = (graph.output, before, graph.delay_us)
+    return _graph(graph.rank, graph.exists, graph.duration_us, edges)
+
+
+def _graph(
+    rank: IntArray,
+    exists: NDArray[np.bool_],
+    duration_us: FloatArray,
+    edges: tuple[IntArray, IntArray, FloatArray],
+) -> TaskGraph:
+    before, after, delays = edges
+    num_tasks = len(exists)
+    by_source = np.argsort(before, kind="stable")
+    counts = np.bincount(before, minlength=num_tasks)
+    return TaskGraph(
+        rank=rank,
+        exists=exists,
+        duration_us=np.where(exists, duration_us, 0.0),
+        num_inputs=np.bincount(after, minlength=num_tasks),
+        first_output=np.concatenate([[0], np.cumsum(counts)]),
+        output=after[by_source],
+        delay_us=delays[by_source],
+    )
