@@ -113,6 +113,8 @@ class ScheduleConfig(Form):
     num_ranks: Positive
     """Pipeline ranks the cut is made for; must equal --pipeline-model-parallel-size."""
     planner: Literal["dual_queue", "one_f_one_b"] = "dual_queue"
+    evaluations: Annotated[int, Field(ge=0)] = 64
+    """Orders of a batch that the dual queue tries before it takes the best; 0 tries one."""
     modules: dict[str, ModuleSchedule]
     memory_limit_gib: PositiveNumber = 80.0
     """Per rank, weights included."""
@@ -134,6 +136,9 @@ class DataConfig(Form):
     max_image_tokens: Positive = 256
     skip_bad_samples: bool = False
     """Go on without samples that cannot be used, and count them; also --skip-bad-samples."""
+    separation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the samples that are packed only with their own kind, with images or without: how
+    much microbatches differ."""
     valid_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the samples that is kept for validation."""
 

@@ -22,6 +22,7 @@ from megatron_dip.data import (
     DataSettings,
     LanguageBatch,
     PackedSequence,
+    PackingOptions,
     VisionBatch,
     VlmDataset,
     VlmMicrobatch,
@@ -96,6 +97,7 @@ def data_iterators(num_samples: Sequence[int]) -> tuple[Any, Any, Any]:
         seed=args.seed,
         decode_images=mpu.get_pipeline_model_parallel_rank() == 0,
         skip_bad_samples=skip,
+        packing=PackingOptions(separation=config.data.separation),
     )
     return (
         _iterate(make(num_samples=num_samples[0], subset=train), args.consumed_train_samples),

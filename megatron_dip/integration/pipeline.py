@@ -81,6 +81,7 @@ class DipPipeline:
 
     def _make_plan(self, problem: Problem, partition: Partition) -> Plan:
         schedule = self.config.schedule
+        is_searched = schedule.planner == "dual_queue"
         return make_plan(
             problem,
             partition,
@@ -88,6 +89,7 @@ class DipPipeline:
             max_tokens={
                 name: module.sub_microbatch_tokens for name, module in schedule.modules.items()
             },
+            evaluations=(schedule.evaluations or None) if is_searched else None,
         )
 
 
