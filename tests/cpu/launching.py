@@ -5,6 +5,7 @@ and, when it is killed, may leave them behind.
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ __all__ = ["REPOSITORY", "CompletedRank", "free_port", "run_ranks"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.05
+_PORTS = range(20_000, 32_000)
 # What the other ranks get to end by themselves once one has failed: enough to print their own
 # error, not enough to wait for the time limit of a collective whose peer is gone.
 _GRACE_SECONDS = 5.0
@@ -38,10 +40,19 @@ class CompletedRank:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listened on a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of this machine that nothing listened on a moment ago.
+
+    Below the range from which the system takes the ports of outgoing connections: one of those
+    could take it before the first rank listens.
+    """
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as listener:
+            try:
+                listener.bind(("localhost", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(f"no free port among {_PORTS}")
 
 
 def run_ranks(
