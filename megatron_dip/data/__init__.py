@@ -9,7 +9,6 @@ from megatron_dip.data.index import (
     index_path,
     load_index,
     split_samples,
-    wait_for_index,
 )
 from megatron_dip.data.microbatch import (
     ImageData,
@@ -38,5 +37,4 @@ __all__ = [
     "load_index",
     "load_tokenizer",
     "split_samples",
-    "wait_for_index",
 ]

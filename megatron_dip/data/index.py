@@ -47,7 +47,6 @@ __all__ = [
     "load_index",
     "split_samples",
     "usable_samples",
-    "wait_for_index",
 ]
 
 _FORMAT = "megatron-dip/data-index"
@@ -184,7 +183,7 @@ def build_index(
     Bad samples are recorded, not raised: see ``usable_samples``.
 
     Returns:
-        The index and its file, which other processes pass to ``wait_for_index``.
+        The index and its file, which other processes pass to ``load_index``.
 
     Raises:
         DataError: The file of the samples or the tokenizer cannot be used at all.
@@ -300,23 +299,6 @@ def _parse_record(data: Any) -> SampleRecord:
         return SampleRecord(0, (), data)
     num_text_tokens, images = data
     return SampleRecord(num_text_tokens, tuple(ImageRecord(*image) for image in images))
-
-
-def wait_for_index(path: str | Path, *, timeout_s: float) -> DataIndex:
-    """Read an index that another process is making.
-
-    Raises:
-        DataError: It is not there after ``timeout_s`` seconds, or cannot be read.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not Path(path).exists():
-        if time.monotonic() >= deadline:
-            raise DataError(
-                f"the data index {path} was not there after {timeout_s:g} s; look at the output "
-                f"of the rank that makes it, and whether all ranks see this folder, or wait longer"
-            )
-        time.sleep(min(_POLL_S, timeout_s))
-    return load_index(path)
 
 
 def usable_samples(index: DataIndex, *, skip_bad_samples: bool) -> tuple[int, ...]:

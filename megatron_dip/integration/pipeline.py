@@ -48,7 +48,6 @@ class DipPipeline:
         self.config = config
         self.partition: Partition = build_partition(config)
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
-        self.num_ranks: int = mpu.get_pipeline_model_parallel_world_size()
         tensor_ranks: int = mpu.get_tensor_model_parallel_world_size()
         self._problems = config_builder(
             config,

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import threading
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,6 @@ from megatron_dip.data import (
     index_path,
     load_index,
     split_samples,
-    wait_for_index,
 )
 from megatron_dip.data import index as index_module
 from megatron_dip.data.images import choose_grid, num_image_tokens, read_image_size
@@ -128,19 +126,6 @@ def test_a_data_set_of_bad_samples_only_is_refused(settings, tmp_path):
     index = build(with_samples(settings, [sample_of("bad", "gone.png")]), tmp_path)
     with pytest.raises(DataError, match="all 1 samples are bad; the first: sample 'bad'"):
         usable_samples(index, skip_bad_samples=True)
-
-
-def test_waiting_for_an_index_ends_when_it_is_there(settings, tmp_path):
-    path = index_path(index_digest(settings), tmp_path / "cache")
-    maker = threading.Timer(0.3, build, (settings, tmp_path / "cache"))
-    maker.start()
-    assert len(wait_for_index(path, timeout_s=60).samples) == 24
-    maker.join()
-
-
-def test_waiting_for_an_index_that_nobody_makes_ends_with_a_message(tmp_path):
-    with pytest.raises(DataError, match=r"none\.json was not there after 0\.1 s"):
-        wait_for_index(tmp_path / "none.json", timeout_s=0.1)
 
 
 def test_a_failed_write_leaves_nothing_behind(settings, tmp_path, monkeypatch):

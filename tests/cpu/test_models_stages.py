@@ -24,8 +24,9 @@ from megatron_dip.errors import PartitionError, UnsupportedError
 from megatron_dip.models.initialization import named_global_parameters
 from megatron_dip.models.layers import block_submodules
 from megatron_dip.models.segment_layout import slice_config
-from megatron_dip.models.shapes import inner_boundary_shape, vision_output_shape
+from megatron_dip.models.shapes import PATCHES_PER_TOKEN
 from megatron_dip.models.vision import interpolated_positions
+from megatron_dip.runtime import BoundaryRule
 
 # The fused kernels of softmax and norms round differently for other numbers of rows.
 TOLERANCE = 1e-12
@@ -265,15 +266,22 @@ def test_hidden_states_of_another_batch_are_reported(base):
         stage(torch.zeros(40, 1, LANGUAGE_HIDDEN, dtype=torch.float64), language_batch())
 
 
-def test_boundaries_have_the_promised_shapes(base):
+def rule(width, tokens_per_row=1):
+    """What the executor's ranks apply to know the shape of what they receive."""
+    return BoundaryRule(width=width, dtype=torch.float64, tokens_per_row=tokens_per_row)
+
+
+def test_boundaries_have_the_shapes_that_the_executor_expects(base):
     images, text = vision_batch(), language_batch()
     vision, language = vision_stages(base, (1,)), language_stages(base, (2,))
     num_patches = sum(images.span_lengths)
     inner = vision[0](None, images)
-    assert inner.shape == inner_boundary_shape(num_patches, 1, 32)
-    assert vision[1](inner, images).shape == vision_output_shape(num_patches, LANGUAGE_HIDDEN)
+    assert inner.shape == rule(32).shape(num_patches)
+    assert vision[1](inner, images).shape == rule(LANGUAGE_HIDDEN, PATCHES_PER_TOKEN).shape(
+        num_patches
+    )
     inner = language[0](None, text, image_features(text))
-    assert inner.shape == inner_boundary_shape(39, 1, LANGUAGE_HIDDEN)
+    assert inner.shape == rule(LANGUAGE_HIDDEN).shape(39)
     assert language[1](inner, text).shape == (39,)
 
 
