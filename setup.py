@@ -40,7 +40,7 @@ setup(
         "megatron-core>=0.19,<0.20",
         "numpy",
         "numba>=0.61",
-        "pydantic>=2",
+        "pydantic>=2.12",
         "PyYAML",
         "typer",
         "rich",

@@ -20,6 +20,7 @@ from megatron_dip.workload import Module, Problem
 __all__ = ["Partition", "Stage", "load_partition", "parse_partition"]
 
 Count = Annotated[int, Field(ge=0)]
+SizePerModule = dict[str, Annotated[int, Field(ge=1)]]
 
 
 class Stage(Form):
@@ -39,11 +40,13 @@ class Stage(Form):
 
 
 class Partition(Form):
-    """All stages of all modules."""
+    """All stages of all modules, and how finely their data is to be split."""
 
     format: Literal["megatron-dip/partition"] = "megatron-dip/partition"
     version: Literal[1] = 1
     stages: tuple[Stage, ...]
+    sub_microbatch_tokens: SizePerModule = Field(default={}, exclude_if=lambda sizes: not sizes)
+    """Most tokens in a sub-microbatch; a module that is not named is not split."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -52,6 +55,12 @@ class Partition(Form):
             raise ValueError(f"stages: numbers repeat: {sorted(numbers)}")
         for name, chain in self.chains.items():
             _check_chain(name, chain)
+        unknown = sorted(set(self.sub_microbatch_tokens) - set(self.chains))
+        if unknown:
+            raise ValueError(
+                f"sub_microbatch_tokens: modules {unknown} have no stages (expected some of "
+                f"{sorted(self.chains)})"
+            )
         return self
 
     @cached_property

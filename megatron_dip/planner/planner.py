@@ -53,7 +53,8 @@ def make_plan(
         problem: The batch.
         partition: Where every module's layers are.
         algorithm: How compute actions are ordered.
-        max_tokens: Per module, the size of a sub-microbatch; not split where missing or None.
+        max_tokens: Per module, the size of a sub-microbatch, instead of the partition's; not split
+            where it is None.
         split_backward: Input and weight gradients apart, so that the latter can fill gaps.
         search: How the dual queue's priorities are searched; see :func:`search_schedule`.
         evaluations: How many schedules the search may make; or
@@ -73,7 +74,8 @@ def make_plan(
                 "a search budget was given for 1F1B, which has nothing to search (leave it out, or "
                 "plan with dual_queue)"
             )
-    graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, max_tokens or {}))
+    sizes = {**partition.sub_microbatch_tokens, **(max_tokens or {})}
+    graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, sizes))
     table = build_task_table(graph)
     order, simulation = _one_f_one_b(table, split_backward)
 

@@ -64,6 +64,17 @@ def test_a_wrong_partition_names_the_stage(change, message):
         parse_partition(data)
 
 
+def test_a_partition_names_sizes_of_sub_microbatches_for_its_own_modules_only():
+    data = encoder_case()[1].model_dump(mode="json")
+    assert "sub_microbatch_tokens" not in data
+    sized = parse_partition(data | {"sub_microbatch_tokens": {"vision": 4096}})
+    assert sized.digest() != parse_partition(data).digest()
+    with pytest.raises(PartitionError, match=r"modules \['audio'\] have no stages"):
+        parse_partition(data | {"sub_microbatch_tokens": {"audio": 4096}})
+    with pytest.raises(PartitionError, match="sub_microbatch_tokens.vision"):
+        parse_partition(data | {"sub_microbatch_tokens": {"vision": 0}})
+
+
 def test_a_partition_of_other_modules_is_refused():
     problem, _ = encoder_case()
     with pytest.raises(PartitionError, match=r"expected \['language', 'vision'"):

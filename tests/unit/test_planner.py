@@ -251,3 +251,11 @@ def test_a_wrong_sub_microbatch_size_is_refused():
         form_sub_microbatches(problem, {"visoin": 4})
     with pytest.raises(PlanError, match="language: 0"):
         form_sub_microbatches(problem, {"language": 0})
+
+
+def test_a_partition_says_how_finely_its_modules_are_split():
+    problem, partition = encoder_case()
+    sized = partition.model_copy(update={"sub_microbatch_tokens": {"vision": 1}})
+    assert len(make_plan(problem, partition).graph.subs("vision", 0)) == 1
+    assert len(make_plan(problem, sized).graph.subs("vision", 0)) == 2
+    assert len(make_plan(problem, sized, max_tokens={"vision": None}).graph.subs("vision", 0)) == 1
