@@ -8,7 +8,6 @@ Times are microseconds per layer and item; bytes are per layer and item.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -21,7 +20,6 @@ from megatron_dip.forms import Form, read_json
 __all__ = [
     "Item",
     "LayerExtra",
-    "MicrobatchMetadata",
     "Module",
     "Problem",
     "SubMicrobatch",
@@ -105,22 +103,6 @@ class SubMicrobatch(NamedTuple):
     microbatch: int
     sub: int
     items: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicrobatchMetadata:
-    """All that planning needs to know of a microbatch's data: plain numbers, no tensors."""
-
-    item_tokens: Mapping[str, tuple[int, ...]]
-    """Per module, the tokens of every item: patches of an image, tokens of a sequence."""
-    span_lengths: Mapping[str, tuple[tuple[int, ...], ...]]
-    """Per module and item, its attention spans: the cost of attention is per span."""
-    needs: tuple[tuple[int, ...], ...]
-    """Per sequence, the numbers of the images it reads."""
-
-    def sizes(self, module: str) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Tokens and spans of every item of ``module``."""
-        return tuple(zip(self.item_tokens[module], self.span_lengths[module], strict=True))
 
 
 class Problem(Form):

@@ -5,7 +5,7 @@ fast a GPU does it, ``analytic`` and ``profile`` how long that takes, ``memory``
 ``builder`` makes batch problems of it and ``machine`` builders from configurations.
 """
 
-from megatron_dip.costs.builder import ItemSizes, ProblemBuilder, item_sizes
+from megatron_dip.costs.builder import ItemSizes, ProblemBuilder
 from megatron_dip.costs.layers import ItemSize, Parallelism
 from megatron_dip.costs.machine import (
     ClusterConfig,
@@ -29,7 +29,6 @@ __all__ = [
     "WorkCost",
     "cluster_builder",
     "config_builder",
-    "item_sizes",
     "load_cluster",
     "load_model",
     "load_profile",

@@ -11,33 +11,17 @@ from megatron_dip.errors import ProblemError
 from megatron_dip.workload import (
     Item,
     LayerExtra,
-    MicrobatchMetadata,
     Module,
     Problem,
     TransferCost,
 )
 
-__all__ = ["ItemSizes", "ProblemBuilder", "item_sizes"]
+__all__ = ["ItemSizes", "ProblemBuilder"]
 
 ItemSizes = Mapping[str, Sequence[ItemSize]]
 """Per module, the items of one microbatch; items are numbered from 0."""
 
 _NO_TIME = PhaseTimes(0.0, 0.0, 0.0)
-
-
-def item_sizes(metadata: MicrobatchMetadata) -> dict[str, tuple[ItemSize, ...]]:
-    """The items of a microbatch of images and sequences."""
-    return {
-        "vision": tuple(
-            ItemSize(tokens=tokens, spans=spans) for tokens, spans in metadata.sizes("vision")
-        ),
-        "language": tuple(
-            ItemSize(tokens=tokens, spans=spans, needs={"vision": needs})
-            for (tokens, spans), needs in zip(
-                metadata.sizes("language"), metadata.needs, strict=True
-            )
-        ),
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

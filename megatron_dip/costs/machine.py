@@ -6,14 +6,14 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config import CostConfig, DipConfig
+from megatron_dip.config.base import CostConfig, DipConfig
 from megatron_dip.costs.analytic import AnalyticTimes, LayerTimes
 from megatron_dip.costs.builder import ProblemBuilder
 from megatron_dip.costs.devices import Device, device_preset
 from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.memory import MemoryModel
 from megatron_dip.costs.profile import Profile, ProfiledTimes
-from megatron_dip.costs.shapes import ModelShape, ModuleShape, ProjectorShape, read_yaml
+from megatron_dip.costs.shapes import ModelShape, ModuleShape, read_yaml
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
 from megatron_dip.workload import TransferCost
@@ -180,7 +180,7 @@ def config_builder(
     parallel = Parallelism(tensor=num_tensor_ranks, sequence_parallel=sequence_parallel)
     memory = MemoryModel(parallel=parallel, is_fp32=is_fp32)
     return ProblemBuilder(
-        model=_config_model(config),
+        model=config.model_shape(),
         times=AnalyticTimes(
             device=_config_device(schedule.costs, schedule.costs.flops_per_us),
             module_devices={
@@ -216,40 +216,4 @@ def _config_device(costs: CostConfig, flops_per_us: float) -> Device:
         half_rate_flops=0.0,
         layer_overhead_us=costs.layer_overhead_us,
         collective_latency_us=0.0,
-    )
-
-
-def _config_model(config: DipConfig) -> ModelShape:
-    vision, language = config.model.vision, config.model.language
-    merged = 4 * vision.hidden_size
-    return ModelShape(
-        name="vision-language",
-        modules=(
-            ModuleShape(
-                name="vision",
-                kind="vit",
-                num_layers=vision.num_layers,
-                hidden_size=vision.hidden_size,
-                ffn_hidden_size=vision.ffn_hidden_size,
-                num_attention_heads=vision.num_attention_heads,
-                trainable=vision.trainable,
-                patch_values=3 * vision.patch_size**2,
-                num_positions=vision.position_grid**2,
-                projector=ProjectorShape(
-                    intermediate_size=merged, output_size=language.hidden_size
-                ),
-            ),
-            ModuleShape(
-                name="language",
-                kind="causal",
-                num_layers=language.num_layers,
-                hidden_size=language.hidden_size,
-                ffn_hidden_size=language.ffn_hidden_size,
-                num_attention_heads=language.num_attention_heads,
-                num_query_groups=language.num_query_groups,
-                upstream=("vision",),
-                trainable=language.trainable,
-                vocab_size=language.vocab_size,
-            ),
-        ),
     )

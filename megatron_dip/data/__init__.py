@@ -1,5 +1,6 @@
 """Image-text data: samples, index, packed sequences and microbatches. Knows torch, no Megatron."""
 
+from megatron_dip.data.batches import Microbatch, StageData
 from megatron_dip.data.dataset import VlmDataset
 from megatron_dip.data.index import (
     DataIndex,
@@ -16,6 +17,7 @@ from megatron_dip.data.microbatch import (
     PackedSequence,
     VisionBatch,
     VlmMicrobatch,
+    VlmWholeBatch,
 )
 from megatron_dip.data.packing import PackingOptions
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
@@ -25,12 +27,15 @@ __all__ = [
     "DataSettings",
     "ImageData",
     "LanguageBatch",
+    "Microbatch",
     "PackedSequence",
     "PackingOptions",
+    "StageData",
     "VisionBatch",
     "VlmDataset",
     "VlmMicrobatch",
     "VlmTokenizer",
+    "VlmWholeBatch",
     "build_index",
     "index_digest",
     "index_path",

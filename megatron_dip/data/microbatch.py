@@ -15,8 +15,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from megatron_dip.costs import ItemSize, ItemSizes
+from megatron_dip.data.batches import Microbatch
 from megatron_dip.data.images import num_image_tokens
-from megatron_dip.workload import MicrobatchMetadata
 
 __all__ = [
     "ImageData",
@@ -24,6 +25,7 @@ __all__ = [
     "PackedSequence",
     "VisionBatch",
     "VlmMicrobatch",
+    "VlmWholeBatch",
 ]
 
 
@@ -87,6 +89,11 @@ class VisionBatch:
         """Patches of each image; attention stays inside an image."""
         return tuple(rows * columns for rows, columns in self.grids)
 
+    @property
+    def upstream_items(self) -> tuple[tuple[str, int], ...]:
+        """Nothing is upstream of the vision tower."""
+        return ()
+
     def to(self, device: torch.device | str) -> "VisionBatch":
         """The same on another device."""
         if self.patches is None:
@@ -120,6 +127,11 @@ class LanguageBatch:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
+    @property
+    def upstream_items(self) -> tuple[tuple[str, int], ...]:
+        """The images, as items of ``vision``."""
+        return tuple(("vision", image) for image in self.images)
+
     def to(self, device: torch.device | str) -> "LanguageBatch":
         """The same on another device."""
         names = ("tokens", "labels", "position_ids", "loss_mask", "image_rows")
@@ -146,7 +158,24 @@ class LanguageBatch:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class VlmMicrobatch:
+class VlmWholeBatch:
+    """A microbatch for Megatron's own schedule: all images, and sequences of one fixed length."""
+
+    vision: VisionBatch
+    language: LanguageBatch
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """``[sequences * seq_length]`` float32."""
+        return self.language.loss_mask
+
+    def to(self, device: torch.device | str) -> "VlmWholeBatch":
+        """The same on another device."""
+        return replace(self, vision=self.vision.to(device), language=self.language.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VlmMicrobatch(Microbatch):
     """The packed sequences of one microbatch."""
 
     sequences: tuple[PackedSequence, ...]
@@ -171,23 +200,28 @@ class VlmMicrobatch:
     def num_loss_tokens(self) -> int:
         return sum(int(sequence.loss_mask.sum()) for sequence in self.sequences)
 
-    def item_tokens(self) -> dict[str, tuple[int, ...]]:
-        """Patches of every image, tokens of every sequence."""
+    def metadata(self) -> ItemSizes:
+        """Patches of every image, tokens of every sequence and the images that it reads."""
         return {
-            "vision": tuple(image.num_patches for image in self.images),
-            "language": tuple(sequence.num_tokens for sequence in self.sequences),
+            "vision": [
+                ItemSize(tokens=image.num_patches, spans=(image.num_patches,))
+                for image in self.images
+            ],
+            "language": [
+                ItemSize(
+                    tokens=sequence.num_tokens,
+                    spans=sequence.span_lengths,
+                    needs={"vision": images},
+                )
+                for sequence, images in zip(self.sequences, self.needs, strict=True)
+            ],
         }
 
-    def metadata(self) -> MicrobatchMetadata:
-        """What planning needs to know; the same on ranks that do and do not decode."""
-        return MicrobatchMetadata(
-            item_tokens=self.item_tokens(),
-            span_lengths={
-                "vision": tuple((image.num_patches,) for image in self.images),
-                "language": tuple(sequence.span_lengths for sequence in self.sequences),
-            },
-            needs=self.needs,
-        )
+    def num_output_rows(self, module: str, item: int) -> int:
+        """Rows of features of an image, losses of a sequence."""
+        if module == "vision":
+            return self.images[item].num_tokens
+        return self.sequences[item].num_tokens
 
     @overload
     def sub_batch(self, module: Literal["vision"], items: Sequence[int]) -> VisionBatch: ...
@@ -223,6 +257,13 @@ class VlmMicrobatch:
         """
         items = range(len(self.sequences))
         return self._join([self._one_sequence(item).padded_to(seq_length) for item in items])
+
+    def whole(self, seq_length: int) -> VlmWholeBatch:
+        """See :class:`Microbatch`; every sequence is padded to ``seq_length``."""
+        return VlmWholeBatch(
+            vision=self.sub_batch("vision", range(len(self.images))),
+            language=self.padded(seq_length),
+        )
 
     def _vision_batch(self, items: Sequence[int]) -> VisionBatch:
         images = [self.images[item] for item in items]

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dip.config import DipConfig, load_config, megatron_arguments
+from megatron_dip.config import DipConfig, load_config
 from megatron_dip.errors import ConfigError, UnsupportedError
 from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
 
@@ -214,7 +214,7 @@ def _install_validation(parser: argparse.ArgumentParser) -> None:
 def _apply_config(
     args: argparse.Namespace, path: str, config: DipConfig, explicit: dict[str, Any]
 ) -> None:
-    for destination, value in megatron_arguments(config).items():
+    for destination, value in config.megatron_arguments().items():
         if destination in explicit and explicit[destination] != value:
             flag = "--" + destination.replace("_", "-")
             raise ConfigError(

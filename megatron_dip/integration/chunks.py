@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.data import LanguageBatch, VisionBatch
+from megatron_dip.data import StageData
 from megatron_dip.partition import Stage
 
 __all__ = ["ChunkList", "DipChunk", "StageBatch", "UpstreamRows", "order_features"]
@@ -25,8 +25,9 @@ class ChunkList(list[torch.nn.Module]):
 
 @dataclass(frozen=True, kw_only=True)
 class UpstreamRows:
-    """The rows of one upstream output: the image items in it and how many rows each has."""
+    """The rows of one upstream output: whose items are in it and how many rows each has."""
 
+    module: str
     items: tuple[int, ...]
     num_rows: tuple[int, ...]
 
@@ -35,7 +36,7 @@ class UpstreamRows:
 class StageBatch:
     """The data of one forward of one stage: what a script's ``get_batch`` hands on to the model."""
 
-    data: VisionBatch | LanguageBatch
+    data: StageData
     upstream: tuple[UpstreamRows, ...]
     """One per input tensor in a module's first stage; empty elsewhere."""
     recompute_layers: tuple[int, ...]
@@ -43,8 +44,8 @@ class StageBatch:
     @property
     def loss_mask(self) -> torch.Tensor:
         """[T], float; asked for where the loss is computed."""
-        assert isinstance(self.data, LanguageBatch)
-        return self.data.loss_mask
+        mask: torch.Tensor = self.data.loss_mask  # type: ignore[attr-defined]
+        return mask
 
 
 class DipChunk(MegatronModule):
@@ -82,12 +83,11 @@ class DipChunk(MegatronModule):
         self._inputs = list(input_tensor)
 
     def forward(self, batch: StageBatch) -> torch.Tensor:
-        """The stage's output: rows [T, 1, width], or losses [T] in the last language stage."""
+        """The stage's output: rows [T, 1, width], or losses [T] in the stage with the loss."""
         inputs, self._inputs = self._inputs, []
         hidden = upstream = None
         if batch.upstream:
-            assert isinstance(batch.data, LanguageBatch)
-            upstream = order_features(inputs, batch.upstream, batch.data.images)
+            upstream = order_features(inputs, batch.upstream, batch.data.upstream_items)
         elif inputs:
             (hidden,) = inputs
         output: torch.Tensor = self.stage_module(
@@ -118,24 +118,26 @@ class DipChunk(MegatronModule):
 
 
 def order_features(
-    outputs: Sequence[torch.Tensor], rows: Sequence[UpstreamRows], wanted: Sequence[int]
+    outputs: Sequence[torch.Tensor],
+    rows: Sequence[UpstreamRows],
+    wanted: Sequence[tuple[str, int]],
 ) -> torch.Tensor | None:
     """The rows of the ``wanted`` items, one after another, from several upstream outputs.
 
     Args:
         outputs: Per upstream sub-microbatch [rows, 1, width].
         rows: The items in each of them.
-        wanted: Item numbers, in the order asked for.
+        wanted: Modules and numbers of items, in the order asked for.
     """
     if not wanted:
         return None
     features = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
     features = features.squeeze(1)
-    starts: dict[int, tuple[int, int]] = {}
+    starts: dict[tuple[str, int], tuple[int, int]] = {}
     position = 0
     for part in rows:
         for item, count in zip(part.items, part.num_rows, strict=True):
-            starts[item] = (position, count)
+            starts[part.module, item] = (position, count)
             position += count
     spans = [starts[item] for item in wanted]
     if spans == sorted(starts.values()):

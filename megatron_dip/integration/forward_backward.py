@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from megatron_dip.data import VlmMicrobatch
+from megatron_dip.data import Microbatch
 from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
@@ -94,13 +94,13 @@ def _pipeline_of(model: Sequence[torch.nn.Module]) -> DipPipeline:
     except RuntimeError:
         raise UnsupportedError(
             "--dip-schedule was given but the model is not made of stages (have the script's "
-            "model_provider call megatron_dip.integration.vlm.build_model)"
+            "model_provider call megatron_dip.integration.model.build_model)"
         ) from None
     assert isinstance(pipeline, DipPipeline)
     return pipeline
 
 
-def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[VlmMicrobatch]:
+def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[Microbatch]:
     if data_iterator is None:
         raise DataError(
             "this rank has no data (set is_distributed = True on the script's dataset provider: "
@@ -109,9 +109,9 @@ def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[VlmMicrob
     microbatches = []
     for _ in range(num_microbatches):
         microbatch = next(data_iterator)
-        if not isinstance(microbatch, VlmMicrobatch):
+        if not isinstance(microbatch, Microbatch):
             raise DataError(
-                f"the data iterator yielded {type(microbatch).__name__} (expected VlmMicrobatch: "
+                f"the data iterator yielded {type(microbatch).__name__} (expected a microbatch: "
                 f"use megatron_dip.integration.data.data_iterators)"
             )
         microbatches.append(microbatch)

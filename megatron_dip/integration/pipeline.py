@@ -10,19 +10,18 @@ from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.config import DipConfig, build_partition
-from megatron_dip.costs import config_builder, item_sizes
+from megatron_dip.costs import ItemSizes, config_builder
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Plan
 from megatron_dip.planner import make_plan
 from megatron_dip.runtime import (
-    BoundaryRule,
     BoundaryRules,
     Channels,
     agree_on_plan,
     create_channel_groups,
     pipeline_channels,
 )
-from megatron_dip.workload import MicrobatchMetadata, Problem
+from megatron_dip.workload import Problem
 
 __all__ = ["DipPipeline"]
 
@@ -34,7 +33,8 @@ class DipPipeline:
 
     Args:
         config: The run's configuration.
-        transformer_config: Megatron's configuration of the language module.
+        transformer_config: Megatron's configuration of the module with the loss.
+        boundaries: Shapes of what is received.
         timeout_seconds: Limit of every wait of the executor.
     """
 
@@ -42,22 +42,23 @@ class DipPipeline:
         self,
         config: DipConfig,
         transformer_config: TransformerConfig,
+        boundaries: BoundaryRules,
         timeout_seconds: float,
         device: torch.device,
     ) -> None:
         self.config = config
         self.partition: Partition = build_partition(config)
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
-        tensor_ranks: int = mpu.get_tensor_model_parallel_world_size()
         self._problems = config_builder(
             config,
             is_fp32=transformer_config.params_dtype == torch.float32,
-            num_tensor_ranks=tensor_ranks,
+            num_tensor_ranks=mpu.get_tensor_model_parallel_world_size(),
             sequence_parallel=transformer_config.sequence_parallel,
         )
-        self.boundaries = _boundaries(config, transformer_config, tensor_ranks)
+        self.boundaries = boundaries
         own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
-        channels = pipeline_channels(self.partition, {"vision": (), "language": ("vision",)})
+        upstream = {module.name: module.upstream for module in config.model_shape().modules}
+        channels = pipeline_channels(self.partition, upstream)
         pipelines = _gather_distinct(own_pipeline)
         groups = create_channel_groups(channels, pipelines, timeout_seconds)
         self._plan_group = _create_plan_group(timeout_seconds)
@@ -73,9 +74,9 @@ class DipPipeline:
     def is_plan_owner(self) -> bool:
         return bool(dist.get_rank(self._plan_group) == 0)
 
-    def agree_on_plan(self, microbatches: Sequence[MicrobatchMetadata]) -> Plan:
+    def agree_on_plan(self, microbatches: Sequence[ItemSizes]) -> Plan:
         """The plan of a batch, the same on all ranks of this pipeline; see ``runtime``."""
-        problem = self._problems.build([item_sizes(metadata) for metadata in microbatches])
+        problem = self._problems.build(microbatches)
         return agree_on_plan(problem, self.partition, self._make_plan, self._plan_group)
 
     def _make_plan(self, problem: Problem, partition: Partition) -> Plan:
@@ -90,22 +91,6 @@ class DipPipeline:
             },
             evaluations=(schedule.evaluations or None) if is_searched else None,
         )
-
-
-def _boundaries(
-    config: DipConfig, transformer_config: TransformerConfig, tensor_ranks: int
-) -> BoundaryRules:
-    shards = tensor_ranks if transformer_config.sequence_parallel else 1
-    dtype = transformer_config.pipeline_dtype or transformer_config.params_dtype
-    vision, language = config.model.vision, config.model.language
-    return BoundaryRules(
-        inner={
-            "vision": BoundaryRule(width=vision.hidden_size, dtype=dtype, num_shards=shards),
-            "language": BoundaryRule(width=language.hidden_size, dtype=dtype, num_shards=shards),
-        },
-        # The merge joins 2x2 patches, and every tensor-parallel rank holds all of its rows.
-        outer={"vision": BoundaryRule(width=language.hidden_size, dtype=dtype, tokens_per_row=4)},
-    )
 
 
 def _gather_distinct(ranks: Sequence[int]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_dip.data import LanguageBatch, VisionBatch, VlmMicrobatch
+from megatron_dip.data import Microbatch, StageData
 from megatron_dip.integration.chunks import StageBatch, UpstreamRows
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
 from megatron_dip.partition import Stage
@@ -43,7 +43,7 @@ class MegatronRunner:
         chunks: Mapping[int, torch.nn.Module],
         config: TransformerConfig,
         forward_step: Callable[..., Any],
-        microbatches: Sequence[VlmMicrobatch],
+        microbatches: Sequence[Microbatch],
         context_parallel_size: int,
         reduces_early: bool,
         first_microbatch: bool = True,
@@ -58,7 +58,7 @@ class MegatronRunner:
         self._collect_non_loss_data = collect_non_loss_data
         self._device = next(next(iter(self._chunks.values())).parameters()).device
         self._fresh_chunks = set(self._chunks) if first_microbatch else set()
-        self._data: dict[SubMicrobatch, VisionBatch | LanguageBatch] = {}
+        self._data: dict[SubMicrobatch, StageData] = {}
         self.reports = LossReports()
         self.num_tokens = torch.zeros([], dtype=torch.int, device=self._device)
 
@@ -139,13 +139,15 @@ class MegatronRunner:
         microbatch = self._microbatches[sub.microbatch]
         data = self._data.get(sub)
         if data is None:
-            data = microbatch.sub_batch(sub.module, sub.items).to(self._device)
-            self._data[sub] = data
+            made: StageData = microbatch.sub_batch(sub.module, sub.items)
+            data = self._data[sub] = made.to(self._device)
         upstream = tuple(
             UpstreamRows(
+                module=other.sub_microbatch.module,
                 items=other.sub_microbatch.items,
                 num_rows=tuple(
-                    microbatch.images[item].num_tokens for item in other.sub_microbatch.items
+                    microbatch.num_output_rows(other.sub_microbatch.module, item)
+                    for item in other.sub_microbatch.items
                 ),
             )
             for other in call.inputs

@@ -20,6 +20,10 @@ def settings(tmp_path_factory):
     return make_settings(tmp_path_factory.mktemp("set") / "data")
 
 
+def tokens_of(microbatch: VlmMicrobatch, module: str) -> tuple[int, ...]:
+    return tuple(size.tokens for size in microbatch.metadata()[module])
+
+
 def make(settings, **changes) -> VlmDataset:
     index, _ = build_index(settings, settings.samples.parent / "cache", show_progress=False)
     return VlmDataset(settings, index, **({"num_samples": 50, "seed": 7} | changes))
@@ -121,7 +125,7 @@ def test_a_rank_without_pixels_knows_the_same_metadata(settings, microbatch):
     assert other.metadata() == microbatch.metadata()
     batch = other.sub_batch("vision", range(len(other.images)))
     assert batch.patches is None
-    assert batch.span_lengths == microbatch.item_tokens()["vision"]
+    assert batch.span_lengths == tokens_of(microbatch, "vision")
 
 
 def test_an_image_that_changed_after_indexing_is_named(tmp_path):
@@ -183,7 +187,7 @@ def test_a_microbatch_survives_copying(microbatch, copied):
 
 
 def test_images_are_numbered_through_the_microbatch(microbatch):
-    needs = microbatch.metadata().needs
+    needs = [size.needs["vision"] for size in microbatch.metadata()["language"]]
     assert [image for images in needs for image in images] == list(range(len(microbatch.images)))
     for sequence, images in zip(microbatch.sequences, needs, strict=True):
         assert sequence.images == tuple(microbatch.images[image] for image in images)
@@ -258,7 +262,6 @@ def test_statistics_are_those_of_the_microbatches(settings, microbatch):
         one.name: one.values
         for one in microbatch_statistics(dataset, num_microbatches=2, micro_batch_size=4)
     }
-    tokens = microbatch.item_tokens()
-    assert statistics["patches (vision)"][0] == sum(tokens["vision"])
-    assert statistics["tokens (language)"][0] == sum(tokens["language"])
+    assert statistics["patches (vision)"][0] == sum(tokens_of(microbatch, "vision"))
+    assert statistics["tokens (language)"][0] == sum(tokens_of(microbatch, "language"))
     assert statistics["images"][0] == len(microbatch.images)

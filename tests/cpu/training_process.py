@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 
 import megatron_dip.integration.forward_backward  # noqa: E402
-import megatron_dip.integration.vlm  # noqa: E402, F401
+import megatron_dip.integration.model  # noqa: E402, F401
 from megatron_dip.launch import main  # noqa: E402
 
 __all__ = ["run_rank"]

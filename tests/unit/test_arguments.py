@@ -64,9 +64,10 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> Any:
     ranks.
     """
     stated = {"num_layers": 10, "tokenizer_type": "NullTokenizer"}
-    config = SimpleNamespace(schedule=SimpleNamespace(num_ranks=4))
+    config = SimpleNamespace(
+        schedule=SimpleNamespace(num_ranks=4), megatron_arguments=lambda: stated
+    )
     monkeypatch.setattr(arguments, "load_config", lambda path: config)
-    monkeypatch.setattr(arguments, "megatron_arguments", lambda config: stated)
     monkeypatch.setattr(arguments, "_install_validation", lambda parser: None)
 
     def run(*command_line: str) -> tuple[dict[str, Any], argparse.Namespace]:

@@ -6,18 +6,18 @@ from cost_cases import MODELS, ROOT, causal, dit, item, times, vit
 from megatron_dip.config import load_config
 from megatron_dip.costs import (
     ClusterConfig,
+    ItemSize,
     ModelShape,
     ProblemBuilder,
     Profile,
     cluster_builder,
     config_builder,
-    item_sizes,
     load_cluster,
     load_model,
 )
 from megatron_dip.costs.memory import MemoryModel
 from megatron_dip.errors import ConfigError, ProblemError
-from megatron_dip.workload import MicrobatchMetadata, TransferCost, parse_problem
+from megatron_dip.workload import TransferCost, parse_problem
 
 CLUSTERS = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))
 
@@ -88,13 +88,12 @@ def test_items_of_an_unknown_module_are_refused():
 
 
 def test_the_tiny_configuration_gives_operations_over_its_rate():
-    metadata = MicrobatchMetadata(
-        item_tokens={"vision": (64, 100), "language": (500,)},
-        span_lengths={"vision": ((64,), (100,)), "language": ((200, 300),)},
-        needs=((0, 1),),
-    )
+    sizes = {
+        "vision": [ItemSize(tokens=64, spans=(64,)), ItemSize(tokens=100, spans=(100,))],
+        "language": [ItemSize(tokens=500, spans=(200, 300), needs={"vision": (0, 1)})],
+    }
     made = config_builder(load_config(ROOT / "configs" / "vlm_tiny.yaml"), is_fp32=True)
-    problem = made.build([item_sizes(metadata)])
+    problem = made.build([sizes])
     image, sequence = problem.item("vision", 0, 1), problem.item("language", 0, 0)
     rate = 45000.0
     linear = 2 * 100 * (4 * 128**2 + 2 * 128 * 512) / rate

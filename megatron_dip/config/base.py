@@ -1,0 +1,140 @@
+"""What the configurations of all model families share: the schedule, and rules between the parts.
+
+A family adds the form of its model and of its data, see :class:`DipConfig`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_dip.errors import ConfigError
+from megatron_dip.forms import Form
+from megatron_dip.partition import Partition, cut_evenly, partition_from_layers
+
+if TYPE_CHECKING:
+    from megatron_dip.costs.shapes import ModelShape
+
+__all__ = [
+    "CostConfig",
+    "DataForm",
+    "DipConfig",
+    "ModuleSchedule",
+    "Positive",
+    "PositiveNumber",
+    "ScheduleConfig",
+    "build_partition",
+]
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+
+
+class ModuleSchedule(Form):
+    """How one module is cut, and its share of a microbatch split."""
+
+    num_segments: Positive = 1
+    layers: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | None = None
+    """Layers per segment and rank; cut evenly where not given."""
+    sub_microbatch_tokens: Positive | None = None
+    """Most tokens in a sub-microbatch; a microbatch is not split where not given."""
+    flops_per_us: PositiveNumber | None = None
+    """What one rank achieves on this module; ``costs.flops_per_us`` where not given."""
+
+
+class CostConfig(Form):
+    """Rates of the machine that the planner assumes; only their proportions shape a schedule."""
+
+    flops_per_us: PositiveNumber = 4.0e8
+    """Floating-point operations per microsecond that one rank achieves."""
+    layer_overhead_us: Annotated[float, Field(ge=0)] = 60.0
+    transfer_latency_us: Annotated[float, Field(ge=0)] = 20.0
+    transfer_bytes_per_us: PositiveNumber = 40000.0
+
+
+class ScheduleConfig(Form):
+    """What ``--dip-schedule`` runs."""
+
+    num_ranks: Positive
+    """Pipeline ranks the cut is made for; must equal --pipeline-model-parallel-size."""
+    planner: Literal["dual_queue", "one_f_one_b"] = "dual_queue"
+    evaluations: Annotated[int, Field(ge=0)] = 64
+    """Orders of a batch that the dual queue tries before it takes the best; 0 tries one."""
+    modules: dict[str, ModuleSchedule]
+    memory_limit_gib: PositiveNumber = 80.0
+    """Per rank, weights included."""
+    costs: CostConfig = CostConfig()
+
+
+class DataForm(Form):
+    """What the data sets of all families have in common."""
+
+    path: Path
+    """JSON list of samples."""
+    tokenizer: Path
+    """A tokenizer file of the ``tokenizers`` library."""
+    cache_folder: Path | None = None
+    """Where the index of the data set is kept; beside the data where not given."""
+    skip_bad_samples: bool = False
+    """Go on without samples that cannot be used, and count them; also --skip-bad-samples."""
+    valid_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the samples that is kept for validation."""
+
+
+class DipConfig(Form, ABC):
+    """A whole configuration file; every family of models has a subclass with its own forms.
+
+    A subclass declares ``family`` (a literal, its name), ``model`` and a narrower ``data``.
+    """
+
+    schedule: ScheduleConfig
+    data: DataForm
+
+    @abstractmethod
+    def model_shape(self) -> "ModelShape":
+        """The modules with all that their cost depends on; the one with the loss is the last."""
+
+    @abstractmethod
+    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+        """Megatron's arguments that the configuration states, by their names in ``args``.
+
+        Those who write the model in YAML need not repeat it on the command line.
+        """
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        modules = self.num_layers()
+        if set(self.schedule.modules) != set(modules):
+            raise ValueError(
+                f"schedule.modules names {sorted(self.schedule.modules)} (expected "
+                f"{sorted(modules)}: one entry per module of the model)"
+            )
+        build_partition(self)
+        return self
+
+    def num_layers(self) -> Mapping[str, int]:
+        """Layers per module, upstream modules first."""
+        return {module.name: module.num_layers for module in self.model_shape().modules}
+
+
+def build_partition(config: DipConfig) -> Partition:
+    """The partition that ``config.schedule`` describes.
+
+    Raises:
+        PartitionError: Layer counts do not fit the module or the number of ranks.
+    """
+    num_ranks = config.schedule.num_ranks
+    layers = {}
+    for name, count in config.num_layers().items():
+        module = config.schedule.modules[name]
+        cut = module.layers or cut_evenly(count, module.num_segments, num_ranks)
+        total = sum(sum(segment) for segment in cut)
+        if total != count or len(cut) != module.num_segments:
+            raise ConfigError(
+                f"schedule.modules.{name}.layers: {len(cut)} segments with {total} layers "
+                f"(expected num_segments {module.num_segments} with {count} layers)"
+            )
+        layers[name] = cut
+    return partition_from_layers(layers, num_ranks)

@@ -1,0 +1,48 @@
+"""The families of models that a configuration may name, and reading one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import yaml
+
+from megatron_dip.config.base import DipConfig
+from megatron_dip.config.vlm import VlmConfig
+from megatron_dip.errors import ConfigError
+
+__all__ = ["DEFAULT_FAMILY", "FAMILIES", "load_config"]
+
+DEFAULT_FAMILY = "vlm"
+FAMILIES: Mapping[str, type[DipConfig]] = MappingProxyType({"vlm": VlmConfig})
+"""The form of every family, by the name that ``family`` gives in a configuration.
+
+What builds and feeds the models is in ``integration/families``, under the same names.
+"""
+
+
+def load_config(path: str | Path) -> DipConfig:
+    """The configuration in a YAML file; relative paths in it start at the file's folder.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key is missing, unknown or out of range.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({error})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected the keys model, schedule and data at top level")
+    family = data.get("family", DEFAULT_FAMILY)
+    if family not in FAMILIES:
+        raise ConfigError(f"{path}: family: {family!r} (expected one of {sorted(FAMILIES)})")
+    config = FAMILIES[family].parse(data, ConfigError, str(path))
+    folder = path.resolve().parent
+    resolved = {
+        name: folder / value
+        for name, value in config.data
+        if isinstance(value, Path) and not value.is_absolute()
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=resolved)})

@@ -1,0 +1,114 @@
+"""Forms of the modules that several families are made of."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from megatron_dip.config.base import Positive
+from megatron_dip.costs.shapes import ModuleShape, ProjectorShape
+from megatron_dip.forms import Form
+
+__all__ = ["LanguageConfig", "TransformerForm", "VisionConfig"]
+
+
+class TransformerForm(Form):
+    """What all transformers have."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_attention_heads: Positive
+    trainable: bool = True
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        return self
+
+
+class VisionConfig(TransformerForm):
+    """A vision transformer over images of any size."""
+
+    patch_size: Positive = 14
+    position_grid: Positive = 32
+    """Side of the learned table of positions, which is interpolated to each image's grid."""
+
+    def shape(self, name: str, output_size: int) -> ModuleShape:
+        """What its cost depends on; ``output_size`` is the width of the module that reads it."""
+        return ModuleShape(
+            name=name,
+            kind="vit",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            trainable=self.trainable,
+            patch_values=3 * self.patch_size**2,
+            num_positions=self.position_grid**2,
+            projector=ProjectorShape(
+                intermediate_size=4 * self.hidden_size, output_size=output_size
+            ),
+        )
+
+
+class LanguageConfig(TransformerForm):
+    """A causal language model: RMSNorm, SwiGLU, rotary positions, grouped queries."""
+
+    num_query_groups: Positive
+    vocab_size: Positive
+    seq_length: Positive
+    rotary_base: Positive = 10000
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}"
+            )
+        return self
+
+    def shape(
+        self, name: str, upstream: tuple[str, ...] = (), *, has_head: bool = True
+    ) -> ModuleShape:
+        """What its cost depends on."""
+        return ModuleShape(
+            name=name,
+            kind="causal",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            upstream=upstream,
+            trainable=self.trainable,
+            vocab_size=self.vocab_size,
+            has_head=has_head,
+        )
+
+    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+        """Megatron's arguments for a model whose last module this is, see :class:`DipConfig`."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "group_query_attention": self.num_query_groups != self.num_attention_heads,
+            "num_query_groups": self.num_query_groups,
+            "seq_length": self.seq_length,
+            "max_position_embeddings": self.seq_length,
+            "rotary_base": self.rotary_base,
+            "position_embedding_type": "rope",
+            "normalization": "RMSNorm",
+            "swiglu": True,
+            "add_bias_linear": False,
+            "untie_embeddings_and_output_weights": True,
+            "tokenizer_type": "NullTokenizer",
+            "vocab_size": self.vocab_size,
+            # Megatron's own loaders have no place for a function that puts microbatches together.
+            "dataloader_type": "external",
+        }

@@ -1,0 +1,64 @@
+"""The configuration of vision-language models; see ``configs/vlm_tiny.yaml``."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_dip.config.base import DataForm, DipConfig, Positive
+from megatron_dip.config.modules import LanguageConfig, VisionConfig
+from megatron_dip.costs.shapes import ModelShape
+from megatron_dip.forms import Form
+
+__all__ = ["VlmConfig", "VlmDataConfig", "VlmModelConfig"]
+
+
+class VlmModelConfig(Form):
+    """The modules of a vision-language model."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+
+
+class VlmDataConfig(DataForm):
+    """A data set in LLaVA's form: ``path`` is a JSON list of conversations."""
+
+    image_folder: Path
+    min_image_tokens: Positive = 4
+    """Least language tokens that an image stands for, after the 2x2 merge."""
+    max_image_tokens: Positive = 256
+    separation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the samples that are packed only with their own kind, with images or without: how
+    much microbatches differ."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_image_tokens > self.max_image_tokens:
+            raise ValueError(
+                f"min_image_tokens {self.min_image_tokens} is above max_image_tokens "
+                f"{self.max_image_tokens}"
+            )
+        return self
+
+
+class VlmConfig(DipConfig):
+    """A vision-language model, its schedule and its data."""
+
+    family: Literal["vlm"] = "vlm"
+    model: VlmModelConfig
+    data: VlmDataConfig
+
+    def model_shape(self) -> ModelShape:
+        """A vision tower with its projector, and the language backbone that reads it."""
+        vision, language = self.model.vision, self.model.language
+        return ModelShape(
+            name="vision-language",
+            modules=(
+                vision.shape("vision", language.hidden_size),
+                language.shape("language", ("vision",)),
+            ),
+        )
+
+    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+        """See :class:`DipConfig`."""
+        return self.model.language.megatron_arguments()

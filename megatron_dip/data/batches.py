@@ -1,0 +1,60 @@
+"""What the microbatches of all model families offer: to planning, to stages, to the loss."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol, Self
+
+import torch
+
+from megatron_dip.costs import ItemSizes
+
+__all__ = ["Microbatch", "StageData"]
+
+
+class StageData(Protocol):
+    """The data of some items of one module: what its stages read beside their input."""
+
+    @property
+    def items(self) -> tuple[int, ...]:
+        """The numbers of the items, in the order of their rows."""
+        ...
+
+    @property
+    def upstream_items(self) -> tuple[tuple[str, int], ...]:
+        """The items of upstream modules that these read: module and number, in the order in which
+        the module's first stage takes their rows."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        ...
+
+
+class Microbatch(ABC):
+    """One microbatch: items of every module, numbered from 0 within their module."""
+
+    @property
+    @abstractmethod
+    def num_loss_tokens(self) -> int:
+        """Tokens whose loss counts."""
+
+    @abstractmethod
+    def metadata(self) -> ItemSizes:
+        """What planning needs to know; plain numbers, the same on all ranks."""
+
+    @abstractmethod
+    def sub_batch(self, module: str, items: Sequence[int]) -> Any:
+        """The :class:`StageData` of the given items of a module, in the given order.
+
+        Raises:
+            ValueError: No such module, or an item number that the microbatch does not have.
+        """
+
+    @abstractmethod
+    def num_output_rows(self, module: str, item: int) -> int:
+        """Rows of an item of a module in what the module hands on to those that read it."""
+
+    @abstractmethod
+    def whole(self, seq_length: int) -> Any:
+        """All of it, for a schedule with fixed shapes of ``seq_length`` rows per sample: something
+        that the stock model of the family reads, with ``to(device)`` and ``loss_mask``."""

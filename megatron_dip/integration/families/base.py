@@ -1,0 +1,94 @@
+"""What a family of models gives to the integration: its stages, its stock form, its data sets."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dip.config import DipConfig
+from megatron_dip.data import Microbatch
+from megatron_dip.models.initialization import initialize_parameters
+from megatron_dip.models.stage import StageModule
+from megatron_dip.runtime import BoundaryRules
+
+__all__ = ["ModelFamily", "SampleSet", "StageFactory"]
+
+
+class StageFactory(ABC):
+    """Builds stages of a model, with initial weights that do not depend on the cut.
+
+    Args:
+        config: The run's configuration.
+        seed: Of the initial weights.
+    """
+
+    def __init__(self, config: DipConfig, seed: int) -> None:
+        self._seed = seed
+        self._trainable = {module.name: module.trainable for module in config.model_shape().modules}
+
+    @property
+    @abstractmethod
+    def loss_config(self) -> TransformerConfig:
+        """The configuration of the module with the loss, which Megatron's training loop reads."""
+
+    @abstractmethod
+    def boundaries(self) -> BoundaryRules:
+        """Shapes of what crosses the boundaries of stages."""
+
+    @abstractmethod
+    def construct(
+        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
+    ) -> StageModule:
+        """A stage as Megatron's layers come up."""
+
+    @abstractmethod
+    def stock_model(
+        self, *, pre_process: bool, post_process: bool, sequences: int
+    ) -> torch.nn.Module:
+        """What a rank holds under Megatron's own schedule, for microbatches of ``sequences``."""
+
+    def build(
+        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
+    ) -> StageModule:
+        """A stage with its initial weights; nothing in a module that is frozen is trained."""
+        stage = self.construct(module, first_layer, num_layers, first=first, last=last)
+        initialize_parameters(stage, self._seed)
+        self.choose_trained(stage, trainable=self._trainable[module])
+        return stage
+
+    def choose_trained(self, stage: StageModule, *, trainable: bool) -> None:
+        """Say which parameters of ``stage`` are trained: all of its module's, or none."""
+        stage.requires_grad_(trainable)
+
+
+class SampleSet(Protocol):
+    """A data set that Megatron's samplers index."""
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[Any]], Microbatch]:
+        """Puts the samples of a microbatch together."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
+
+
+class ModelFamily[ConfigT: DipConfig](ABC):
+    """A kind of model with its configuration, stages and data."""
+
+    @abstractmethod
+    def stage_factory(self, config: ConfigT, base: TransformerConfig, seed: int) -> StageFactory:
+        """What builds the stages; ``base`` is Megatron's configuration of the run."""
+
+    @abstractmethod
+    def data_sets(
+        self, config: ConfigT, num_samples: Sequence[int]
+    ) -> tuple[SampleSet, SampleSet | None]:
+        """The samples for training and validation; a collective call of the whole world.
+
+        Raises:
+            DataError: The data set holds samples that cannot be used; see ``--skip-bad-samples``.
+        """

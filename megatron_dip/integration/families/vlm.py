@@ -1,0 +1,257 @@
+"""Vision-language models: a vision tower, and a language backbone that reads its features.
+
+Under Megatron's own schedule a rank holds what that wants: the whole vision tower with the first
+language layers on the first rank, and a run of language layers on every other.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import make_viewless_tensor
+from megatron.training import get_args
+
+from megatron_dip.config import VlmConfig
+from megatron_dip.data import (
+    DataSettings,
+    PackingOptions,
+    VlmDataset,
+    VlmWholeBatch,
+    build_index,
+    load_index,
+    split_samples,
+)
+from megatron_dip.integration.families.base import ModelFamily, StageFactory
+from megatron_dip.integration.families.common import (
+    check_vocabulary,
+    make_on_first_rank,
+    row_rule,
+)
+from megatron_dip.models.configs import (
+    make_language_config,
+    make_projection_config,
+    make_vision_config,
+)
+from megatron_dip.models.language import LanguageStage
+from megatron_dip.models.shapes import PATCHES_PER_TOKEN
+from megatron_dip.models.stage import StageModule
+from megatron_dip.models.vision import VisionStage
+from megatron_dip.runtime import BoundaryRules
+
+__all__ = ["StockVlm", "VlmFamily", "VlmStages"]
+
+
+class VlmStages(StageFactory):
+    """Stages of the vision tower and of the language backbone."""
+
+    def __init__(self, config: VlmConfig, base: TransformerConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        vision, language = config.model.vision, config.model.language
+        self._model = config.model
+        self.language_config = make_language_config(
+            base,
+            num_layers=language.num_layers,
+            hidden_size=language.hidden_size,
+            ffn_hidden_size=language.ffn_hidden_size,
+            num_attention_heads=language.num_attention_heads,
+            num_query_groups=language.num_query_groups,
+        )
+        self._vision_config = make_vision_config(
+            base,
+            num_layers=vision.num_layers,
+            hidden_size=vision.hidden_size,
+            ffn_hidden_size=vision.ffn_hidden_size,
+            num_attention_heads=vision.num_attention_heads,
+        )
+        self._projection_config = make_projection_config(
+            base, hidden_size=language.hidden_size, ffn_hidden_size=4 * vision.hidden_size
+        )
+
+    @property
+    def loss_config(self) -> TransformerConfig:
+        """That of the language module."""
+        return self.language_config
+
+    def boundaries(self) -> BoundaryRules:
+        """See ``megatron_dip.models.shapes``."""
+        inner = partial(row_rule, self.language_config)
+        vision, language = self._model.vision.hidden_size, self._model.language.hidden_size
+        return BoundaryRules(
+            inner={"vision": inner(vision), "language": inner(language)},
+            # Every tensor-parallel rank holds all of the features' rows.
+            outer={"vision": inner(language, tokens_per_row=PATCHES_PER_TOKEN, sharded=False)},
+        )
+
+    def construct(
+        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
+    ) -> VisionStage | LanguageStage:
+        """See :class:`StageFactory`."""
+        if module == "vision":
+            vision = self._model.vision
+            return VisionStage(
+                self._vision_config,
+                self._projection_config,
+                first_layer=first_layer,
+                num_layers=num_layers,
+                first=first,
+                last=last,
+                patch_size=vision.patch_size,
+                position_table_side=vision.position_grid,
+            )
+        language = self._model.language
+        return LanguageStage(
+            self.language_config,
+            first_layer=first_layer,
+            num_layers=num_layers,
+            first=first,
+            last=last,
+            vocab_size=language.vocab_size,
+            max_sequence_length=language.seq_length,
+            rotary_base=language.rotary_base,
+        )
+
+    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> "StockVlm":
+        """See :class:`StageFactory`."""
+        return StockVlm(
+            self,
+            num_vision_layers=self._model.vision.num_layers,
+            pre_process=pre_process,
+            post_process=post_process,
+            sequences=sequences,
+        )
+
+
+class StockVlm(MegatronModule):
+    """What one rank holds under Megatron's own schedule.
+
+    Hidden states of B sequences of S tokens are packed rows [S x B, 1, H] inside and shaped
+    [S, B, H] at the boundaries, where Megatron's schedule wants them so.
+    """
+
+    def __init__(
+        self,
+        factory: StageFactory,
+        *,
+        num_vision_layers: int,
+        pre_process: bool,
+        post_process: bool,
+        sequences: int,
+    ) -> None:
+        config = factory.loss_config
+        super().__init__(config=config)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.vision = (
+            factory.build("vision", 0, num_vision_layers, first=True, last=True)
+            if pre_process
+            else None
+        )
+        self.language = factory.build(
+            "language",
+            get_transformer_layer_offset(config),
+            get_num_layers_to_build(config),
+            first=pre_process,
+            last=post_process,
+        )
+        self.pg_collection = self.language.pg_collection
+        self.vp_stage = None
+        self.share_embeddings_and_output_weights = False
+        self._sequences = sequences
+        self._input: torch.Tensor | None = None
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        return self.language.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
+        (self._input,) = input_tensor
+
+    def forward(self, batch: VlmWholeBatch) -> torch.Tensor:
+        """Hidden states [S, B, H], or losses [S x B] on the last rank."""
+        hidden = features = None
+        if self.vision is not None:
+            if batch.vision.items:
+                features = self.vision(None, batch.vision)
+        else:
+            assert self._input is not None
+            hidden = self._input.reshape(-1, 1, self._input.shape[-1])
+        output: torch.Tensor = self.language(hidden, batch.language, features)
+        if self.post_process:
+            return output
+        shaped = output.reshape(-1, self._sequences, output.shape[-1])
+        # Megatron frees outputs after sending them and refuses to free a view.
+        viewless: torch.Tensor = make_viewless_tensor(
+            shaped, requires_grad=shaped.requires_grad, keep_graph=True
+        )
+        return viewless
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The stages' own names: the same checkpoint as under ``--dip-schedule``."""
+        state: dict[str, Any] = {}
+        for stage in self._stages():
+            state.update(stage.sharded_state_dict(prefix, sharded_offsets, metadata))
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> None:
+        for stage in self._stages():
+            names = tuple(f"{name}." for name, _ in stage.named_children())
+            own = {key: value for key, value in state_dict.items() if key.startswith(names)}
+            stage.load_state_dict(own, strict=strict)
+
+    def _stages(self) -> list[StageModule]:
+        return [stage for stage in (self.vision, self.language) if stage is not None]
+
+
+class VlmFamily(ModelFamily[VlmConfig]):
+    """Vision-language models over image-text data."""
+
+    def stage_factory(self, config: VlmConfig, base: TransformerConfig, seed: int) -> VlmStages:
+        """See :class:`ModelFamily`."""
+        return VlmStages(config, base, seed)
+
+    def data_sets(
+        self, config: VlmConfig, num_samples: Sequence[int]
+    ) -> tuple[VlmDataset, VlmDataset | None]:
+        """Packed sequences; only ranks that hold the first vision stage decode images."""
+        args = get_args()
+        settings = _settings(config)
+        folder = config.data.cache_folder or config.data.path.parent
+        index = load_index(make_on_first_rank(lambda: build_index(settings, folder)[1], folder))
+        check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
+        train, valid = split_samples(
+            range(len(index.samples)), valid_share=config.data.valid_share, seed=args.seed
+        )
+        make = partial(
+            VlmDataset,
+            settings,
+            index,
+            seed=args.seed,
+            decode_images=mpu.get_pipeline_model_parallel_rank() == 0,
+            skip_bad_samples=config.data.skip_bad_samples or args.skip_bad_samples,
+            packing=PackingOptions(separation=config.data.separation),
+        )
+        return (
+            make(num_samples=num_samples[0], subset=train),
+            make(num_samples=num_samples[1], subset=valid) if num_samples[1] else None,
+        )
+
+
+def _settings(config: VlmConfig) -> DataSettings:
+    return DataSettings(
+        samples=config.data.path,
+        image_folder=config.data.image_folder,
+        tokenizer=config.data.tokenizer,
+        seq_length=config.model.language.seq_length,
+        patch_size=config.model.vision.patch_size,
+        min_image_tokens=config.data.min_image_tokens,
+        max_image_tokens=config.data.max_image_tokens,
+    )

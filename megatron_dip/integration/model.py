@@ -1,0 +1,95 @@
+"""The model of a run, for either schedule, from the same stages.
+
+Under ``--dip-schedule`` a rank holds one chunk per stage.  Without, it holds what Megatron's own
+schedule wants; the family of the model says what that is.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import get_args
+from megatron.training.arguments import core_transformer_config_from_args
+
+from megatron_dip.config import load_config
+from megatron_dip.errors import ConfigError
+from megatron_dip.integration.chunks import ChunkList, DipChunk
+from megatron_dip.integration.families import StageFactory, family_of
+from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.integration.rules import Rule, check_rules
+from megatron_dip.partition import Stage
+
+__all__ = ["build_model"]
+
+_STOCK_RULES = tuple(
+    Rule(flag=flag, destination=destination, allowed=(None,))
+    for flag, destination in (
+        ("--pipeline-model-parallel-layout", "pipeline_model_parallel_layout"),
+        ("--num-layers-per-virtual-pipeline-stage", "num_layers_per_virtual_pipeline_stage"),
+        ("--num-virtual-stages-per-pipeline-rank", "num_virtual_stages_per_pipeline_rank"),
+    )
+)
+
+
+def build_model(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: TransformerConfig | None = None,
+    pg_collection: Any = None,
+) -> torch.nn.Module | ChunkList:
+    """Megatron's ``model_provider`` for the model in ``--dip-config``.
+
+    Returns:
+        A list of chunks under ``--dip-schedule``, else one model for Megatron's own schedule.
+
+    Raises:
+        ConfigError: There is no ``--dip-config``, or it does not fit the launch.
+        UnsupportedError: Megatron's own schedule was asked for a cut that the model does not have.
+    """
+    args = get_args()
+    if not args.dip_config:
+        raise ConfigError("the model is described by --dip-config FILE, which was not given")
+    dip_config = load_config(args.dip_config)
+    base = config or core_transformer_config_from_args(args)
+    factory = family_of(dip_config).stage_factory(dip_config, base, args.seed)
+    if args.dip_schedule:
+        device = torch.device("cuda", torch.cuda.current_device())
+        pipeline = DipPipeline(
+            dip_config,
+            factory.loss_config,
+            factory.boundaries(),
+            args.dip_timeout_seconds,
+            device,
+        )
+        return _build_chunks(factory, pipeline)
+    check_rules(args, _STOCK_RULES, "with this model under Megatron's own schedule")
+    return factory.stock_model(
+        pre_process=pre_process,
+        post_process=post_process,
+        sequences=args.micro_batch_size,
+    )
+
+
+def _build_chunks(factory: StageFactory, pipeline: DipPipeline) -> ChunkList:
+    """The stages of this rank, those of the module with the loss outermost.
+
+    Megatron's reduction of embedding gradients expects the embedding in the first chunk of the
+    first rank and the head in the last chunk of the last rank.
+    """
+    stages = pipeline.partition.stages_on(pipeline.rank)
+    outermost = pipeline.config.model_shape().modules[-1].name
+    entry = pipeline.partition.first_stage(outermost)
+    ordered = sorted(stages, key=lambda stage: (stage != entry, stage.module == outermost))
+    return ChunkList(_build_chunk(factory, pipeline, stage) for stage in ordered)
+
+
+def _build_chunk(factory: StageFactory, pipeline: DipPipeline, stage: Stage) -> DipChunk:
+    module = factory.build(
+        stage.module,
+        stage.first_layer,
+        stage.num_layers,
+        first=pipeline.partition.first_stage(stage.module) == stage,
+        last=pipeline.partition.last_stage(stage.module) == stage,
+    )
+    return DipChunk(module, stage, factory.loss_config, pipeline)
