@@ -202,7 +202,9 @@ def _write(path: Path, write: Callable[[], object]) -> None:
 def _print_table(runs: list[tuple[str, Plan, Simulation]]) -> None:
     table = Table("plan", "time", "of bound", "utilisation", "idle per rank", "peak memory")
     for name, loaded, simulation in runs:
-        bound_us = lower_bound_us(build_task_table(loaded.graph))
+        bound_us = lower_bound_us(
+            build_task_table(loaded.graph), split_backward=simulation.has_split_backward
+        )
         makespan_us = simulation.makespan_us
         useful = useful_work_us(loaded.problem) / loaded.problem.num_ranks
         table.add_row(

@@ -15,7 +15,7 @@ from megatron_dip.costs.machine import (
 )
 from megatron_dip.costs.profile import Profile, load_profile
 from megatron_dip.costs.shapes import ModelShape, ModuleShape, load_model
-from megatron_dip.costs.work import WorkCost, static_bytes, work_cost
+from megatron_dip.costs.work import WorkCosts, static_bytes, work_costs
 
 __all__ = [
     "ClusterConfig",
@@ -26,12 +26,12 @@ __all__ = [
     "Parallelism",
     "ProblemBuilder",
     "Profile",
-    "WorkCost",
+    "WorkCosts",
     "cluster_builder",
     "config_builder",
     "load_cluster",
     "load_model",
     "load_profile",
     "static_bytes",
-    "work_cost",
+    "work_costs",
 ]

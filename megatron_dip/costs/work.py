@@ -15,117 +15,121 @@ Extras are what sits before a module's first layer (in its first stage) or after
 
 from typing import NamedTuple
 
+import numpy as np
+
+from megatron_dip.compiled import compiled
 from megatron_dip.partition import Partition
-from megatron_dip.plan.graph import PipelineGraph, Work
-from megatron_dip.workload import Item, LayerExtra, Problem
+from megatron_dip.plan.graph import PipelineGraph
+from megatron_dip.plan.wiring import FloatArray, IntArray
+from megatron_dip.workload import Problem
 
-__all__ = ["WorkCost", "static_bytes", "work_cost", "work_costs"]
+__all__ = ["WorkCosts", "static_bytes", "work_costs"]
 
 
-class WorkCost(NamedTuple):
-    """Times in microseconds, memory in bytes."""
+class WorkCosts(NamedTuple):
+    """Times in microseconds and memory in bytes of all works of a batch, [N] each."""
 
-    forward_us: float
-    input_grad_us: float
+    forward_us: FloatArray
+    input_grad_us: FloatArray
     """Zero, like the weight gradient, where the work has no backward."""
-    weight_grad_us: float
-    recompute_layer_us: float
+    weight_grad_us: FloatArray
+    recompute_layer_us: FloatArray
     """Added to the input gradient for each recomputed layer."""
-    stored_bytes: int
+    stored_bytes: IntArray
     """Without recompute."""
-    saved_layer_bytes: int
+    saved_layer_bytes: IntArray
     """Taken off ``stored_bytes`` by each recomputed layer."""
+    boundary_bytes: IntArray
+    """What a transfer of the work's output, or of its gradient, moves."""
 
 
-class _Totals(NamedTuple):
-    """Sums over the items of one sub-microbatch, the same in all stages of its module."""
+_TIMES = (
+    "forward_us",
+    "input_grad_us",
+    "weight_grad_us",
+    "effective_recompute_us",
+    "first_extra_forward_us",
+    "first_extra_input_grad_us",
+    "first_extra_weight_grad_us",
+    "last_extra_forward_us",
+    "last_extra_input_grad_us",
+    "last_extra_weight_grad_us",
+)
+_BYTES = ("activation_bytes", "boundary_bytes")
 
-    forward_us: float
-    input_grad_us: float
-    weight_grad_us: float
-    recompute_us: float
-    first_extra_us: tuple[float, float, float]
-    """Forward, input gradient, weight gradient."""
-    last_extra_us: tuple[float, float, float]
-    activation_bytes: int
-    boundary_bytes: int
 
-
-def _totals(items: list[Item]) -> _Totals:
-    return _Totals(
-        forward_us=sum(item.forward_us for item in items),
-        input_grad_us=sum(item.input_grad_us for item in items),
-        weight_grad_us=sum(item.weight_grad_us for item in items),
-        recompute_us=sum(item.effective_recompute_us for item in items),
-        first_extra_us=(
-            sum(item.first_extra_forward_us for item in items),
-            sum(item.first_extra_input_grad_us for item in items),
-            sum(item.first_extra_weight_grad_us for item in items),
-        ),
-        last_extra_us=(
-            sum(item.last_extra_forward_us for item in items),
-            sum(item.last_extra_input_grad_us for item in items),
-            sum(item.last_extra_weight_grad_us for item in items),
-        ),
-        activation_bytes=sum(item.activation_bytes for item in items),
-        boundary_bytes=sum(item.boundary_bytes for item in items),
+def work_costs(graph: PipelineGraph) -> WorkCosts:
+    """The cost of every work of ``graph`` under the rules at the top of this file."""
+    wiring, stages = graph.wiring, graph.stages
+    times_us, num_bytes = _sums(graph)
+    times_us, num_bytes = times_us[:, wiring.group], num_bytes[:, wiring.group]
+    modules = [graph.problem.module(stage.module) for stage in stages]
+    overhead_us = np.array([module.layer_overhead_us for module in modules])[wiring.place]
+    layers = np.array([stage.num_layers for stage in stages], dtype=np.int64)[wiring.place]
+    forward_us = layers * (overhead_us + times_us[0])
+    input_grad_us = layers * (overhead_us + times_us[1])
+    weight_grad_us = layers * times_us[2]
+    ends = (
+        (graph.partition.first_stage, [m.first_layer_extra for m in modules], times_us[4:7]),
+        (graph.partition.last_stage, [m.last_layer_extra for m in modules], times_us[7:]),
+    )
+    for end_of, extras, (extra_forward_us, extra_input_grad_us, extra_weight_grad_us) in ends:
+        is_end = np.array([end_of(stage.module) is stage for stage in stages])[wiring.place]
+        fixed_us = np.array([extra.forward_us for extra in extras])[wiring.place]
+        forward_us += is_end * fixed_us
+        forward_us += is_end * extra_forward_us
+        input_grad_us += is_end * extra_input_grad_us
+        weight_grad_us += is_end * extra_weight_grad_us
+    activation_bytes, boundary_bytes = num_bytes
+    return WorkCosts(
+        forward_us=forward_us,
+        input_grad_us=wiring.has_backward * input_grad_us,
+        weight_grad_us=wiring.has_weight_grad * weight_grad_us,
+        recompute_layer_us=wiring.has_backward * (overhead_us + times_us[3]),
+        stored_bytes=wiring.has_backward * layers * activation_bytes,
+        saved_layer_bytes=wiring.has_backward * (activation_bytes - boundary_bytes),
+        boundary_bytes=boundary_bytes,
     )
 
 
-def work_cost(graph: PipelineGraph, work: Work) -> WorkCost:
-    """The cost of ``work`` under the rules at the top of this file."""
-    return _work_cost(graph, work, _work_totals(graph, work))
+def _sums(graph: PipelineGraph) -> tuple[FloatArray, IntArray]:
+    """[10, G] times and [2, G] bytes of all sub-microbatches, in the order of their names above."""
+    groups = graph.sub_microbatches
+    items = [
+        graph.problem.item(group.module, group.microbatch, number)
+        for group in groups
+        for number in group.items
+    ]
+    first_item = np.cumsum([0, *(len(group.items) for group in groups)])
+    times_us = np.array([[getattr(item, name) for item in items] for name in _TIMES], np.float64)
+    num_bytes = np.array([[getattr(item, name) for item in items] for name in _BYTES], np.int64)
+    sums_us = np.empty((len(_TIMES), len(groups)))
+    _sum_groups(times_us, first_item, sums_us)
+    return sums_us, np.add.reduceat(num_bytes, first_item[:-1], axis=1)
 
 
-def work_costs(graph: PipelineGraph) -> dict[Work, WorkCost]:
-    """The cost of every work of the batch; sums over items are made once for all stages."""
-    totals: dict[tuple[str, int, int], _Totals] = {}
-    costs: dict[Work, WorkCost] = {}
-    for work in graph.works:
-        key = (graph.partition[work.stage].module, work.microbatch, work.sub)
-        if key not in totals:
-            totals[key] = _work_totals(graph, work)
-        costs[work] = _work_cost(graph, work, totals[key])
-    return costs
+@compiled
+def _sum_groups(values: FloatArray, first: IntArray, sums: FloatArray) -> None:
+    """Sums of groups of columns, rounded once (Neumaier, "Rundungsfehleranalyse einiger Verfahren
+    zur Summation endlicher Summen", ZAMM 54, 1974): the order of items makes no difference.
 
-
-def _work_totals(graph: PipelineGraph, work: Work) -> _Totals:
-    group = graph.sub_microbatch(work)
-    return _totals(
-        [graph.problem.item(group.module, group.microbatch, number) for number in group.items]
-    )
-
-
-def _work_cost(graph: PipelineGraph, work: Work, totals: _Totals) -> WorkCost:
-    stage = graph.partition[work.stage]
-    module = graph.problem.module(stage.module)
-    overhead = module.layer_overhead_us
-    layers = stage.num_layers
-    forward = layers * (overhead + totals.forward_us)
-    input_grad = layers * (overhead + totals.input_grad_us)
-    weight_grad = layers * totals.weight_grad_us
-    extras: list[tuple[LayerExtra, tuple[float, float, float]]] = []
-    if graph.partition.first_stage(stage.module).stage == stage.stage:
-        extras.append((module.first_layer_extra, totals.first_extra_us))
-    if graph.partition.last_stage(stage.module).stage == stage.stage:
-        extras.append((module.last_layer_extra, totals.last_extra_us))
-    for fixed, (extra_forward, extra_input_grad, extra_weight_grad) in extras:
-        forward += fixed.forward_us
-        forward += extra_forward
-        input_grad += extra_input_grad
-        weight_grad += extra_weight_grad
-    if not graph.has_backward(work.stage):
-        return WorkCost(forward, 0.0, 0.0, 0.0, 0, 0)
-    if not graph.has_weight_grad(work.stage):
-        weight_grad = 0.0
-    return WorkCost(
-        forward_us=forward,
-        input_grad_us=input_grad,
-        weight_grad_us=weight_grad,
-        recompute_layer_us=overhead + totals.recompute_us,
-        stored_bytes=layers * totals.activation_bytes,
-        saved_layer_bytes=totals.activation_bytes - totals.boundary_bytes,
-    )
+    Args:
+        values: [K, I]
+        first: [G + 1]: group g has the columns first[g] to first[g + 1].
+        sums: [K, G], filled in.
+    """
+    for row in range(len(values)):
+        for group in range(len(first) - 1):
+            total, rest = 0.0, 0.0
+            for column in range(first[group], first[group + 1]):
+                value = values[row, column]
+                raised = total + value
+                if abs(total) >= abs(value):
+                    rest += (total - raised) + value
+                else:
+                    rest += (value - raised) + total
+                total = raised
+            sums[row, group] = total + rest
 
 
 def static_bytes(problem: Problem, partition: Partition, rank: int) -> int:

@@ -15,8 +15,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron_dip.errors import PlanError
-from megatron_dip.partition import Partition, Stage
+from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, ActionType
+from megatron_dip.plan.wiring import Wiring, wire
 from megatron_dip.workload import Problem, SubMicrobatch
 
 __all__ = ["Message", "PipelineGraph", "Work"]
@@ -90,14 +91,16 @@ class PipelineGraph:
         partition.check_covers(problem)
         self.problem = problem
         self.partition = partition
-        self._subs: dict[tuple[str, int], list[SubMicrobatch]] = {}
-        for sub_microbatch in sub_microbatches:
-            key = (sub_microbatch.module, sub_microbatch.microbatch)
-            self._subs.setdefault(key, []).append(sub_microbatch)
+        self.sub_microbatches = tuple(_in_order(problem, sub_microbatches))
+        """By microbatch, module (upstream first) and number."""
+        self._groups: dict[tuple[str, int], range] = {}
+        for index, group in enumerate(self.sub_microbatches):
+            key = (group.module, group.microbatch)
+            first = self._groups[key].start if key in self._groups else index
+            self._groups[key] = range(first, index + 1)
         self._check_subs()
-        self._upstream: dict[tuple[str, int, int, str], tuple[int, ...]] = {}
-        self._readers: dict[tuple[str, int, int, str], list[int]] = {}
-        self._link_subs()
+        self.stages = tuple(s for name in problem.module_order for s in partition.chains[name])
+        """By module and place in its chain."""
 
     # ---- sub-microbatches -------------------------------------------------------------------
 
@@ -108,13 +111,13 @@ class PipelineGraph:
             for name, items in microbatch.items()
             if items
         }
-        if set(self._subs) != expected:
-            odd = sorted(expected ^ set(self._subs))
+        if set(self._groups) != expected:
+            odd = sorted(expected ^ set(self._groups))
             raise PlanError(
                 f"sub-microbatches missing or without items: (module, microbatch) {odd}"
             )
-        for (name, number), subs in self._subs.items():
-            subs.sort(key=lambda sub_microbatch: sub_microbatch.sub)
+        for name, number in self._groups:
+            subs = self.subs(name, number)
             given = sorted(item for sub_microbatch in subs for item in sub_microbatch.items)
             present = sorted(item.item for item in self.problem.items(name, number))
             numbers = [sub_microbatch.sub for sub_microbatch in subs]
@@ -126,46 +129,51 @@ class PipelineGraph:
             if not all(sub_microbatch.items for sub_microbatch in subs):
                 raise PlanError(f"module {name}, microbatch {number}: an empty sub-microbatch")
 
-    def _link_subs(self) -> None:
-        for (name, number), subs in self._subs.items():
-            for upstream in self.problem.module(name).upstream:
-                for sub_microbatch in subs:
-                    needed: set[int] = set()
-                    for item_number in sub_microbatch.items:
-                        item = self.problem.item(name, number, item_number)
-                        needed |= self.problem.needed_items(name, number, item, upstream)
-                    feeding = tuple(
-                        other.sub
-                        for other in self.subs(upstream, number)
-                        if needed.intersection(other.items)
+    def _links(self) -> Iterator[tuple[int, int]]:
+        """Pairs of sub-microbatches, as indices, of which the second reads the first's output."""
+        for below, group in enumerate(self.sub_microbatches):
+            for upstream in self.problem.module(group.module).upstream:
+                above = self._groups.get((upstream, group.microbatch), range(0))
+                needed: set[int] = set()
+                for number in group.items if above else ():
+                    item = self.problem.item(group.module, group.microbatch, number)
+                    needed |= self.problem.needed_items(
+                        group.module, group.microbatch, item, upstream
                     )
-                    self._upstream[name, number, sub_microbatch.sub, upstream] = feeding
-                    for sub in feeding:
-                        readers = self._readers.setdefault((upstream, number, sub, name), [])
-                        readers.append(sub_microbatch.sub)
+                for index in above:
+                    if needed.intersection(self.sub_microbatches[index].items):
+                        yield index, below
 
     def subs(self, module: str, microbatch: int) -> tuple[SubMicrobatch, ...]:
         """Sub-microbatches of one module in one microbatch, in order of their numbers."""
-        return tuple(self._subs.get((module, microbatch), ()))
+        groups = self._groups.get((module, microbatch), range(0))
+        return self.sub_microbatches[groups.start : groups.stop]
 
     def sub_microbatch(self, work: Work) -> SubMicrobatch:
         """The items that ``work`` computes on; raises PlanError where there is none."""
         module = self.partition[work.stage].module
-        subs = self._subs.get((module, work.microbatch), ())
+        subs = self.subs(module, work.microbatch)
         if not 0 <= work.sub < len(subs):
             raise PlanError(f"{module} has no sub-microbatch {work.sub} in {work.microbatch}")
         return subs[work.sub]
 
+    # ---- works and their numbers ------------------------------------------------------------
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """Works and messages as numbers; the methods below are views of it."""
+        return wire(self.problem, self.partition, self.sub_microbatches, tuple(self._links()))
+
     @cached_property
     def works(self) -> tuple[Work, ...]:
         """Every work of the batch, by microbatch, module, chain position and sub-microbatch."""
-        return tuple(
-            Work(stage.stage, number, sub_microbatch.sub)
-            for number in range(self.problem.num_microbatches)
-            for name in self.problem.module_order
-            for stage in self.partition.chains[name]
-            for sub_microbatch in self.subs(name, number)
-        )
+        columns = (self.wiring.stage, self.wiring.microbatch, self.wiring.sub)
+        return tuple(map(Work._make, zip(*(column.tolist() for column in columns), strict=True)))
+
+    @cached_property
+    def numbers(self) -> dict[Work, int]:
+        """Where a work stands in ``works``."""
+        return {work: number for number, work in enumerate(self.works)}
 
     # ---- what a stage computes --------------------------------------------------------------
 
@@ -202,27 +210,31 @@ class PipelineGraph:
 
     def forward_outputs(self, work: Work) -> tuple[Message, ...]:
         """Messages made by the forward of ``work``."""
-        following = self.partition.next_stage(work.stage)
-        if following is not None:
-            return (Message(work.stage, following.stage, work.microbatch, work.sub, False),)
-        module = self.partition[work.stage].module
+        wiring, number = self.wiring, self.numbers[work]
+        first, end = wiring.first_message[number : number + 2].tolist()
         return tuple(
-            Message(work.stage, self._entry(other).stage, work.microbatch, work.sub, False)
-            for other in self._downstream(module)
-            if self._readers.get((module, work.microbatch, work.sub, other))
+            Message(work.stage, self.stages[target].stage, work.microbatch, work.sub, False)
+            for target in wiring.target[first:end].tolist()
         )
 
     def forward_inputs(self, work: Work) -> tuple[Message, ...]:
         """Messages that the forward of ``work`` waits for, upstream modules in their order."""
-        previous = self.partition.previous_stage(work.stage)
-        if previous is not None:
-            return (Message(previous.stage, work.stage, work.microbatch, work.sub, False),)
-        module = self.partition[work.stage].module
+        makers = [self.works[number] for number in self._makers[self.numbers[work]]]
+        if self.partition.previous_stage(work.stage) is None:
+            upstream = self.problem.module(self.partition[work.stage].module).upstream
+            makers.sort(key=lambda maker: upstream.index(self.partition[maker.stage].module))
         return tuple(
-            Message(self._exit(upstream).stage, work.stage, work.microbatch, sub, False)
-            for upstream in self.problem.module(module).upstream
-            for sub in self._upstream[module, work.microbatch, work.sub, upstream]
+            Message(maker.stage, work.stage, maker.microbatch, maker.sub, False) for maker in makers
         )
+
+    @cached_property
+    def _makers(self) -> list[list[int]]:
+        """Per work, those whose output it reads."""
+        makers: list[list[int]] = [[] for _ in self.works]
+        edges = zip(self.wiring.reader_source.tolist(), self.wiring.reader.tolist(), strict=True)
+        for maker, reader in edges:
+            makers[reader].append(maker)
+        return makers
 
     def backward_outputs(self, work: Work) -> tuple[Message, ...]:
         """Gradient messages to which the backward of ``work`` contributes."""
@@ -251,30 +263,27 @@ class PipelineGraph:
         """Works that read ``message``."""
         if message.is_gradient:
             return (Work(message.target, message.microbatch, message.sub),)
-        source, target = self.partition[message.source], self.partition[message.target]
-        if source.module == target.module:
-            return (Work(message.target, message.microbatch, message.sub),)
-        key = (source.module, message.microbatch, message.sub, target.module)
-        return tuple(
-            Work(message.target, message.microbatch, sub) for sub in self._readers.get(key, ())
-        )
+        wiring = self.wiring
+        number = self.numbers[Work(message.source, message.microbatch, message.sub)]
+        first, end = wiring.first_message[number : number + 2].tolist()
+        for index in range(first, end):
+            if self.stages[wiring.target[index]].stage == message.target:
+                readers = wiring.reader[slice(*wiring.first_reader[index : index + 2])]
+                return tuple(self.works[reader] for reader in readers.tolist())
+        return ()
 
     def crosses_ranks(self, message: Message) -> bool:
         return self.partition[message.source].rank != self.partition[message.target].rank
 
-    def message_bytes(self, message: Message) -> int:
-        """Bytes that ``message`` moves: the boundary of the upstream items."""
-        work = Work(message.upstream_stage, message.microbatch, message.sub)
-        sub_microbatch = self.sub_microbatch(work)
-        return sum(
-            self.problem.item(
-                sub_microbatch.module, sub_microbatch.microbatch, number
-            ).boundary_bytes
-            for number in sub_microbatch.items
-        )
 
-    def _entry(self, module: str) -> Stage:
-        return self.partition.first_stage(module)
-
-    def _exit(self, module: str) -> Stage:
-        return self.partition.last_stage(module)
+def _in_order(problem: Problem, sub_microbatches: Iterable[SubMicrobatch]) -> list[SubMicrobatch]:
+    position = {name: index for index, name in enumerate(problem.module_order)}
+    return sorted(
+        sub_microbatches,
+        key=lambda group: (
+            group.microbatch,
+            position.get(group.module, len(position)),
+            group.module,
+            group.sub,
+        ),
+    )

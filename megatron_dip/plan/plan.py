@@ -43,7 +43,8 @@ class Estimate(Form):
     bubble_fraction: tuple[float, ...]
     """Per rank: idle time over makespan."""
     lower_bound_us: float
-    """No schedule of this partition and these sub-microbatches can be faster."""
+    """No schedule of this partition and these sub-microbatches can be faster, with whole backwards
+    where the plan has no split ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

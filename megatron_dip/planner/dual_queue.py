@@ -16,7 +16,7 @@ from megatron_dip.planner.greedy import schedule_greedily
 from megatron_dip.planner.kernels import ALTERNATE
 from megatron_dip.planner.rules import BatchRules, places
 from megatron_dip.simulator.arrays import IntArray
-from megatron_dip.simulator.bounds import backward_tails_us
+from megatron_dip.simulator.bounds import tails_us
 from megatron_dip.simulator.simulate import decode_order
 from megatron_dip.simulator.tasks import TaskTable
 
@@ -48,15 +48,17 @@ def default_priority(table: TaskTable) -> Priority:
     first, and 0.745 / 0.838 by longest tail first, which fills the memory with microbatches that
     cannot be finished soon.
     """
-    load_us = [0.0] * table.graph.problem.num_microbatches
-    for number, work in enumerate(table.works):
-        load_us[work.microbatch] += table.forward_us[number] + table.backward_us(number)
-    by_load = sorted(range(len(load_us)), key=lambda microbatch: (load_us[microbatch], microbatch))
+    load_us = np.zeros(table.graph.problem.num_microbatches)
+    np.add.at(load_us, table.microbatch, table.forward_us + table.backward_us)
+    by_load = np.argsort(load_us, kind="stable").tolist()
     order = (*by_load[::2], *by_load[1::2][::-1])
     position = {microbatch: index for index, microbatch in enumerate(order)}
-    tails = backward_tails_us(table)
+    tails = tails_us(table.whole)[table.num_works : 2 * table.num_works].tolist()
     return Priority(
-        forward_keys=[(position[w.microbatch], number) for number, w in enumerate(table.works)],
+        forward_keys=[
+            (position[microbatch], number)
+            for number, microbatch in enumerate(table.microbatch.tolist())
+        ],
         backward_keys=[(-tail, number) for number, tail in enumerate(tails)],
         microbatch_order=order,
     )

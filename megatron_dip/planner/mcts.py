@@ -39,7 +39,12 @@ class _Tree:
         self._default_order = portfolio.microbatch_orders()[0]
         self._default = portfolio.point(Rule("first", "tail", ALTERNATE), self._default_order)
         modules = {stage.stage: stage.module for stage in table.graph.partition.stages}
-        pairs = [(modules[work.stage], work.microbatch) for work in table.works]
+        pairs = [
+            (modules[stage], microbatch)
+            for stage, microbatch in zip(
+                table.stage.tolist(), table.microbatch.tolist(), strict=True
+            )
+        ]
         place = {int(m): index for index, m in enumerate(self._default_order)}
         position = {name: i for i, name in enumerate(table.graph.problem.module_order)}
         self._pairs = sorted(set(pairs), key=lambda pair: (place[pair[1]], position[pair[0]]))

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+
 from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action
@@ -151,19 +153,15 @@ def _finish(
 ) -> Plan:
     graph = table.graph
     # The bound is one for every schedule, so it knows no recomputation.
-    bare = build_task_table(graph) if recompute else table
+    bare = table.with_recompute(np.zeros_like(table.num_recomputed))
+    bound_us = lower_bound_us(bare, split_backward=simulation.has_split_backward)
     plan = Plan(
         problem=graph.problem,
         partition=graph.partition,
-        sub_microbatches=tuple(
-            group
-            for number in range(graph.problem.num_microbatches)
-            for name in graph.problem.module_order
-            for group in graph.subs(name, number)
-        ),
+        sub_microbatches=graph.sub_microbatches,
         actions=lower(graph, order, simulation.completion_order),
         recompute=tuple(recompute),
-        estimate=simulation.estimate(lower_bound_us(bare)),
+        estimate=simulation.estimate(bound_us),
     )
     validate_plan(plan)
     return plan

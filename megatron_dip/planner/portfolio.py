@@ -9,7 +9,7 @@ from megatron_dip.planner.evaluator import Point
 from megatron_dip.planner.kernels import ALTERNATE, BY_KEY, CLOSERS_FIRST
 from megatron_dip.planner.rules import BatchRules, places
 from megatron_dip.simulator.arrays import FloatArray, IntArray
-from megatron_dip.simulator.bounds import backward_tails_us, tails_us
+from megatron_dip.simulator.bounds import tails_us
 from megatron_dip.simulator.tasks import TaskTable
 
 __all__ = ["Portfolio", "Rule"]
@@ -31,8 +31,7 @@ class Portfolio:
 
     def __init__(self, table: TaskTable, batch: BatchRules) -> None:
         self._microbatch = batch.microbatch
-        self._tail_us = np.array(tails_us(table))
-        self._backward_tail_us = np.array(backward_tails_us(table))
+        self._tail_us, self._backward_tail_us, _ = np.split(tails_us(table.whole), 3)
         self.load_us = np.zeros(table.graph.problem.num_microbatches)
         np.add.at(self.load_us, self._microbatch, _work_us(table))
 
@@ -84,4 +83,4 @@ class Portfolio:
 
 
 def _work_us(table: TaskTable) -> FloatArray:
-    return np.array(table.forward_us) + table.input_grad_us + np.array(table.weight_grad_us)
+    return table.forward_us + table.input_grad_us + table.weight_grad_us

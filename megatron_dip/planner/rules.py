@@ -45,12 +45,11 @@ class MemoryGuard:
 
     def __init__(self, table: TaskTable, microbatch: IntArray) -> None:
         limits = table.graph.problem.memory_limit_bytes
-        memory = table.memory
         self._needs = np.zeros(
             (table.num_ranks, table.graph.problem.num_microbatches), dtype=np.int64
         )
-        np.add.at(self._needs, (table.whole.rank, microbatch), memory.stored_bytes)
-        self._free = np.array(limits, dtype=np.int64) - memory.static_bytes
+        np.add.at(self._needs, (table.rank, microbatch), table.stored_bytes)
+        self._free = np.array(limits, dtype=np.int64) - table.static_bytes
         for rank, index in np.argwhere(self._free[:, None] < self._needs)[:1].tolist():
             raise InfeasibleError(
                 f"rank {rank}: microbatch {index} needs "
@@ -74,11 +73,10 @@ class BatchRules:
         self.graph = graph
         self.opening_kind = opening_kind
         self._guard = guard
-        stages = np.array([work.stage for work in table.works], dtype=np.int64)
-        self.stages, self.stage = np.unique(stages, return_inverse=True)
-        self.microbatch = microbatch_numbers(table)
+        self.stages, self.stage = np.unique(table.stage, return_inverse=True)
+        self.microbatch = table.microbatch
         self._sources = np.flatnonzero(graph.exists & (graph.num_inputs == 0))
-        self._source_stage = self.stage[self._sources % len(stages)]
+        self._source_stage = self.stage[self._sources % table.num_works]
         counts = np.bincount(self._source_stage, minlength=len(self.stages))
         self._first_source = np.concatenate([[0], np.cumsum(counts)])
         self._num_left = np.zeros(
@@ -93,14 +91,14 @@ class BatchRules:
         Raises:
             InfeasibleError: There is a memory limit and a single microbatch does not fit.
         """
-        guard = MemoryGuard(table, microbatch_numbers(table)) if has_memory_limit else None
+        guard = MemoryGuard(table, table.microbatch) if has_memory_limit else None
         graph = table.split if split_backward else table.whole
         return cls(table, graph, FORWARD_KIND, guard)
 
     @classmethod
     def backwards(cls, table: TaskTable) -> Self:
         """Time runs backwards, with whole backwards under the memory limit."""
-        guard = MemoryGuard(table, microbatch_numbers(table))
+        guard = MemoryGuard(table, table.microbatch)
         return cls(table, reverse_graph(table.whole), BACKWARD_KIND, guard)
 
     def rank_of(self, task: int) -> int:
@@ -122,7 +120,6 @@ class BatchRules:
             microbatch_order: [M] in which microbatches enter, and in which memory is set aside.
             in_flight_limit: [S] see :class:`Rules`; no limits where it is None.
         """
-        memory = self.table.memory
         place = np.empty(len(microbatch_order), dtype=np.int64)
         place[microbatch_order] = np.arange(len(place))
         work_place = place[self.microbatch]
@@ -145,7 +142,7 @@ class BatchRules:
             stage=self.stage,
             first_source=self._first_source,
             source=self._sources[by_offer],
-            stored_bytes=memory.stored_bytes,
+            stored_bytes=self.table.stored_bytes,
             place=work_place,
             slack_bytes=slack,
             is_guarded=is_guarded,
@@ -153,8 +150,3 @@ class BatchRules:
             in_flight_limit=in_flight_limit,
             num_left=self._num_left,
         )
-
-
-def microbatch_numbers(table: TaskTable) -> IntArray:
-    """[N]: the microbatch of every work."""
-    return np.array([work.microbatch for work in table.works], dtype=np.int64)

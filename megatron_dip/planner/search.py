@@ -43,7 +43,7 @@ def search_schedule(
         InfeasibleError: A single microbatch does not fit into the memory of a rank.
     """
     budget = Budget(evaluations, budget_ms)
-    goal_us = lower_bound_us(table)
+    goal_us = lower_bound_us(table, split_backward=split_backward)
     evaluator = Evaluator(table, budget, split_backward=split_backward, goal_us=goal_us)
     run = search_tree if search == "mcts" else search_locally
     run(evaluator, seed)

@@ -8,22 +8,22 @@ numbers, without inputs, outputs or time, so that arrays of all variants have th
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from megatron_dip.plan.wiring import BoolArray, FloatArray, IntArray
 
 __all__ = [
     "BACKWARD_KIND",
     "FORWARD_KIND",
     "WEIGHT_KIND",
+    "BoolArray",
     "FloatArray",
     "IntArray",
     "TaskGraph",
     "TaskOrder",
     "reverse_graph",
     "task_graph",
+    "timed",
 ]
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 FORWARD_KIND, BACKWARD_KIND, WEIGHT_KIND = range(3)
 """A task's number divided by the number of works."""
@@ -34,7 +34,7 @@ class TaskGraph(NamedTuple):
 
     rank: IntArray
     """[N]"""
-    exists: NDArray[np.bool_]
+    exists: BoolArray
     """[3 N]"""
     duration_us: FloatArray
     """[3 N]"""
@@ -57,16 +57,12 @@ class TaskOrder(NamedTuple):
 
 
 def task_graph(
-    rank: IntArray,
-    duration_us: FloatArray,
-    exists: NDArray[np.bool_],
-    feeds: tuple[IntArray, IntArray, FloatArray],
+    rank: IntArray, exists: BoolArray, feeds: tuple[IntArray, IntArray, FloatArray]
 ) -> TaskGraph:
-    """The graph of a batch.
+    """The graph of a batch whose tasks take no time; see :func:`timed`.
 
     Args:
         rank: [N] rank of every work.
-        duration_us: [3 N] time of every task.
         exists: [3 N] which tasks the batch has.
         feeds: Works, the works whose forward waits for theirs, and the delays between them.
     """
@@ -77,7 +73,13 @@ def task_graph(
     after = np.concatenate([target, source + num_works, works + num_works, works + 2 * num_works])
     delays = np.concatenate([delay, delay, np.zeros(2 * num_works)])
     present = exists[before] & exists[after]
-    return _graph(rank, exists, duration_us, (before[present], after[present], delays[present]))
+    edges = (before[present], after[present], delays[present])
+    return _graph(rank, exists, np.zeros(len(exists)), edges)
+
+
+def timed(graph: TaskGraph, duration_us: FloatArray) -> TaskGraph:
+    """The same graph with other times, [3 N]; those of tasks that it does not have are ignored."""
+    return graph._replace(duration_us=np.where(graph.exists, duration_us, 0.0))
 
 
 def reverse_graph(graph: TaskGraph) -> TaskGraph:
@@ -89,7 +91,7 @@ def reverse_graph(graph: TaskGraph) -> TaskGraph:
 
 def _graph(
     rank: IntArray,
-    exists: NDArray[np.bool_],
+    exists: BoolArray,
     duration_us: FloatArray,
     edges: tuple[IntArray, IntArray, FloatArray],
 ) -> TaskGraph:
@@ -100,7 +102,7 @@ def _graph(
     return TaskGraph(
         rank=rank,
         exists=exists,
-        duration_us=np.where(exists, duration_us, 0.0),
+        duration_us=duration_us,
         num_inputs=np.bincount(after, minlength=num_tasks),
         first_output=np.concatenate([[0], np.cumsum(counts)]),
         output=after[by_source],

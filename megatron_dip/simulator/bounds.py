@@ -1,91 +1,73 @@
 """What no schedule of a batch can beat, and what of its time is useful."""
 
+import numpy as np
+
+from megatron_dip.compiled import compiled
+from megatron_dip.simulator.arrays import FloatArray, TaskGraph
 from megatron_dip.simulator.tasks import TaskTable
 from megatron_dip.workload import Problem
 
-__all__ = ["backward_tails_us", "lower_bound_us", "tails_us", "useful_work_us"]
+__all__ = ["lower_bound_us", "tails_us", "useful_work_us"]
 
 
-def lower_bound_us(table: TaskTable) -> float:
+def lower_bound_us(table: TaskTable, *, split_backward: bool = False) -> float:
     """The longest chain of dependencies, or the busiest rank, whichever takes longer.
 
     A rank cannot begin before the first of its inputs can arrive, then has all of its work to do,
-    and after its last action the shortest chain that follows it.  The bound holds for whole and for
-    split backwards: a gradient may leave after ``I``, and ``W`` may be the last thing that a rank
-    does.  Give a table without recomputation for a bound on every schedule.
+    and after its last action the shortest chain that follows one of them.  With whole backwards a
+    gradient leaves after ``B``.  With ``split_backward`` it leaves after ``I``, and ``W`` may be
+    the last thing that a rank does: that bound holds for whole backwards too, and for both kinds in
+    one schedule.  Give a table without recomputation for a bound on every schedule.
     """
-    heads = _heads_us(table)
-    input_grad_tails = _input_grad_tails_us(table)
-    tails = _forward_tails_us(table, input_grad_tails)
-    bound = max((head + tail for head, tail in zip(heads, tails, strict=True)), default=0.0)
-    for rank in range(table.num_ranks):
-        numbers = [number for number, place in enumerate(table.rank) if place == rank]
-        if not numbers:
-            continue
-        busy = sum(table.forward_us[n] + table.backward_us(n) for n in numbers)
-        head = min(heads[n] for n in numbers)
-        tail = min(_rest_after_us(table, n, tails, input_grad_tails) for n in numbers)
-        bound = max(bound, head + busy + tail)
+    graph = table.split if split_backward else table.whole
+    heads, rests = np.zeros(len(graph.exists)), _rests_us(graph)
+    _follow(graph, heads)
+    bound = float((heads + graph.duration_us + rests).max(initial=0.0))
+    rank = np.tile(graph.rank, 3)
+    for number in range(table.num_ranks):
+        tasks = np.flatnonzero(graph.exists & (rank == number))
+        if len(tasks):
+            busy = graph.duration_us[tasks].sum()
+            bound = max(bound, float(heads[tasks].min() + busy + rests[tasks].min()))
     return bound
 
 
-def backward_tails_us(table: TaskTable) -> list[float]:
-    """Per work, the longest chain of whole backwards that starts with its own; zero without."""
-    tails = [0.0] * len(table.works)
-    # Works are numbered upstream first: whoever receives a gradient comes before who sends it.
-    for number in range(len(table.works)):
-        longest = max(
-            (tails[other] + delay for other, delay in table.gradients_to[number]), default=0.0
-        )
-        tails[number] = table.backward_us(number) + longest
-    return tails
+def tails_us(graph: TaskGraph) -> FloatArray:
+    """[3 N]: the longest chain that starts with a task; zero for tasks that the batch lacks."""
+    return graph.duration_us + _rests_us(graph)
 
 
-def tails_us(table: TaskTable) -> list[float]:
-    """Per work, the longest chain that starts with its forward, with whole backwards."""
-    return _forward_tails_us(table, backward_tails_us(table))
+def _rests_us(graph: TaskGraph) -> FloatArray:
+    rests = np.zeros(len(graph.exists))
+    _look_ahead(graph, rests)
+    return rests
 
 
-def _forward_tails_us(table: TaskTable, backward_tails: list[float]) -> list[float]:
-    """Per work, the longest chain from the start of its forward to the end of the batch."""
-    tails = [0.0] * len(table.works)
-    for number in reversed(range(len(table.works))):
-        longest = backward_tails[number] if table.has_backward[number] else 0.0
-        for other, delay in table.feeds_to[number]:
-            longest = max(longest, tails[other] + delay)
-        tails[number] = table.forward_us[number] + longest
-    return tails
+# Works are numbered upstream first: forwards go to higher numbers, gradients to lower ones.
 
 
-def _heads_us(table: TaskTable) -> list[float]:
-    """Per work, the earliest start of its forward."""
-    heads = [0.0] * len(table.works)
-    for number in range(len(table.works)):
-        for other, delay in table.feeds_from[number]:
-            heads[number] = max(heads[number], heads[other] + table.forward_us[other] + delay)
-    return heads
+@compiled
+def _follow(graph: TaskGraph, heads: FloatArray) -> None:
+    """[3 N]: the earliest start of every task, where every rank does all at once; raised from 0."""
+    num_works = len(graph.rank)
+    for index in range(2 * num_works):
+        task = index if index < num_works else 3 * num_works - 1 - index
+        end_us = heads[task] + graph.duration_us[task]
+        for edge in range(graph.first_output[task], graph.first_output[task + 1]):
+            other = graph.output[edge]
+            heads[other] = max(heads[other], end_us + graph.delay_us[edge])
 
 
-def _input_grad_tails_us(table: TaskTable) -> list[float]:
-    """Per work, the longest chain from the start of its ``I`` to the end of the batch."""
-    tails = [0.0] * len(table.works)
-    for number in range(len(table.works)):
-        longest = table.weight_grad_us[number]
-        for other, delay in table.gradients_to[number]:
-            longest = max(longest, tails[other] + delay)
-        tails[number] = table.input_grad_us[number] + longest
-    return tails
-
-
-def _rest_after_us(
-    table: TaskTable, number: int, tails: list[float], input_grad_tails: list[float]
-) -> float:
-    """The shortest time from the end of the last action of a work to the end of the batch."""
-    if table.has_weight_grad[number]:
-        return 0.0
-    if table.has_backward[number]:
-        return input_grad_tails[number] - table.input_grad_us[number]
-    return tails[number] - table.forward_us[number]
+@compiled
+def _look_ahead(graph: TaskGraph, rests: FloatArray) -> None:
+    """[3 N]: the longest chain that follows every task; raised from 0."""
+    num_works = len(graph.rank)
+    for index in range(2 * num_works):
+        task = num_works + index if index < num_works else 2 * num_works - 1 - index
+        for edge in range(graph.first_output[task], graph.first_output[task + 1]):
+            other = graph.output[edge]
+            tail_us = graph.duration_us[other] + rests[other]
+            rests[task] = max(rests[task], tail_us + graph.delay_us[edge])
 
 
 def useful_work_us(problem: Problem) -> float:

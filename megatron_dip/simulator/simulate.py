@@ -110,6 +110,11 @@ class Simulation:
             return tuple(0.0 for _ in self.timelines)
         return tuple(max(0.0, 1.0 - busy / self.makespan_us) for busy in self.busy_us)
 
+    @property
+    def has_split_backward(self) -> bool:
+        """True where any backward of the order is in two halves."""
+        return bool((self.order.task >= 2 * self.table.num_works).any())
+
     def estimate(self, bound_us: float) -> Estimate:
         """The form that a plan carries."""
         return Estimate(
@@ -160,14 +165,13 @@ def simulate_order(table: TaskTable, order: ComputeOrder | TaskOrder) -> Simulat
 
 
 def _peak_bytes(table: TaskTable, order: TaskOrder) -> tuple[int, ...]:
-    num_works = len(table.works)
+    num_works = table.num_works
     is_last = np.zeros(3 * num_works, dtype=bool)
     is_last[order.task] = True
     is_last[:num_works] = False
     is_last[num_works : 2 * num_works] &= ~is_last[2 * num_works :]
-    memory = table.memory
-    peaks = memory.static_bytes.copy()
-    peak_bytes(memory.stored_bytes, is_last, order, peaks)
+    peaks = table.static_bytes.copy()
+    peak_bytes(table.stored_bytes, is_last, order, peaks)
     return tuple(peaks.tolist())
 
 
@@ -177,12 +181,12 @@ def encode_order(table: TaskTable, order: ComputeOrder) -> TaskOrder:
     Raises:
         PlanError: An action is not one of the batch, comes twice, or is half of a backward.
     """
-    num_works = len(table.works)
+    num_works = table.num_works
     seen: dict[int, Action] = {}
     first = [0]
     for actions in order:
         for action in actions:
-            number = table.numbers.get(Work(action.stage, action.microbatch or 0, action.sub))
+            number = table.graph.numbers.get(Work(action.stage, action.microbatch or 0, action.sub))
             if number is None or not action.type.is_compute:
                 raise PlanError(f"{action} is not a compute action of this batch")
             task = number + num_works * _KINDS[action.type]
@@ -205,7 +209,7 @@ def encode_order(table: TaskTable, order: ComputeOrder) -> TaskOrder:
 
 def decode_order(table: TaskTable, order: TaskOrder) -> tuple[tuple[Action, ...], ...]:
     """The actions of ``order``, per rank."""
-    num_works = len(table.works)
+    num_works = table.num_works
     is_split = np.zeros(3 * num_works, dtype=bool)
     is_split[order.task] = True
     split = is_split[2 * num_works :].tolist()
@@ -218,7 +222,7 @@ def decode_order(table: TaskTable, order: TaskOrder) -> tuple[tuple[Action, ...]
         elif kind == BACKWARD_KIND:
             is_half = split[number] or not table.has_weight_grad[number]
             name = ActionType.INPUT_GRAD if is_half else ActionType.BACKWARD
-        return table.works[number].action(name)
+        return table.graph.works[number].action(name)
 
     return tuple(
         tuple(action_of(task) for task in _line(order, rank))

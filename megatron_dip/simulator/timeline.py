@@ -107,17 +107,18 @@ def plan_panel(plan: Plan, title: str, simulation: Simulation | None = None) -> 
 
 def _memory_curves(plan: Plan, simulation: Simulation) -> dict[int, list[tuple[float, int]]]:
     table = build_task_table(plan.graph, plan.recomputed_layers)
+    stored_bytes = table.stored_bytes.tolist()
     curves: dict[int, list[tuple[float, int]]] = {}
     for rank, line in enumerate(simulation.timelines):
-        held = table.static_bytes[rank]
+        held = table.static_bytes[rank].item()
         curve = [(0.0, held)]
         for action, start_us, end_us in line:
-            number = table.numbers[Work(action.stage, action.microbatch or 0, action.sub)]
+            number = plan.graph.numbers[Work(action.stage, action.microbatch or 0, action.sub)]
             if action.type is ActionType.FORWARD:
-                held += table.stored_bytes[number]
+                held += stored_bytes[number]
                 curve.append((start_us, held))
             elif action.type is not ActionType.INPUT_GRAD or not table.has_weight_grad[number]:
-                held -= table.stored_bytes[number]
+                held -= stored_bytes[number]
                 curve.append((end_us, held))
         curves[rank] = curve
     return curves

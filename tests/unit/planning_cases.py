@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from megatron_dip.costs.work import static_bytes
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import PipelineGraph
+from megatron_dip.plan import Message, PipelineGraph, Work
 from megatron_dip.planner import form_sub_microbatches
-from megatron_dip.simulator import build_task_table
-from megatron_dip.workload import Problem, parse_problem
+from megatron_dip.simulator import TaskTable, build_task_table
+from megatron_dip.workload import Item, Problem, parse_problem
 
 UNLIMITED = 10**15
 
@@ -120,11 +120,79 @@ def tightest_limits(graph: PipelineGraph) -> list[int]:
     limits = []
     for rank in range(table.num_ranks):
         needs = [0] * graph.problem.num_microbatches
-        for number, work in enumerate(table.works):
+        for number, work in enumerate(graph.works):
             if table.rank[number] == rank:
-                needs[work.microbatch] += table.stored_bytes[number]
+                needs[work.microbatch] += table.stored_bytes[number].item()
         limits.append(max(needs) + static_bytes(graph.problem, graph.partition, rank))
     return limits
+
+
+def items_of(graph: PipelineGraph, work: Work) -> list[Item]:
+    """The items that ``work`` computes on."""
+    group = graph.sub_microbatch(work)
+    return [graph.problem.item(group.module, group.microbatch, number) for number in group.items]
+
+
+def written_cost(
+    graph: PipelineGraph, work: Work, num_recomputed: int = 0
+) -> tuple[float, float, float, int]:
+    """Forward, input gradient, weight gradient and stored bytes, as the design states them."""
+    stage = graph.partition[work.stage]
+    module, layers, items = (
+        graph.problem.module(stage.module),
+        stage.num_layers,
+        items_of(graph, work),
+    )
+    times = dict.fromkeys(("forward_us", "input_grad_us", "weight_grad_us"), 0.0)
+    for kind in times:
+        times[kind] = layers * sum(getattr(item, kind) for item in items)
+        times[kind] += layers * module.layer_overhead_us * (kind != "weight_grad_us")
+        if stage == graph.partition.first_stage(stage.module):
+            times[kind] += sum(getattr(item, f"first_extra_{kind}") for item in items)
+        if stage == graph.partition.last_stage(stage.module):
+            times[kind] += sum(getattr(item, f"last_extra_{kind}") for item in items)
+    times["input_grad_us"] += num_recomputed * (
+        module.layer_overhead_us + sum(item.effective_recompute_us for item in items)
+    )
+    stored = sum(
+        (layers - num_recomputed) * item.activation_bytes + num_recomputed * item.boundary_bytes
+        for item in items
+    )
+    has_backward = graph.has_backward(work.stage)
+    return (
+        times["forward_us"]
+        + module.first_layer_extra.forward_us * (stage == graph.partition.first_stage(stage.module))
+        + module.last_layer_extra.forward_us * (stage == graph.partition.last_stage(stage.module)),
+        times["input_grad_us"] * has_backward,
+        times["weight_grad_us"] * graph.has_weight_grad(work.stage),
+        stored * has_backward,
+    )
+
+
+def message_bytes(graph: PipelineGraph, message: Message) -> int:
+    """What a message moves: the boundary of the upstream items."""
+    work = Work(message.upstream_stage, message.microbatch, message.sub)
+    return sum(item.boundary_bytes for item in items_of(graph, work))
+
+
+def feeds_from(table: TaskTable) -> list[list[tuple[int, float]]]:
+    """Per work, the works whose forward its own waits for, and the delays between them."""
+    feeds: list[list[tuple[int, float]]] = [[] for _ in table.graph.works]
+    topology = table.topology
+    edges = (topology.source.tolist(), topology.target.tolist(), topology.delay_us.tolist())
+    for source, target, delay_us in zip(*edges, strict=True):
+        feeds[target].append((source, delay_us))
+    return feeds
+
+
+def gradients_from(table: TaskTable) -> list[list[tuple[int, float]]]:
+    """Per work, the works whose backward its own waits for, and the delays between them."""
+    gradients: list[list[tuple[int, float]]] = [[] for _ in table.graph.works]
+    for reader, feeds in enumerate(feeds_from(table)):
+        for source, delay_us in feeds:
+            if table.has_backward[source]:
+                gradients[source].append((reader, delay_us))
+    return gradients
 
 
 @st.composite

@@ -10,7 +10,7 @@ from planning_cases import (
     make_problem,
 )
 
-from megatron_dip.costs.work import work_cost, work_costs
+from megatron_dip.costs.work import work_costs
 from megatron_dip.errors import PartitionError, PlanError, ProblemError
 from megatron_dip.partition import cut_evenly, parse_partition, partition_from_layers
 from megatron_dip.plan import Message, PipelineGraph, Work
@@ -71,7 +71,7 @@ def test_a_partition_names_sizes_of_sub_microbatches_for_its_own_modules_only():
     assert sized.digest() != parse_partition(data).digest()
     with pytest.raises(PartitionError, match=r"modules \['audio'\] have no stages"):
         parse_partition(data | {"sub_microbatch_tokens": {"audio": 4096}})
-    with pytest.raises(PartitionError, match="sub_microbatch_tokens.vision"):
+    with pytest.raises(PartitionError, match=r"sub_microbatch_tokens\.vision"):
         parse_partition(data | {"sub_microbatch_tokens": {"vision": 0}})
 
 
@@ -105,7 +105,6 @@ def test_messages_go_along_the_module_graph():
     assert graph.forward_inputs(Work(2, 1, 0)) == ()
     assert graph.backward_inputs(Work(1, 0, 1)) == (Message(2, 1, 0, 1, True),)
     assert graph.contributors(Message(2, 1, 0, 1, True)) == (Work(2, 0, 0),)
-    assert graph.message_bytes(Message(2, 1, 0, 1, True)) == 4
 
 
 def test_a_gradient_sums_over_all_readers_of_an_output():
@@ -151,7 +150,6 @@ def test_costs_follow_the_written_rules():
     )
     partition = partition_from_layers({"language": [[3, 2]]}, 2)
     graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, {}))
-    first, last = (work_cost(graph, work) for work in graph.works)
-    assert first == (3 * 15.0 + 0.5, 45.0, 15.0, 13.0, 3 * 20, 12)
-    assert last == (2 * 15.0, 30.0, 10.25, 13.0, 2 * 20, 12)
-    assert work_costs(graph) == dict(zip(graph.works, (first, last), strict=True))
+    first, last = zip(*(column.tolist() for column in work_costs(graph)), strict=True)
+    assert first == (3 * 15.0 + 0.5, 45.0, 15.0, 13.0, 3 * 20, 12, 8)
+    assert last == (2 * 15.0, 30.0, 10.25, 13.0, 2 * 20, 12, 8)

@@ -11,6 +11,8 @@ from planning_cases import (
     cases,
     chain_case,
     encoder_case,
+    feeds_from,
+    gradients_from,
     make_graph,
     make_item,
     make_problem,
@@ -82,7 +84,7 @@ def test_dual_queue_fits_the_tightest_limit_under_any_priority(case, split_backw
     tight = problem.model_copy(update={"memory_limit_bytes": tuple(limits)})
     table = build_task_table(make_graph(tight, partition))
     order = data.draw(st.permutations(range(problem.num_microbatches)))
-    numbers = data.draw(st.permutations(range(len(table.works))))
+    numbers = data.draw(st.permutations(range(table.num_works)))
     priority = Priority(
         forward_keys=[(number,) for number in numbers],
         backward_keys=[(-number,) for number in numbers],
@@ -144,16 +146,17 @@ def test_dual_queue_lets_no_rank_idle_while_it_has_something_to_do(case):
     table = build_task_table(make_graph(*case))
     simulation = simulate_order(table, order_dual_queue(table, default_priority(table)))
     ends = {t.action: t.end_us for line in simulation.timelines for t in line}
+    feeds, returns = feeds_from(table), gradients_from(table)
 
     def end_of(number: int, kinds: str) -> float:
-        actions = [table.works[number].action(ActionType(kind)) for kind in kinds]
+        actions = [table.graph.works[number].action(ActionType(kind)) for kind in kinds]
         return next(ends[action] for action in actions if action in ends)
 
     def arrival(action: Action) -> float:
-        number = table.numbers[Work(action.stage, action.microbatch, action.sub)]
+        number = table.graph.numbers[Work(action.stage, action.microbatch, action.sub)]
         if action.type is ActionType.FORWARD:
-            return max([0.0, *(end_of(n, "F") + d for n, d in table.feeds_from[number])])
-        gradients = [end_of(n, "BI") + d for n, d in table.gradients_from[number]]
+            return max([0.0, *(end_of(n, "F") + d for n, d in feeds[number])])
+        gradients = [end_of(n, "BI") + d for n, d in returns[number]]
         return max([end_of(number, "F"), *gradients])
 
     for line in simulation.timelines:

@@ -1,10 +1,18 @@
 """The simulator against known times, a slow second simulator, and bounds."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
-from planning_cases import cases, chain_case, encoder_case, make_graph
+from hypothesis import strategies as st
+from planning_cases import (
+    cases,
+    chain_case,
+    encoder_case,
+    make_graph,
+    message_bytes,
+    written_cost,
+)
 
-from megatron_dip.costs.work import work_cost
 from megatron_dip.errors import PlanDeadlockError, PlanError
 from megatron_dip.partition import partition_from_layers
 from megatron_dip.plan import Action, ActionType, PipelineGraph, Recompute, parse_actions
@@ -14,6 +22,8 @@ from megatron_dip.planner import (
     order_one_f_one_b,
     plan_from_order,
 )
+from megatron_dip.planner.evaluator import Budget, Evaluator
+from megatron_dip.planner.portfolio import Portfolio
 from megatron_dip.simulator import (
     build_task_table,
     lower_bound_us,
@@ -37,7 +47,7 @@ def brute_force_ends(graph: PipelineGraph, order) -> dict[Action, float]:
             if work.action(ActionType(kind)) in ends
         ]
         crossing = graph.crosses_ranks(message)
-        bytes_moved = graph.message_bytes(message)
+        bytes_moved = message_bytes(graph, message)
         return max(made) + crossing * graph.problem.transfer.time_us(bytes_moved)
 
     for _ in range(len(ends) + 1):
@@ -46,15 +56,15 @@ def brute_force_ends(graph: PipelineGraph, order) -> dict[Action, float]:
             clock = 0.0
             for action in actions:
                 work = next(w for w in graph.works if w.action(action.type) == action)
-                cost = work_cost(graph, work)
+                forward_us, input_grad_us, weight_grad_us = written_cost(graph, work)[:3]
                 times = {
-                    "F": (cost.forward_us, [arrival(m) for m in graph.forward_inputs(work)]),
-                    "W": (cost.weight_grad_us, [ends.get(work.action(ActionType.INPUT_GRAD), 0.0)]),
+                    "F": (forward_us, [arrival(m) for m in graph.forward_inputs(work)]),
+                    "W": (weight_grad_us, [ends.get(work.action(ActionType.INPUT_GRAD), 0.0)]),
                 }
                 gradients = [arrival(m) for m in graph.backward_inputs(work)]
                 gradients.append(ends[work.action(ActionType.FORWARD)])
-                times["I"] = (cost.input_grad_us, gradients)
-                times["B"] = (cost.input_grad_us + cost.weight_grad_us, gradients)
+                times["I"] = (input_grad_us, gradients)
+                times["B"] = (input_grad_us + weight_grad_us, gradients)
                 duration, inputs = times[action.type.value]
                 clock = ends[action] = max([clock, *inputs]) + duration
         if before == ends:
@@ -150,11 +160,47 @@ def test_an_order_that_is_none_is_refused(line, message):
 
 def test_lower_bound_of_a_chain_is_its_length_or_its_busiest_rank():
     one = chain_case(4, 1)
-    # Four forwards, four input gradients, the last weight gradient.
-    assert lower_bound_us(build_task_table(make_graph(*one))) == 4 + 4 + 1
-    many = chain_case(4, 100)
-    # The last rank starts three forwards late and has three times a hundred to do.
-    assert lower_bound_us(build_task_table(make_graph(*many))) == 303.0
+    table = build_task_table(make_graph(*one))
+    # Four forwards, four backwards; split: four input gradients, the last weight gradient.
+    assert lower_bound_us(table) == 4 + 8
+    assert lower_bound_us(table, split_backward=True) == 4 + 4 + 1
+    table = build_task_table(make_graph(*chain_case(4, 100)))
+    # The last rank starts three forwards late and has three times a hundred to do; with whole
+    # backwards three of them follow its last one.
+    assert lower_bound_us(table) == 3 + 300 + 3 * 2
+    assert lower_bound_us(table, split_backward=True) == 3 + 300
+
+
+@given(case=cases(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_table_has_the_costs_that_are_written_down(case, data):
+    graph = make_graph(*case)
+    bare = build_task_table(graph)
+    counts = [data.draw(st.integers(0, layers)) for layers in bare.num_layers.tolist()]
+    table = bare.with_recompute(np.array(counts))
+    assert table.topology is bare.topology
+    columns = (table.forward_us, table.input_grad_us, table.weight_grad_us, table.stored_bytes)
+    for index, (work, count) in enumerate(zip(graph.works, counts, strict=True)):
+        expected = written_cost(graph, work, count if table.has_backward[index] else 0)
+        assert [column[index] for column in columns] == pytest.approx(expected)
+    assert not bare.num_recomputed.any()
+
+
+def best_makespan_us(table, split_backward: bool) -> float:
+    """The shortest of many schedules of a batch."""
+    rules = Evaluator(table, Budget(evaluations=99), split_backward=split_backward, goal_us=0.0)
+    portfolio = Portfolio(table, rules.forwards)
+    return min(rules.evaluate(portfolio.point(*start)).makespan_us for start in portfolio.starts())
+
+
+@given(case=cases())
+@settings(max_examples=60, deadline=None)
+def test_no_schedule_beats_the_bound_of_its_kind(case):
+    table = build_task_table(make_graph(*case))
+    whole, split = (lower_bound_us(table, split_backward=kind) for kind in (False, True))
+    assert split <= whole * (1 + 1e-12)
+    for kind, bound in ((False, whole), (True, split)):
+        assert best_makespan_us(table, kind) >= bound * (1 - 1e-12)
 
 
 def test_useful_work_leaves_overheads_out():
