@@ -1,0 +1,270 @@
+"""The model as Megatron-LM sees it: one flat chain of layers, cut into contiguous pieces.
+
+The layers of all modules follow one another in topological order (encoders, then the backbone).
+Cut into ``num_virtual`` x ``num_ranks`` *pieces*, piece v sits on rank v modulo ``num_ranks``; a
+piece may hold layers of several modules.  Every microbatch passes whole: there are no
+sub-microbatches.
+
+The cost of a layer is that of :mod:`megatron_dip.costs.work`; extras sit with the first and the
+last layer of their module.  From a piece to the next one travels what later layers need: the output
+of the layer before the cut, and that of every finished module whose readers are still to come.  A
+microbatch without items of a module passes its layers without work and without bytes, so that its
+transfers take the latency alone.
+
+A piece has a backward if something in it or before it is trainable.  A module without a backward
+of its own costs nothing in it: the gradient of an earlier module passes it by.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_dip.errors import PartitionError
+from megatron_dip.simulator.arrays import FloatArray, IntArray
+from megatron_dip.workload import Problem
+
+__all__ = ["FlatChain", "ModulePart", "PieceCosts", "StaticCut"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticCut:
+    """How many layers of the flat chain every piece has, in the order of the chain.
+
+    Raises:
+        PartitionError: The ranks do not have equally many pieces, or one has less than no layers.
+    """
+
+    num_ranks: int
+    num_layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.num_layers or len(self.num_layers) % self.num_ranks or min(self.num_layers) < 0:
+            raise PartitionError(
+                f"static cut {list(self.num_layers)} for {self.num_ranks} ranks (expected equally "
+                f"many pieces on every rank, and no piece with less than no layers)"
+            )
+
+    @property
+    def num_virtual(self) -> int:
+        """Pieces per rank: Megatron's virtual pipeline stages."""
+        return len(self.num_layers) // self.num_ranks
+
+
+class ModulePart(NamedTuple):
+    """What one module costs in Q pieces, for M microbatches."""
+
+    forward_us: FloatArray
+    """[Q, M]"""
+    input_grad_us: FloatArray
+    """[Q, M], recomputed layers included."""
+    weight_grad_us: FloatArray
+    """[Q, M]"""
+    stored_bytes: IntArray
+    """[Q, M], from the start of the forward to the end of the backward."""
+    static_bytes: IntArray
+    """[Q]"""
+
+
+class PieceCosts(NamedTuple):
+    """What Q pieces cost, for M microbatches."""
+
+    parts: tuple[ModulePart, ...]
+    """Per module, in their order."""
+    total: ModulePart
+    delay_us: FloatArray
+    """[Q - 1, M] from every piece to the next one, and back for the gradient."""
+
+
+class _ModuleCosts(NamedTuple):
+    """One module; arrays are [M] sums over the items of a microbatch, zero where it has none."""
+
+    name: str
+    start: int
+    """Position of its first layer in the chain."""
+    stop: int
+    has_backward: bool
+    is_trainable: bool
+    layer_us: tuple[FloatArray, FloatArray, FloatArray]
+    """Forward, input gradient and weight gradient of one layer."""
+    first_us: tuple[FloatArray, FloatArray, FloatArray]
+    """The same of what sits before the first layer."""
+    last_us: tuple[FloatArray, FloatArray, FloatArray]
+    recompute_us: FloatArray
+    activation_bytes: IntArray
+    boundary_bytes: IntArray
+    static_bytes: tuple[int, int, int]
+    """Of one layer, of what sits before the first, of what sits after the last."""
+    last_reader: int
+    """Position of the first layer of the last module that reads this one; -1 without readers."""
+
+
+class FlatChain:
+    """The flat chain of ``problem``, to be cut in any way."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        starts: dict[str, int] = {}
+        self.num_layers = 0
+        for name in problem.module_order:
+            starts[name] = self.num_layers
+            self.num_layers += problem.module(name).num_layers
+        self._modules = tuple(_module_costs(problem, name, starts) for name in problem.module_order)
+        trainable = [module.start for module in self._modules if module.is_trainable]
+        self.first_trainable = min(trainable, default=self.num_layers)
+        """Position of the first layer with a weight gradient; ``num_layers`` if all is frozen."""
+
+    @cached_property
+    def forward_until_us(self) -> FloatArray:
+        """[num_layers + 1, M]: time of the forwards of all layers before a position."""
+        return _until(self._layers.forward_us)
+
+    @cached_property
+    def backward_until_us(self) -> FloatArray:
+        """[num_layers + 1, M]: time of the whole backwards of all layers before a position."""
+        return _until(self._layers.input_grad_us + self._layers.weight_grad_us)
+
+    @cached_property
+    def _layers(self) -> ModulePart:
+        return self.costs(StaticCut(num_ranks=1, num_layers=(1,) * self.num_layers)).total
+
+    @cached_property
+    def delay_at_us(self) -> FloatArray:
+        """[num_layers + 1, M]: time of a transfer to another rank where the chain is cut there."""
+        place = np.arange(self.num_layers + 1)[:, None]
+        moved = np.zeros((self.num_layers + 1, self.problem.num_microbatches))
+        for module in self._modules:
+            is_inside = (place > module.start) & (place < module.stop)
+            is_awaited = (place >= module.stop) & (place <= module.last_reader)
+            moved += (is_inside | is_awaited) * module.boundary_bytes
+        transfer = self.problem.transfer
+        return transfer.latency_us + moved / transfer.bytes_per_us
+
+    def has_backward(self, cut: StaticCut) -> list[bool]:
+        """Per piece, whether something in it or before it is trainable."""
+        return [end > self.first_trainable for end in np.cumsum(cut.num_layers).tolist()]
+
+    def has_weight_grad(self, cut: StaticCut) -> list[bool]:
+        """Per piece, whether it has a trainable layer."""
+        layers = [_overlap(cut, m.start, m.stop) for m in self._modules if m.is_trainable]
+        return (
+            (np.array(layers).sum(axis=0) > 0).tolist() if layers else [False] * len(cut.num_layers)
+        )
+
+    def costs(self, cut: StaticCut, num_recomputed_layers: int = 0) -> PieceCosts:
+        """What the pieces of ``cut`` cost.
+
+        Args:
+            cut: Layers per piece.
+            num_recomputed_layers: In every piece, the first so many layers that have a backward are
+                computed again there (Megatron's ``--recompute-method block``).
+
+        Raises:
+            PartitionError: The cut has another number of layers than the chain.
+        """
+        if sum(cut.num_layers) != self.num_layers:
+            raise PartitionError(
+                f"static cut of {sum(cut.num_layers)} layers for modules of {self.num_layers} "
+                f"layers (expected as many)"
+            )
+        left = np.full(len(cut.num_layers), num_recomputed_layers, dtype=np.int64)
+        parts = []
+        for module in self._modules:
+            layers = _overlap(cut, module.start, module.stop)
+            recomputed = np.minimum(left, layers) if module.has_backward else np.zeros_like(left)
+            left -= recomputed
+            parts.append(_part(module, cut, layers, recomputed))
+        total = ModulePart(*(sum(arrays) for arrays in zip(*parts, strict=True)))
+        delay_us = self.delay_at_us[np.cumsum(cut.num_layers)[:-1]] * (cut.num_ranks > 1)
+        return PieceCosts(tuple(parts), total, delay_us)
+
+
+def _until(layer_us: FloatArray) -> FloatArray:
+    return np.concatenate([np.zeros((1, layer_us.shape[1])), np.cumsum(layer_us, axis=0)])
+
+
+def _overlap(cut: StaticCut, start: int, stop: int) -> IntArray:
+    """[Q]: how many of the layers from ``start`` to ``stop`` every piece has."""
+    ends = np.clip(np.cumsum(cut.num_layers), start, stop)
+    return np.diff(ends, prepend=start)
+
+
+def _part(
+    module: _ModuleCosts, cut: StaticCut, layers: IntArray, recomputed: IntArray
+) -> ModulePart:
+    count, again = layers[:, None], recomputed[:, None]
+    # The pieces that hold the module's first and its last layer also hold its extras.
+    before = np.cumsum(layers) - layers
+    is_first = ((before == 0) & (layers > 0))[:, None]
+    is_last = ((before + layers == module.stop - module.start) & (layers > 0))[:, None]
+
+    def time_us(kind: int) -> FloatArray:
+        own = count * module.layer_us[kind]
+        return own + is_first * module.first_us[kind] + is_last * module.last_us[kind]
+
+    nothing = np.zeros((len(layers), len(module.recompute_us)))
+    static = layers * module.static_bytes[0]
+    static += is_first[:, 0] * module.static_bytes[1] + is_last[:, 0] * module.static_bytes[2]
+    if not module.has_backward:
+        return ModulePart(time_us(0), nothing, nothing, nothing.astype(np.int64), static)
+    saved_bytes = module.activation_bytes - module.boundary_bytes
+    return ModulePart(
+        forward_us=time_us(0),
+        input_grad_us=time_us(1) + again * module.recompute_us,
+        weight_grad_us=time_us(2) if module.is_trainable else nothing,
+        stored_bytes=count * module.activation_bytes - again * saved_bytes,
+        static_bytes=static,
+    )
+
+
+def _module_costs(problem: Problem, name: str, starts: dict[str, int]) -> _ModuleCosts:
+    module = problem.module(name)
+    batches = [problem.items(name, number) for number in range(problem.num_microbatches)]
+    has_items = np.array([bool(items) for items in batches])
+
+    def totals(field: str) -> FloatArray:
+        return np.array([sum(getattr(item, field) for item in items) for items in batches], float)
+
+    def total_bytes(field: str) -> IntArray:
+        return np.array(
+            [sum(getattr(item, field) for item in items) for items in batches], np.int64
+        )
+
+    overhead = has_items * module.layer_overhead_us
+    fixed = {
+        "first": has_items * module.first_layer_extra.forward_us,
+        "last": has_items * module.last_layer_extra.forward_us,
+    }
+
+    def extras(end: str) -> tuple[FloatArray, FloatArray, FloatArray]:
+        return (
+            fixed[end] + totals(f"{end}_extra_forward_us"),
+            totals(f"{end}_extra_input_grad_us"),
+            totals(f"{end}_extra_weight_grad_us"),
+        )
+
+    readers = [starts[other.name] for other in problem.modules if name in other.upstream]
+    return _ModuleCosts(
+        name=name,
+        start=starts[name],
+        stop=starts[name] + module.num_layers,
+        has_backward=name in problem.modules_with_backward,
+        is_trainable=module.trainable,
+        layer_us=(
+            overhead + totals("forward_us"),
+            overhead + totals("input_grad_us"),
+            totals("weight_grad_us"),
+        ),
+        first_us=extras("first"),
+        last_us=extras("last"),
+        recompute_us=overhead + totals("effective_recompute_us"),
+        activation_bytes=total_bytes("activation_bytes"),
+        boundary_bytes=total_bytes("boundary_bytes"),
+        static_bytes=(
+            module.layer_static_bytes,
+            module.first_layer_extra.static_bytes,
+            module.last_layer_extra.static_bytes,
+        ),
+        last_reader=max(readers, default=-1),
+    )
