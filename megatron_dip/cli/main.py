@@ -1,6 +1,5 @@
-"""The ``megatron-dip`` command: make batch problems, plan, validate, simulate and draw them."""
+"""The ``megatron-dip`` command: batch problems and plans: make, check, draw, rehearse."""
 
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from megatron_dip.cli.output import write_file
+from megatron_dip.cli.rehearse import rehearse_plan
 from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_profile
 from megatron_dip.errors import ConfigError, DipError
 from megatron_dip.mixtures import built_in_mixture, draw_microbatches, load_workload
@@ -100,7 +101,7 @@ def make_problem(
         load_model(model), load_cluster(cluster), load_profile(profile) if profile else None
     )
     made = builder.build(draw_microbatches(workload, microbatches, seed))
-    _write(output, lambda: output.write_text(made.model_dump_json(exclude_none=True) + "\n"))
+    write_file(output, lambda: output.write_text(made.model_dump_json(exclude_none=True) + "\n"))
 
 
 @app.command()
@@ -141,7 +142,7 @@ def plan(
         budget_ms=budget_ms,
         seed=seed,
     )
-    _write(output, lambda: save_plan(made, output))
+    write_file(output, lambda: save_plan(made, output))
     _print_table([(str(output), made, simulate(made))])
 
 
@@ -174,11 +175,16 @@ def simulate_plans(
     _print_table(runs)
     panels = [plan_panel(loaded, name, simulation) for name, loaded, simulation in runs]
     if html is not None:
-        _write(html, lambda: write_timeline(html, ", ".join(path.stem for path in plans), panels))
+        write_file(
+            html, lambda: write_timeline(html, ", ".join(path.stem for path in plans), panels)
+        )
     if svg is not None:
-        _write(svg, lambda: write_picture(svg, panels))
+        write_file(svg, lambda: write_picture(svg, panels))
     if trace is not None:
-        _write(trace, lambda: write_chrome_trace(trace, panels))
+        write_file(trace, lambda: write_chrome_trace(trace, panels))
+
+
+app.command("rehearse")(rehearse_plan)
 
 
 def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:
@@ -189,14 +195,6 @@ def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:
             raise ConfigError(f"--max-tokens {entry!r} (expected MODULE=TOKENS, e.g. vision=4096)")
         limits[module] = int(tokens)
     return limits
-
-
-def _write(path: Path, write: Callable[[], object]) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
-    typer.echo(f"wrote {path}")
 
 
 def _print_table(runs: list[tuple[str, Plan, Simulation]]) -> None:
