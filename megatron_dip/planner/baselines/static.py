@@ -25,6 +25,7 @@ from megatron_dip.simulator.arrays import (
     TaskGraph,
     TaskOrder,
     task_graph,
+    timed,
 )
 from megatron_dip.simulator.kernels import new_run_state, peak_bytes, run_order
 from megatron_dip.simulator.timeline import Panel, Span, SpanKind
@@ -203,7 +204,7 @@ def make_graph(chain: FlatChain, cut: StaticCut, costs: PieceCosts) -> TaskGraph
     total = costs.total
     times = [part.ravel() for part in (total.forward_us, total.input_grad_us, total.weight_grad_us)]
     delay_us = np.append(costs.delay_us.ravel(), 0.0)[edge]
-    return graph._replace(duration_us=np.concatenate(times), delay_us=delay_us)
+    return timed(graph, np.concatenate(times))._replace(delay_us=delay_us)
 
 
 def finish_run(
@@ -284,7 +285,6 @@ def _topology(
     numbers = np.arange(1, num_edges + 1, dtype=np.float64)
     graph = task_graph(
         works // num_microbatches % cut.num_ranks,
-        np.zeros(3 * len(works)),
         np.repeat(exists, num_microbatches),
         (works[:num_edges], works[:num_edges] + num_microbatches, numbers),
     )
