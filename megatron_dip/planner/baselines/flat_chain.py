@@ -17,6 +17,7 @@ of its own costs nothing in it: the gradient of an earlier module passes it by.
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import fsum
 from typing import NamedTuple
 
 import numpy as np
@@ -224,7 +225,7 @@ def _module_costs(problem: Problem, name: str, starts: dict[str, int]) -> _Modul
     has_items = np.array([bool(items) for items in batches])
 
     def totals(field: str) -> FloatArray:
-        return np.array([sum(getattr(item, field) for item in items) for items in batches], float)
+        return np.array([fsum(getattr(item, field) for item in items) for items in batches])
 
     def total_bytes(field: str) -> IntArray:
         return np.array(
