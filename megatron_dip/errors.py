@@ -6,6 +6,7 @@ are also ``ValueError``, so that callers who know nothing of this package can ca
 
 __all__ = [
     "ChannelError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "DipError",
@@ -32,6 +33,10 @@ class ConfigError(DipError, ValueError):
 
 class DataError(DipError, ValueError):
     """A training sample that cannot be used; names the sample."""
+
+
+class CheckpointError(DipError, ValueError):
+    """A file of adapters that cannot be used with this model; names what does not fit."""
 
 
 class ProblemError(DipError, ValueError):

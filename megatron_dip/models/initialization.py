@@ -8,6 +8,7 @@ full tensors of its parameters, in 32 bits, on the CPU, one at a time.
 Which distribution a weight has stays Megatron's choice: ``init_method`` of the module's config,
 ``output_layer_init_method`` (scaled by depth) for the last linear layer of each residual branch,
 ``embedding_init_method`` for word embeddings.  Biases are zero, norms stay as constructed.
+A stage may name other distributions for parameters that Megatron does not know.
 """
 
 import hashlib
@@ -21,7 +22,12 @@ from torch import Tensor
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.models.stage import StageModule
 
-__all__ = ["initialize_parameters", "named_global_parameters", "tensor_parallel_shard"]
+__all__ = [
+    "full_tensor",
+    "initialize_parameters",
+    "named_global_parameters",
+    "tensor_parallel_shard",
+]
 
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -57,11 +63,13 @@ def initialize_parameters(stage: StageModule, seed: int) -> None:
         UnsupportedError: A parameter whose distribution is not known.
     """
     for name, parameter in named_global_parameters(stage):
-        if parameter.dim() == 1:
+        init_method = stage.initial_distribution(name)
+        if init_method is None and parameter.dim() == 1:
             if name.endswith("bias"):
                 parameter.data.zero_()
             continue
-        init_method = _init_method(name, _config_of(stage, name))
+        if init_method is None:
+            init_method = _init_method(name, _config_of(stage, name))
         full = _draw(init_method, _full_shape(parameter, stage.tp_group.size()), f"{seed}:{name}")
         shard = tensor_parallel_shard(
             full, parameter, rank=stage.tp_group.rank(), size=stage.tp_group.size()
@@ -83,6 +91,21 @@ def tensor_parallel_shard(
     dimension, stride = partition
     chunk = full.shape[dimension] // (size * stride)
     return torch.cat(full.split(chunk, dim=dimension)[rank::size], dim=dimension)
+
+
+def full_tensor(parameter: torch.nn.Parameter, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The whole of what the tensor-parallel ranks of ``group`` hold as ``parameter``.
+
+    A collective call; the inverse of ``tensor_parallel_shard``.
+    """
+    partition = _partition(parameter)
+    if partition is None or group.size() == 1:
+        return parameter.data
+    dimension, stride = partition
+    shards = [torch.empty_like(parameter.data) for _ in range(group.size())]
+    torch.distributed.all_gather(shards, parameter.data.contiguous(), group=group)
+    parts = [shard.chunk(stride, dim=dimension) for shard in shards]
+    return torch.cat([part[number] for number in range(stride) for part in parts], dim=dimension)
 
 
 def _partition(parameter: torch.nn.Parameter) -> tuple[int, int] | None:

@@ -7,19 +7,21 @@ Notation: T tokens, M image rows, H the hidden size.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from megatron.core.models.gpt import gpt_model
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dip.models.attention import span_params
+from megatron_dip.models.attention import SpanParams, span_params
 from megatron_dip.models.layers import block_submodules, set_recomputed_layers
 from megatron_dip.models.segment_layout import slice_config
 from megatron_dip.models.stage import StageModule, pad_rows
@@ -41,6 +43,7 @@ class LanguageStage(StageModule):
         vocab_size: Padded to a multiple of the tensor-parallel size.
         max_sequence_length: Tokens of the longest packed sequence.
         tie_embeddings: Let embedding and head share one weight.
+        make_block: What the layers are made of.
 
     Raises:
         PartitionError: The module does not have these layers.
@@ -58,6 +61,7 @@ class LanguageStage(StageModule):
         max_sequence_length: int,
         rotary_base: int = 10000,
         tie_embeddings: bool = False,
+        make_block: Callable[..., TransformerBlockSubmodules] = block_submodules,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         sliced = slice_config(
@@ -68,7 +72,7 @@ class LanguageStage(StageModule):
         with _without_deprecation_warning():
             self.language_model = GPTModel(
                 sliced,
-                block_submodules(sliced, num_layers=num_layers, mask_type=AttnMaskType.causal),
+                make_block(sliced, num_layers=num_layers, mask_type=AttnMaskType.causal),
                 vocab_size,
                 max_sequence_length,
                 pre_process=first,
@@ -118,12 +122,14 @@ class LanguageStage(StageModule):
             attention_mask=None,
             decoder_input=hidden,
             labels=labels,
-            packed_seq_params=span_params(
-                batch.span_lengths, num_rows=num_rows, device=hidden.device
-            ),
+            packed_seq_params=self._spans(batch, num_rows, hidden.device),
         )
         model.set_input_tensor(None)
         return output.reshape(-1)[: len(batch.tokens)] if self.post_process else output
+
+    def _spans(self, batch: "LanguageBatch", num_rows: int, device: torch.device) -> SpanParams:
+        """What every layer is told about the rows."""
+        return span_params(batch.span_lengths, num_rows=num_rows, device=device)
 
     def _embed(self, batch: "LanguageBatch", upstream: Tensor | None, num_rows: int) -> Tensor:
         """``[rows of this rank, 1, H]``."""
@@ -136,12 +142,17 @@ class LanguageStage(StageModule):
         tokens = pad_rows(batch.tokens, num_rows).unsqueeze(0)
         positions = pad_rows(batch.position_ids, num_rows).unsqueeze(0)
         embedded: Tensor = self.language_model.embedding(input_ids=tokens, position_ids=positions)
-        if upstream is not None:
-            features = upstream.reshape(num_features, 1, -1).to(embedded.dtype)
-            embedded = embedded.index_copy(0, batch.image_rows, features)
+        embedded = self._put_in(embedded, batch, upstream)
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded, group=self.tp_group)
         return embedded
+
+    def _put_in(self, embedded: Tensor, batch: "LanguageBatch", upstream: Tensor | None) -> Tensor:
+        """The rows ``[padded T, 1, H]`` with those replaced that stand for no word."""
+        if upstream is None:
+            return embedded
+        features = upstream.reshape(len(batch.image_rows), 1, -1).to(embedded.dtype)
+        return embedded.index_copy(0, batch.image_rows, features)
 
 
 @contextmanager

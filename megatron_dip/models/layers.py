@@ -52,19 +52,22 @@ class RecomputableLayer(TransformerLayer):
         """As ``TransformerLayer.forward``."""
         hidden_states = kwargs.get("hidden_states")
         if not self.recompute or hidden_states is None or not self._needs_backward(hidden_states):
-            return super().forward(*args, **kwargs)
+            return self.run_once(*args, **kwargs)
         if not hidden_states.requires_grad:
             # Re-entrant checkpointing only builds a graph from inputs that need gradients, also
             # where it is the parameters inside that are trained.
             hidden_states = hidden_states.detach().requires_grad_()
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        plain_forward = super().forward
 
         def run(hidden_states: Tensor) -> Tensor:
-            output: Tensor = plain_forward(*args, hidden_states=hidden_states, **others)[0]
-            return output
+            return self.run_once(*args, hidden_states=hidden_states, **others)[0]
 
         return self._checkpointed(run, hidden_states), None
+
+    def run_once(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """One pass through the layer: what forward does, and again where it is recomputed."""
+        output: tuple[Tensor, Tensor | None] = super().forward(*args, **kwargs)
+        return output
 
     def _checkpointed(self, run: Any, hidden_states: Tensor) -> Tensor:
         if self.config.fp8 or self.config.fp4:

@@ -1,7 +1,7 @@
 """What all stages share: the call of the executor, and what Megatron looks up in a model chunk."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,10 @@ class StageModule(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The weight that embedding and head share, where they share one."""
+        return None
+
+    def initial_distribution(self, name: str) -> Callable[[Tensor], object] | None:
+        """What fills the parameter ``name`` at first; None where Megatron's config says."""
         return None
 
     @property

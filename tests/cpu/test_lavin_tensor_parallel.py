@@ -1,0 +1,58 @@
+"""LaVIN on two tensor-parallel ranks, with and without sequence parallelism, against one rank."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import run_ranks
+
+WORKER = Path(__file__).with_name("lavin_tensor_parallel_worker.py")
+MODES = ("token", "token+sequence", "token+sequence+recompute", "public_code+sequence")
+# Megatron computes the loss in 32 bits whatever the model's precision is.
+TOLERANCE = 2e-6
+
+
+def run_worker(folder, tensor_parallel, modes):
+    """Per mode, what every rank saved."""
+    command = [sys.executable, str(WORKER), str(folder), str(tensor_parallel), *modes]
+    for rank in run_ranks(tensor_parallel, command, timeout_seconds=180):
+        assert rank.returncode == 0, rank.output
+    return {
+        mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(tensor_parallel)]
+        for mode in modes
+    }
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    return run_worker(tmp_path_factory.mktemp("one"), 1, ["token", "public_code"])
+
+
+@pytest.fixture(scope="module")
+def all_modes(tmp_path_factory):
+    return run_worker(tmp_path_factory.mktemp("two"), 2, MODES)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_and_every_gradient_are_those_of_one_rank(mode, one_rank, all_modes):
+    (expected,) = one_rank[mode.split("+")[0]]
+    for rank in all_modes[mode]:
+        torch.testing.assert_close(
+            rank["losses"], expected["losses"], rtol=TOLERANCE, atol=TOLERANCE
+        )
+        assert rank["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            scale = gradient.abs().max().item()
+            assert scale > 0, name
+            torch.testing.assert_close(
+                rank["gradients"][name], gradient, rtol=0, atol=TOLERANCE * scale
+            )
+
+
+def test_ranks_agree_on_adapters_and_on_the_identity_of_the_towers(one_rank, all_modes):
+    (expected,) = one_rank["token"]
+    for rank in all_modes["token+sequence"]:
+        assert rank["digest"] == expected["digest"]
+        for name, value in expected["adapters"].items():
+            assert torch.equal(rank["adapters"][name], value), name
