@@ -1,10 +1,11 @@
 """Lowering: from the order in which ranks compute to everything that they do.
 
-The input is a compute order and a *completion order*: all compute actions in one sequence that
-respects the dependencies and every rank's order (the simulator gives one).  Every action of the
-plan gets a place in that sequence: a message directly after the last action that contributes to
-it, a ``REDUCE_GRAD`` after the last backward of its stage.  A rank's list is its actions by place,
-and a receive stands at the place of its send.  From this follows all that matters:
+The input is a *completion order*: all compute actions in one sequence that respects the
+dependencies and has every rank's actions in the order in which it runs them (the simulator gives
+one).  Every action of the plan gets a place in that sequence: a message directly after the last
+action that contributes to it, a ``REDUCE_GRAD`` after the last backward of its stage.  A rank's
+list is its actions by place, and a receive stands at the place of its send.  From this follows all
+that matters:
 
 - a receive is posted before the first action of its rank that ends after the message is ready,
   that is ahead of its arrival, and before everything that reads it;
@@ -13,21 +14,35 @@ and a receive stands at the place of its send.  From this follows all that matte
   by one and the same sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
 
 from megatron_dip.errors import PlanError
 from megatron_dip.plan.actions import Action, ActionType
-from megatron_dip.plan.graph import Message, PipelineGraph, Work
+from megatron_dip.plan.graph import PipelineGraph
+from megatron_dip.plan.numbers import decode_tasks
+from megatron_dip.plan.wiring import IntArray, Wiring
 
-__all__ = ["BACKWARD_TYPES", "canonical_reduce_order", "cross_rank_messages", "lower"]
-
-BACKWARD_TYPES = frozenset({ActionType.BACKWARD, ActionType.INPUT_GRAD, ActionType.WEIGHT_GRAD})
-"""Compute types of a backward and its halves."""
+__all__ = ["canonical_reduce_order", "lower"]
 
 # What stands at one place of the sequence: first the computing, then its messages, so that they
 # leave at once, then gradient reductions.
 _COMPUTE, _MESSAGE, _REDUCE = range(3)
-_Key = tuple[int, int, int]
+
+
+class _Entries(NamedTuple):
+    """Some actions of the plan, in any order."""
+
+    actions: list[Action]
+    rank: IntArray
+    place: IntArray
+    """In the sequence; -1 for what goes before everything."""
+    kind: int
+    """What goes first at the same place; then the smaller ``tie``."""
+    tie: IntArray
 
 
 def canonical_reduce_order(graph: PipelineGraph, rank: int) -> tuple[int, ...]:
@@ -45,96 +60,96 @@ def canonical_reduce_order(graph: PipelineGraph, rank: int) -> tuple[int, ...]:
     )
 
 
-def lower(
-    graph: PipelineGraph,
-    compute_order: Sequence[Sequence[Action]],
-    completion_order: Sequence[Action],
-) -> tuple[tuple[Action, ...], ...]:
+def lower(graph: PipelineGraph, completion_order: IntArray) -> tuple[tuple[Action, ...], ...]:
     """The complete actions of every rank: computing, transfers and gradient reductions.
 
     Args:
         graph: The dependencies of the batch.
-        compute_order: Per rank, its compute actions in order.
-        completion_order: The same actions in one sequence that respects dependencies and the order
-            of every rank, e.g. ``Simulation.completion_order``.
+        completion_order: Tasks (see :mod:`megatron_dip.plan.numbers`) in one sequence that respects
+            dependencies and the order of every rank, e.g. ``Simulation.completion_order``.
 
     Raises:
-        PlanError: The two orders do not hold the same actions, or the completion order contradicts
-            the compute order.
+        PlanError: Nobody computes what a message sends.
     """
-    place = {action: index for index, action in enumerate(completion_order)}
-    keyed: list[list[tuple[_Key, Action]]] = [
-        _compute_keys(rank, actions, place) for rank, actions in enumerate(compute_order)
+    wiring = graph.wiring
+    num_works = len(wiring.stage)
+    place = np.full(3 * num_works, -1)
+    place[completion_order] = np.arange(len(completion_order))
+    entries = [
+        _Entries(
+            actions=decode_tasks(graph, completion_order),
+            rank=wiring.rank[completion_order % num_works],
+            place=place[completion_order],
+            kind=_COMPUTE,
+            tie=np.zeros_like(completion_order),
+        ),
+        *_transfers(wiring, place),
+        *(_reductions(graph, rank, place) for rank in range(graph.problem.num_ranks)),
     ]
-    if sum(map(len, keyed)) != len(completion_order):
-        raise PlanError(
-            f"the completion order has {len(completion_order)} actions, the compute order "
-            f"{sum(map(len, keyed))} (expected the same actions in both)"
-        )
-    partition = graph.partition
-    for index, message in enumerate(cross_rank_messages(graph)):
-        key = (_ready_place(graph, message, place), _MESSAGE, index)
-        keyed[partition[message.source].rank].append((key, message.send))
-        keyed[partition[message.target].rank].append((key, message.receive))
-    for rank, line in enumerate(keyed):
-        line.extend(_reduce_keys(graph, rank, compute_order[rank], place))
+    # One number that sorts by place, kind and tie: all are small.
+    num_ties = 1 + max(int(entry.tie.max(initial=0)) for entry in entries)
+    keys = np.concatenate([((e.place + 1) * 3 + e.kind) * num_ties + e.tie for e in entries])
+    rank = np.concatenate([entry.rank for entry in entries])
+    order = np.argsort(rank * (keys.max(initial=0) + 1) + keys).tolist()
+    actions = [action for entry in entries for action in entry.actions]
+    ends = np.cumsum(np.bincount(rank, minlength=graph.problem.num_ranks)).tolist()
     return tuple(
-        tuple(action for _, action in sorted(line, key=lambda entry: entry[0])) for line in keyed
+        tuple([actions[index] for index in order[start:end]])
+        for start, end in zip([0, *ends], ends, strict=False)
     )
 
 
-def cross_rank_messages(graph: PipelineGraph) -> Iterator[Message]:
-    """Every message of the batch between two ranks, in one fixed order."""
-    for work in graph.works:
-        for message in graph.forward_outputs(work):
-            if graph.crosses_ranks(message):
-                yield message
-                if graph.has_backward(message.source):
-                    yield message.reverse
-
-
-def _compute_keys(
-    rank: int, actions: Sequence[Action], place: dict[Action, int]
-) -> list[tuple[_Key, Action]]:
-    keyed = []
-    last = -1
-    for action in actions:
-        if place.get(action, -1) <= last:
-            raise PlanError(
-                f"rank {rank}: {action} is missing from the completion order, comes twice, or "
-                f"stands there before an earlier action of its rank"
+def _transfers(wiring: Wiring, place: IntArray) -> Iterator[_Entries]:
+    """Both sides of every message between ranks, at the place of its last contributor."""
+    num_works = len(wiring.stage)
+    gradient_place = np.array([], dtype=np.int64)
+    if len(wiring.reader):
+        # A gradient is there when all readers of the forward message have added theirs.
+        ends = place[num_works + wiring.reader]
+        made = np.minimum.reduceat(ends, wiring.first_reader[:-1]) >= 0
+        gradient_place = np.maximum.reduceat(ends, wiring.first_reader[:-1])
+        gradient_place[~made] = -1
+    both_ways = (
+        (wiring.crosses, place[wiring.source], ActionType.SEND_FORWARD, ActionType.RECV_FORWARD),
+        (
+            wiring.crosses & wiring.has_gradient,
+            gradient_place,
+            ActionType.SEND_BACKWARD,
+            ActionType.RECV_BACKWARD,
+        ),
+    )
+    for direction, (moves, ready, send, receive) in enumerate(both_ways):
+        messages = np.flatnonzero(moves)
+        source, target = wiring.source[messages], wiring.target[messages]
+        upstream = (wiring.stage[source].tolist(), wiring.rank[source])
+        downstream = (wiring.place_stage[target].tolist(), wiring.place_rank[target])
+        sender, receiver = (upstream, downstream) if direction == 0 else (downstream, upstream)
+        names = (wiring.microbatch[source].tolist(), wiring.sub[source].tolist())
+        for kind, (stages, rank), (peers, _) in (
+            (send, sender, receiver),
+            (receive, receiver, sender),
+        ):
+            actions = list(
+                map(Action._make, zip(stages, repeat(kind), *names, peers, strict=False))
             )
-        last = place[action]
-        keyed.append(((last, _COMPUTE, 0), action))
-    return keyed
+            if kind is send and (ready[messages] < 0).any():
+                odd = actions[int(np.argmin(ready[messages]))]
+                raise PlanError(f"{odd} has nothing to send: no rank runs what makes it")
+            yield _Entries(actions, rank, ready[messages], _MESSAGE, 2 * messages + direction)
 
 
-def _ready_place(graph: PipelineGraph, message: Message, place: dict[Action, int]) -> int:
-    """Place of the last action that contributes to ``message``."""
-    return max(_end_place(graph, work, message, place) for work in graph.contributors(message))
-
-
-def _end_place(graph: PipelineGraph, work: Work, message: Message, place: dict[Action, int]) -> int:
-    kinds: tuple[ActionType, ...] = (ActionType.FORWARD,)
-    if message.is_gradient:
-        kinds = (ActionType.BACKWARD, ActionType.INPUT_GRAD)
-    for kind in kinds:
-        found = place.get(work.action(kind))
-        if found is not None:
-            return found
-    raise PlanError(f"{message.send} has nothing to send: no rank runs {work.action(kinds[0])}")
-
-
-def _reduce_keys(
-    graph: PipelineGraph, rank: int, actions: Sequence[Action], place: dict[Action, int]
-) -> list[tuple[_Key, Action]]:
-    last_backward: dict[int, int] = {}
-    for action in actions:
-        if action.type in BACKWARD_TYPES:
-            last_backward[action.stage] = place[action]
-    keyed = []
-    earliest = -1
-    for index, stage in enumerate(canonical_reduce_order(graph, rank)):
-        earliest = max(earliest, last_backward.get(stage, -1))
-        keyed.append(((earliest, _REDUCE, index), Action(stage, ActionType.REDUCE_GRAD)))
-    return keyed
+def _reductions(graph: PipelineGraph, rank: int, place: IntArray) -> _Entries:
+    """``REDUCE_GRAD`` in the canonical order, each as early as that and its backwards allow."""
+    wiring = graph.wiring
+    stages = canonical_reduce_order(graph, rank)
+    is_here = wiring.rank == rank
+    # The places of the backwards and weight gradients of this rank, by stage.
+    ends = np.where(is_here, place.reshape(3, -1)[1:].max(axis=0), -1)
+    last = [int(ends[wiring.stage == stage].max(initial=-1)) for stage in stages]
+    return _Entries(
+        actions=[Action(stage, ActionType.REDUCE_GRAD) for stage in stages],
+        rank=np.full(len(stages), rank),
+        place=np.maximum.accumulate(np.array(last, dtype=np.int64)),
+        kind=_REDUCE,
+        tie=np.arange(len(stages)),
+    )

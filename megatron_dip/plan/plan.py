@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 
@@ -58,6 +58,27 @@ class Plan:
     """Per rank, in order: compute and transfer actions."""
     recompute: tuple[Recompute, ...] = ()
     estimate: Estimate | None = None
+
+    @classmethod
+    def of_graph(
+        cls,
+        graph: PipelineGraph,
+        actions: tuple[tuple[Action, ...], ...],
+        *,
+        recompute: tuple[Recompute, ...] = (),
+        estimate: Estimate | None = None,
+    ) -> Self:
+        """A schedule of the batch whose ``graph`` is at hand, so that it is not made again."""
+        plan = cls(
+            problem=graph.problem,
+            partition=graph.partition,
+            sub_microbatches=graph.sub_microbatches,
+            actions=actions,
+            recompute=recompute,
+            estimate=estimate,
+        )
+        vars(plan)["graph"] = graph
+        return plan
 
     @cached_property
     def graph(self) -> PipelineGraph:

@@ -6,24 +6,42 @@ channel agree on the order of messages, and that the plan makes progress even wh
 its receive.  What a plan costs is not checked here, except for memory in :func:`check_memory`.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
+
+from megatron_dip.compiled import compiled
 from megatron_dip.errors import PlanDeadlockError, PlanError, PlanMemoryError
-from megatron_dip.plan.actions import Action, ActionType
-from megatron_dip.plan.graph import Message, PipelineGraph, Work
-from megatron_dip.plan.lowering import (
-    BACKWARD_TYPES,
-    canonical_reduce_order,
-    cross_rank_messages,
-)
+from megatron_dip.plan.actions import ActionType
+from megatron_dip.plan.graph import PipelineGraph, Work
+from megatron_dip.plan.lowering import canonical_reduce_order
+from megatron_dip.plan.numbers import TYPE_NUMBERS, ActionNumbers, number_actions
 from megatron_dip.plan.plan import Plan
+from megatron_dip.plan.wiring import BoolArray, IntArray
 
-__all__ = ["check_memory", "check_progress", "validate_plan"]
+__all__ = ["check_memory", "validate_plan"]
 
-Positions = dict[Action, int]
-"""Where an action stands in its rank's list."""
+_F, _B, _I, _W, _SEND_F, _RECV_F, _SEND_B, _RECV_B, _REDUCE = TYPE_NUMBERS.values()
+_TYPES = tuple(TYPE_NUMBERS)
+
+
+class _Positions(NamedTuple):
+    """Where the actions of the batch stand in the list of all actions, -1 where they do not; N
+    works, M messages, S stages.  On one rank, smaller is earlier."""
+
+    computed: IntArray
+    """[4, N]: ``F B I W`` of every work."""
+    moved: IntArray
+    """[4, M]: both sides of every message, then of its gradient."""
+    reduced: IntArray
+    """[S]"""
+
+    @property
+    def backward(self) -> IntArray:
+        """[N]: what makes and reads the gradients of every work, ``B`` or ``I``."""
+        return np.where(self.computed[_B] >= 0, self.computed[_B], self.computed[_I])
 
 
 def validate_plan(plan: Plan) -> None:
@@ -40,15 +58,15 @@ def validate_plan(plan: Plan) -> None:
         raise PlanError(
             f"the plan has {len(plan.actions)} ranks (expected {graph.problem.num_ranks})"
         )
-    positions = _check_places(plan)
-    _check_compute(graph, positions)
-    _check_transfers(graph, positions)
-    _check_local_messages(graph, positions)
-    _check_channels(plan)
-    for rank, actions in enumerate(plan.actions):
-        _check_reduce(graph, rank, actions)
+    numbers = number_actions(graph, plan.actions)
+    positions = _check_places(graph, numbers)
+    _check_compute(graph, numbers, positions)
+    _check_transfers(graph, numbers, positions)
+    _check_order(graph, numbers, positions)
+    _check_channels(graph, numbers, positions)
+    _check_reduce(graph, numbers, positions)
     _check_recompute(plan)
-    check_progress(plan.actions)
+    _check_progress(numbers, positions)
 
 
 def check_memory(plan: Plan, peak_bytes: Iterable[int]) -> None:
@@ -70,173 +88,215 @@ def check_memory(plan: Plan, peak_bytes: Iterable[int]) -> None:
 # ---- where actions stand ------------------------------------------------------------------------
 
 
-def _check_places(plan: Plan) -> Positions:
+def _check_places(graph: PipelineGraph, numbers: ActionNumbers) -> _Positions:
     """Every action once, on the rank of its stage."""
-    stages = plan.partition.by_number
-    positions: Positions = {}
-    for rank, actions in enumerate(plan.actions):
-        for position, action in enumerate(actions):
-            stage = stages.get(action.stage)
-            if stage is None:
-                raise PlanError(f"rank {rank}: {action} names a stage that does not exist")
-            if stage.rank != rank:
-                raise PlanError(f"rank {rank}: {action} belongs to rank {stage.rank}")
-            if action in positions:
-                raise PlanError(f"rank {rank}: {action} comes twice (expected once)")
-            positions[action] = position
-    return positions
+    wiring = graph.wiring
+    num_works, num_messages = len(wiring.stage), len(wiring.source)
+    # All that a plan can hold, in one line: an action of type t has the places from first[t] on.
+    first = np.cumsum([0, *[num_works] * 4, *[num_messages] * 4])
+    known = np.flatnonzero(numbers.number >= 0)
+    slot = first[numbers.type[known]] + numbers.number[known]
+    found = np.full(first[-1] + len(wiring.place_stage), -1)
+    # Of several assignments the last one stays, which is the first action.
+    found[slot[::-1]] = known[::-1]
+    is_repeated = np.zeros(len(numbers.type), dtype=bool)
+    is_repeated[known] = found[slot] != known
+    is_foreign = wiring.place_rank[numbers.place] != numbers.rank
+    for index in np.flatnonzero((numbers.place < 0) | is_foreign | is_repeated)[:1].tolist():
+        where = f"rank {numbers.rank[index]}: {numbers.actions[index]}"
+        if numbers.place[index] < 0:
+            raise PlanError(f"{where} names a stage that does not exist")
+        if is_foreign[index]:
+            rank = wiring.place_rank[numbers.place[index]]
+            raise PlanError(f"{where} belongs to rank {rank}")
+        raise PlanError(f"{where} comes twice (expected once)")
+    return _Positions(
+        computed=found[: first[4]].reshape(4, num_works),
+        moved=found[first[4] : first[8]].reshape(4, num_messages),
+        reduced=found[first[8] :],
+    )
 
 
-def _check_compute(graph: PipelineGraph, positions: Positions) -> None:
+def _check_compute(graph: PipelineGraph, numbers: ActionNumbers, positions: _Positions) -> None:
     """Every work computed exactly once, in whole or in halves, in the order F, I, W."""
-    num_expected = 0
-    for work in graph.works:
-        forward = work.action(ActionType.FORWARD)
-        split = work.action(ActionType.INPUT_GRAD) in positions
-        chain = graph.compute_actions(work, split_backward=split)
-        for action in chain:
-            if action not in positions:
-                raise PlanError(f"{action} is missing from rank {graph.partition[work.stage].rank}")
-        num_expected += len(chain)
-        for before, after in itertools.pairwise(chain):
-            if positions[before] > positions[after]:
-                raise PlanError(f"{after} comes before {before} (expected after it)")
-        if not graph.has_backward(work.stage):
-            _refuse(positions, work, BACKWARD_TYPES, f"{forward} has no backward")
-    computed = [action for action in positions if action.type.is_compute]
-    if len(computed) == num_expected:
-        return
-    expected = {
-        action
-        for work in graph.works
-        for action in graph.compute_actions(
-            work, split_backward=work.action(ActionType.INPUT_GRAD) in positions
+    wiring = graph.wiring
+    computed, is_there = positions.computed, positions.computed >= 0
+    is_split = wiring.has_weight_grad & is_there[_I]
+    is_frozen = wiring.has_backward & ~wiring.has_weight_grad
+    is_expected = np.stack(
+        [
+            np.ones_like(is_split),
+            wiring.has_weight_grad & ~is_split,
+            is_split | is_frozen,
+            is_split,
+        ]
+    )
+    for work, kind in np.argwhere((is_expected & ~is_there).T)[:1].tolist():
+        action = graph.works[work].action(_TYPES[kind])
+        raise PlanError(f"{action} is missing from rank {wiring.rank[work]}")
+    for before, after in ((_F, _B), (_F, _I), (_I, _W)):
+        _check_before(
+            numbers,
+            is_expected[before] & is_expected[after],
+            (computed[before], computed[after]),
+            "{after} comes before {before} (expected after it)",
         )
-    }
-    odd = next(action for action in computed if action not in expected)
-    raise PlanError(f"{odd} is not part of the batch (no such work, or the wrong kind of backward)")
-
-
-def _refuse(positions: Positions, work: Work, kinds: Iterable[ActionType], why: str) -> None:
-    for kind in kinds:
-        if work.action(kind) in positions:
+    for work, kind in np.argwhere((is_there & ~wiring.has_backward).T):
+        if kind != _F:
+            forward = numbers.actions[computed[_F, work]]
             raise PlanError(
-                f"{work.action(kind)}: {why} (nothing trainable in its module or upstream of it)"
+                f"{numbers.actions[computed[kind, work]]}: {forward} has no backward (nothing "
+                f"trainable in its module or upstream of it)"
             )
+    _refuse_others(
+        numbers,
+        (_F, _W),
+        is_expected,
+        "is not part of the batch (no such work, or the wrong kind of backward)",
+    )
+    _refuse_others(
+        numbers,
+        (_REDUCE, _REDUCE),
+        np.ones((1, len(wiring.place_stage)), dtype=bool),
+        "stands for a whole stage (expected without a microbatch)",
+    )
+
+
+def _refuse_others(
+    numbers: ActionNumbers, types: tuple[int, int], is_expected: BoolArray, why: str
+) -> None:
+    """Refuse what has one of these types (the first to the last) and is not expected.
+
+    Args:
+        numbers: All actions.
+        types: The first and the last.
+        is_expected: [number of types, numbers of works, messages or stages]
+        why: What is wrong with the others.
+    """
+    first, last = types
+    given = np.flatnonzero((numbers.type >= first) & (numbers.type <= last))
+    number = numbers.number[given]
+    fits = number >= 0
+    fits[fits] = is_expected[numbers.type[given][fits] - first, number[fits]]
+    for index in given[~fits][:1].tolist():
+        raise PlanError(f"{numbers.actions[index]} {why}")
+
+
+def _check_before(
+    numbers: ActionNumbers, where: BoolArray, pairs: tuple[IntArray, IntArray], message: str
+) -> None:
+    """Refuse pairs of positions, where they count, of which the first is behind the second.
+
+    ``message`` says so of ``{before}`` and ``{after}``, which should be in that order.
+    """
+    before, after = pairs
+    for index in np.flatnonzero(where & (before > after))[:1].tolist():
+        names = (numbers.actions[before[index]], numbers.actions[after[index]])
+        raise PlanError(message.format(before=names[0], after=names[1]))
 
 
 # ---- transfers ----------------------------------------------------------------------------------
 
 
-def _check_transfers(graph: PipelineGraph, positions: Positions) -> None:
-    """Every message between ranks sent once and received once, after its makers, before readers."""
-    num_messages = 0
-    for message in cross_rank_messages(graph):
-        num_messages += 1
-        send, receive = message.send, message.receive
-        for action in (send, receive):
-            if action not in positions:
-                rank = graph.partition[action.stage].rank
-                raise PlanError(f"{action} is missing from rank {rank}")
-        _check_made_before(graph, positions, message, positions[send], str(send))
-        for reader in _readers(graph, positions, message):
-            if positions[receive] > positions[reader]:
-                raise PlanError(f"{receive} comes after {reader}, which reads it")
-    transfers = [a for a in positions if a.type.is_send or a.type.is_receive]
-    if len(transfers) != 2 * num_messages:
-        messages = set(cross_rank_messages(graph))
-        odd = next(action for action in transfers if Message.of(action) not in messages)
-        raise PlanError(f"{odd} moves nothing that the batch needs between two ranks")
+def _check_transfers(graph: PipelineGraph, numbers: ActionNumbers, positions: _Positions) -> None:
+    """Every message between ranks sent once and received once, and no other."""
+    wiring = graph.wiring
+    returns = wiring.crosses & wiring.has_gradient
+    is_expected = np.stack([wiring.crosses, wiring.crosses, returns, returns])
+    for number, side in np.argwhere((is_expected & (positions.moved < 0)).T)[:1].tolist():
+        source = graph.works[wiring.source[number]]
+        target = int(wiring.place_stage[wiring.target[number]])
+        message = next(m for m in graph.forward_outputs(source) if m.target == target)
+        message = message if side < 2 else message.reverse
+        action = message.receive if side % 2 else message.send
+        raise PlanError(f"{action} is missing from rank {graph.partition[action.stage].rank}")
+    _refuse_others(
+        numbers,
+        (_SEND_F, _RECV_B),
+        is_expected,
+        "moves nothing that the batch needs between two ranks",
+    )
 
 
-def _check_local_messages(graph: PipelineGraph, positions: Positions) -> None:
-    """Inside a rank, only the order of its list makes a reader wait."""
-    for work in graph.works:
-        for forward in graph.forward_outputs(work):
-            if graph.crosses_ranks(forward):
-                continue
-            messages = [forward]
-            if graph.has_backward(forward.source):
-                messages.append(forward.reverse)
-            for message in messages:
-                for reader in _readers(graph, positions, message):
-                    _check_made_before(graph, positions, message, positions[reader], str(reader))
+def _check_order(graph: PipelineGraph, numbers: ActionNumbers, positions: _Positions) -> None:
+    """Nothing is sent before it is made, nor read before it is there.
+
+    Inside a rank, only the order of its list makes a reader wait.
+    """
+    wiring = graph.wiring
+    message = np.repeat(np.arange(len(wiring.source)), np.diff(wiring.first_reader))
+    source, reader = wiring.reader_source, wiring.reader
+    crosses, returns = wiring.crosses[message], wiring.has_gradient[message]
+    forward, backward = positions.computed[_F], positions.backward
+    send, receive, send_back, receive_back = positions.moved[:, message]
+    early = "{after} comes before {before}, which it needs"
+    late = "{before} comes after {after}, which reads it"
+    for where, before, after, text in (
+        (crosses, forward[source], send, early),
+        (crosses, receive, forward[reader], late),
+        (crosses & returns, backward[reader], send_back, early),
+        (crosses & returns, receive_back, backward[source], late),
+        (~crosses, forward[source], forward[reader], early),
+        (~crosses & returns, backward[reader], backward[source], early),
+    ):
+        _check_before(numbers, where, (before, after), text)
 
 
-def _check_made_before(
-    graph: PipelineGraph, positions: Positions, message: Message, position: int, what: str
-) -> None:
-    for work in graph.contributors(message):
-        maker = _maker(positions, work, message.is_gradient)
-        if positions[maker] > position:
-            raise PlanError(f"{what} comes before {maker}, which it needs")
-
-
-def _readers(graph: PipelineGraph, positions: Positions, message: Message) -> list[Action]:
-    return [_maker(positions, work, message.is_gradient) for work in graph.readers(message)]
-
-
-def _maker(positions: Positions, work: Work, is_gradient: bool) -> Action:
-    """The action of ``work`` that makes and reads messages of one direction."""
-    if not is_gradient:
-        return work.action(ActionType.FORWARD)
-    backward = work.action(ActionType.BACKWARD)
-    return backward if backward in positions else work.action(ActionType.INPUT_GRAD)
-
-
-def _check_channels(plan: Plan) -> None:
+def _check_channels(graph: PipelineGraph, numbers: ActionNumbers, positions: _Positions) -> None:
     """Per (sender rank, receiver rank, direction): both sides post in the same order."""
-    rank_of = {number: stage.rank for number, stage in plan.partition.by_number.items()}
-    sent: dict[tuple[int, int, bool], list[Message]] = {}
-    received: dict[tuple[int, int, bool], list[Message]] = {}
-    for actions in plan.actions:
-        for action in actions:
-            if action.type.is_send or action.type.is_receive:
-                message = Message.of(action)
-                channel = (rank_of[message.source], rank_of[message.target], message.is_gradient)
-                side = sent if action.type.is_send else received
-                side.setdefault(channel, []).append(message)
-    for channel, messages in sent.items():
-        for index, (message, other) in enumerate(
-            zip(messages, received.get(channel, []), strict=True)
-        ):
-            if message != other:
-                source, target, _ = channel
-                raise PlanError(
-                    f"message {index} from rank {source} to rank {target}: rank {source} posts "
-                    f"{message.send}, rank {target} posts {other.receive} (expected the same "
-                    f"message on both sides)"
-                )
+    wiring = graph.wiring
+    num_ranks, num_actions = graph.problem.num_ranks, len(numbers.actions)
+    for is_there, (sends, receives) in (
+        (wiring.crosses, positions.moved[:2]),
+        (wiring.crosses & wiring.has_gradient, positions.moved[2:]),
+    ):
+        send, receive = sends[is_there], receives[is_there]
+        channel = numbers.rank[send] * num_ranks + numbers.rank[receive]
+        sent = np.argsort(channel * num_actions + send)
+        received = np.argsort(channel * num_actions + receive)
+        for index in np.flatnonzero(sent != received)[:1].tolist():
+            number = index - int(np.searchsorted(channel[sent], channel[sent[index]]))
+            ours, theirs = send[sent[index]], receive[received[index]]
+            source, target = numbers.rank[ours], numbers.rank[theirs]
+            raise PlanError(
+                f"message {number} from rank {source} to rank {target}: rank {source} posts "
+                f"{numbers.actions[ours]}, rank {target} posts {numbers.actions[theirs]} (expected "
+                f"the same message on both sides)"
+            )
 
 
 # ---- the rest -----------------------------------------------------------------------------------
 
 
-def _check_reduce(graph: PipelineGraph, rank: int, actions: Iterable[Action]) -> None:
+def _check_reduce(graph: PipelineGraph, numbers: ActionNumbers, positions: _Positions) -> None:
     """REDUCE_GRAD once per trainable stage, after its last backward, in the canonical order."""
-    reduced: list[int] = []
-    for action in actions:
-        if action.type is ActionType.REDUCE_GRAD:
-            reduced.append(action.stage)
-        elif action.type in BACKWARD_TYPES and action.stage in reduced:
-            raise PlanError(
-                f"rank {rank}: {action} comes after {action.stage}REDUCE_GRAD (expected before it)"
-            )
-    expected = list(canonical_reduce_order(graph, rank))
-    if reduced != expected:
+    wiring = graph.wiring
+    last_backward = np.full(len(wiring.place_stage), -1)
+    np.maximum.at(last_backward, wiring.place, positions.computed[_B:].max(axis=0))
+    reduced = positions.reduced
+    for place in np.flatnonzero((reduced >= 0) & (last_backward > reduced))[:1].tolist():
         raise PlanError(
-            f"rank {rank}: REDUCE_GRAD of stages {reduced} (expected {expected}, in this order: it "
-            f"must be the same on all data-parallel replicas)"
+            f"rank {wiring.place_rank[place]}: {numbers.actions[last_backward[place]]} comes after "
+            f"{numbers.actions[reduced[place]]} (expected before it)"
         )
+    in_order = np.argsort(reduced)
+    for rank in range(graph.problem.num_ranks):
+        is_here = (reduced[in_order] >= 0) & (wiring.place_rank[in_order] == rank)
+        stages = wiring.place_stage[in_order[is_here]].tolist()
+        expected = list(canonical_reduce_order(graph, rank))
+        if stages != expected:
+            raise PlanError(
+                f"rank {rank}: REDUCE_GRAD of stages {stages} (expected {expected}, in this order: "
+                f"it must be the same on all data-parallel replicas)"
+            )
 
 
 def _check_recompute(plan: Plan) -> None:
-    works = set(plan.graph.works)
     repeated = Counter(Work(r.stage, r.microbatch, r.sub) for r in plan.recompute)
     for entry in plan.recompute:
         work = Work(entry.stage, entry.microbatch, entry.sub)
         what = f"recompute of {work.action(ActionType.FORWARD)}"
-        if work not in works:
+        if work not in plan.graph.numbers:
             raise PlanError(f"{what}: no such work in the batch")
         if repeated[work] > 1:
             raise PlanError(f"{what} comes {repeated[work]} times (expected once)")
@@ -251,40 +311,50 @@ def _check_recompute(plan: Plan) -> None:
             )
 
 
-def check_progress(ranks: tuple[tuple[Action, ...], ...]) -> None:
+def _check_progress(numbers: ActionNumbers, positions: _Positions) -> None:
     """Prove that the lists run to their end where every transfer waits for its other side.
 
     Every rank executes strictly in order; a send and its receive happen together, when both are at
     the head of their lists.  Real transfers wait for less, so a plan that passes cannot hang.
-
-    Raises:
-        PlanDeadlockError: Some actions can never run; the message lists the blocked heads.
     """
-    heads = [0] * len(ranks)
-    # A transfer at the head of its list waits here for its other side.
-    waiting: dict[Message, int] = {}
-    runnable = list(range(len(ranks)))
-    while runnable:
-        rank = runnable.pop()
-        actions = ranks[rank]
-        while heads[rank] < len(actions):
-            action = actions[heads[rank]]
-            if action.type.is_send or action.type.is_receive:
-                message = Message.of(action)
-                other = waiting.pop(message, None)
-                if other is None:
-                    waiting[message] = rank
-                    break
-                heads[other] += 1
-                runnable.append(other)
-            heads[rank] += 1
+    other_side = np.full(len(numbers.actions), -1)
+    for send, receive in (positions.moved[:2], positions.moved[2:]):
+        moves = send >= 0
+        other_side[send[moves]] = receive[moves]
+        other_side[receive[moves]] = send[moves]
+    heads = numbers.first[:-1].copy()
+    _run_to_the_end(numbers.first, numbers.rank, other_side, heads)
     blocked = [
-        f"rank {rank}: {actions[head]}"
-        for rank, (actions, head) in enumerate(zip(ranks, heads, strict=True))
-        if head < len(actions)
+        f"rank {rank}: {numbers.actions[head]}"
+        for rank, head in enumerate(heads.tolist())
+        if head < numbers.first[rank + 1]
     ]
     if blocked:
         raise PlanDeadlockError(
             f"these actions can never run: {', '.join(blocked)} (each waits for the other side of "
             f"a transfer that stands behind another one of them)"
         )
+
+
+@compiled
+def _run_to_the_end(first: IntArray, rank: IntArray, other_side: IntArray, heads: IntArray) -> None:
+    """Advance ``heads``, the next action of every rank, until nothing can run any more.
+
+    Args:
+        first: [num_ranks + 1]: rank r has the actions first[r] to first[r + 1].
+        rank: [T] of every action.
+        other_side: [T]: the receive of a send and vice versa, -1 for what waits for nothing.
+        heads: [num_ranks]
+    """
+    has_moved = True
+    while has_moved:
+        has_moved = False
+        for number in range(len(heads)):
+            while heads[number] < first[number + 1]:
+                other = other_side[heads[number]]
+                if other >= 0:
+                    if heads[rank[other]] != other:
+                        break
+                    heads[rank[other]] += 1
+                heads[number] += 1
+                has_moved = True

@@ -45,10 +45,18 @@ class Wiring(NamedTuple):
     """[S, num_microbatches]: works of one stage in one microbatch follow one another."""
     num_subs: IntArray
     """[S, num_microbatches]"""
+    place_stage: IntArray
+    """[S]: number of the stage at a place."""
+    place_rank: IntArray
+    """[S]"""
     source: IntArray
     """[M]: the work that makes the message; ascending."""
     target: IntArray
     """[M]: place of the stage that reads it; ascending for one source."""
+    crosses: BoolArray
+    """[M]: between two ranks."""
+    has_gradient: BoolArray
+    """[M]: a gradient goes back."""
     first_message: IntArray
     """[N + 1]: work n makes the messages first_message[n] to first_message[n + 1]."""
     first_reader: IntArray
@@ -124,20 +132,28 @@ def wire(
     opens = np.ones(len(made), dtype=bool)
     opens[1:] = (made[1:] != made[:-1]) | (place[read[1:]] != place[read[:-1]])
     first = np.flatnonzero(opens)
+    source, target = made[first], place[read[first]]
+    place_rank = np.array([stage.rank for stage in stages], dtype=np.int64)
+    place_stage = np.array([stage.stage for stage in stages], dtype=np.int64)
+    has_backward = np.array([s.module in problem.modules_with_backward for s in stages])[place]
     return Wiring(
         place=place,
-        stage=np.array([stage.stage for stage in stages], dtype=np.int64)[place],
-        rank=np.array([stage.rank for stage in stages], dtype=np.int64)[place],
+        stage=place_stage[place],
+        rank=place_rank[place],
         microbatch=microbatch,
         sub=sub,
         group=blocks.first_group[block] + sub,
-        has_backward=np.array([s.module in problem.modules_with_backward for s in stages])[place],
+        has_backward=has_backward,
         has_weight_grad=np.array([problem.module(s.module).trainable for s in stages])[place],
         first_work=first_work,
         num_subs=num_subs,
-        source=made[first],
-        target=place[read[first]],
-        first_message=np.searchsorted(made[first], np.arange(len(block) + 1)),
+        place_stage=place_stage,
+        place_rank=place_rank,
+        source=source,
+        target=target,
+        crosses=place_rank[place[source]] != place_rank[target],
+        has_gradient=has_backward[source],
+        first_message=np.searchsorted(source, np.arange(len(block) + 1)),
         first_reader=np.append(first, len(made)),
         reader=read,
     )

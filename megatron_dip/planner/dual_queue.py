@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dip.plan.actions import Action
 from megatron_dip.planner.greedy import schedule_greedily
 from megatron_dip.planner.kernels import ALTERNATE
 from megatron_dip.planner.rules import BatchRules, places
-from megatron_dip.simulator.arrays import IntArray
+from megatron_dip.simulator.arrays import IntArray, TaskOrder
 from megatron_dip.simulator.bounds import tails_us
-from megatron_dip.simulator.simulate import decode_order
 from megatron_dip.simulator.tasks import TaskTable
 
 __all__ = ["Key", "Priority", "default_priority", "order_dual_queue", "priority_key"]
@@ -66,7 +64,7 @@ def default_priority(table: TaskTable) -> Priority:
 
 def order_dual_queue(
     table: TaskTable, priority: Priority, *, split_backward: bool = False
-) -> tuple[tuple[Action, ...], ...]:
+) -> TaskOrder:
     """Per rank, the compute actions of the batch; ``split_backward`` lets ``W`` fill gaps.
 
     Raises:
@@ -74,7 +72,7 @@ def order_dual_queue(
     """
     batch = BatchRules.forwards(table, split_backward=split_backward, has_memory_limit=True)
     rules = batch.make(priority_key(priority), ALTERNATE, np.array(priority.microbatch_order))
-    return decode_order(table, schedule_greedily(batch, rules).order)
+    return schedule_greedily(batch, rules).order
 
 
 def priority_key(priority: Priority) -> IntArray:

@@ -17,20 +17,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_dip.plan.actions import Action
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.planner.greedy import schedule_greedily
 from megatron_dip.planner.kernels import CLOSERS_FIRST
 from megatron_dip.planner.rules import BatchRules
-from megatron_dip.simulator.simulate import decode_order
+from megatron_dip.simulator.arrays import TaskOrder
 from megatron_dip.simulator.tasks import TaskTable
 
 __all__ = ["in_flight_limits", "order_one_f_one_b"]
 
 
-def order_one_f_one_b(
-    table: TaskTable, *, split_backward: bool = False
-) -> tuple[tuple[Action, ...], ...]:
+def order_one_f_one_b(table: TaskTable, *, split_backward: bool = False) -> TaskOrder:
     """Per rank, the compute actions of the batch in the order of 1F1B.
 
     Backwards go first, and the oldest microbatch before younger ones.
@@ -43,7 +40,7 @@ def order_one_f_one_b(
     key = np.concatenate([oldest_first + kind * num_works for kind in range(3)])
     order = np.arange(table.graph.problem.num_microbatches)
     rules = batch.make(key, CLOSERS_FIRST, order, limit)
-    return decode_order(table, schedule_greedily(batch, rules).order)
+    return schedule_greedily(batch, rules).order
 
 
 def in_flight_limits(graph: PipelineGraph) -> dict[int, int]:

@@ -1,14 +1,15 @@
 """From a batch problem to a plan: form sub-microbatches, order, lower, estimate, validate."""
 
+import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 
 from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import Partition
-from megatron_dip.plan.actions import Action
 from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.plan.lowering import lower
 from megatron_dip.plan.plan import Plan, Recompute
@@ -18,8 +19,9 @@ from megatron_dip.planner.evaluator import Budget
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
 from megatron_dip.planner.search import Search, search_schedule
 from megatron_dip.planner.sub_microbatches import form_sub_microbatches
+from megatron_dip.simulator.arrays import TaskOrder
 from megatron_dip.simulator.bounds import lower_bound_us
-from megatron_dip.simulator.simulate import Simulation, decode_order, simulate_order
+from megatron_dip.simulator.simulate import ComputeOrder, Simulation, simulate_order
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
 from megatron_dip.workload import Problem
 
@@ -28,8 +30,6 @@ __all__ = ["Algorithm", "Search", "make_plan", "plan_from_order"]
 logger = logging.getLogger(__name__)
 
 Algorithm = Literal["dual_queue", "one_f_one_b"]
-
-ComputeActions = Sequence[Sequence[Action]]
 
 
 def make_plan(
@@ -79,23 +79,22 @@ def make_plan(
     sizes = {**partition.sub_microbatch_tokens, **(max_tokens or {})}
     graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, sizes))
     table = build_task_table(graph)
-    order, simulation = _one_f_one_b(table, split_backward)
+    simulation = simulate_order(table, order_one_f_one_b(table, split_backward=split_backward))
 
-    def order_by_dual_queue() -> ComputeActions:
+    def order_by_dual_queue() -> TaskOrder:
         if not has_budget:
             return order_dual_queue(table, default_priority(table), split_backward=split_backward)
-        found = search_schedule(
+        return search_schedule(
             table,
             search=search,
             evaluations=evaluations,
             budget_ms=budget_ms,
             seed=seed,
             split_backward=split_backward,
-        )
-        return decode_order(table, found.order)
+        ).order
 
     if algorithm == "dual_queue":
-        order, simulation = _dual_queue(table, order_by_dual_queue, (order, simulation))
+        simulation = _dual_queue(table, order_by_dual_queue, simulation)
     elif not _fits(table, simulation):
         logger.warning(
             "1F1B needs %s bytes per rank (limits %s): it does not look at memory, the dual queue "
@@ -103,11 +102,11 @@ def make_plan(
             list(simulation.peak_bytes),
             list(problem.memory_limit_bytes),
         )
-    return _finish(table, order, simulation, ())
+    return _finish(simulation, ())
 
 
 def plan_from_order(
-    graph: PipelineGraph, compute_order: ComputeActions, recompute: Sequence[Recompute] = ()
+    graph: PipelineGraph, compute_order: ComputeOrder, recompute: Sequence[Recompute] = ()
 ) -> Plan:
     """The validated plan that computes in ``compute_order``, e.g. one written by hand.
 
@@ -116,28 +115,23 @@ def plan_from_order(
     """
     layers = {Work(r.stage, r.microbatch, r.sub): r.layers for r in recompute}
     table = build_task_table(graph, layers)
-    return _finish(table, compute_order, simulate_order(table, compute_order), recompute)
-
-
-def _one_f_one_b(table: TaskTable, split_backward: bool) -> tuple[ComputeActions, Simulation]:
-    order = order_one_f_one_b(table, split_backward=split_backward)
-    return order, simulate_order(table, order)
+    return _finish(simulate_order(table, compute_order), recompute)
 
 
 def _dual_queue(
     table: TaskTable,
-    make_order: Callable[[], ComputeActions],
-    fallback: tuple[ComputeActions, Simulation],
-) -> tuple[ComputeActions, Simulation]:
+    make_order: Callable[[], TaskOrder],
+    fallback: Simulation,
+) -> Simulation:
     try:
         order = make_order()
     except InfeasibleError as error:
         logger.warning("the dual queue finds no schedule, falling back to 1F1B: %s", error)
         return fallback
     simulation = simulate_order(table, order)
-    if _fits(table, fallback[1]) and fallback[1].makespan_us < simulation.makespan_us:
+    if _fits(table, fallback) and fallback.makespan_us < simulation.makespan_us:
         return fallback
-    return order, simulation
+    return simulation
 
 
 def _fits(table: TaskTable, simulation: Simulation) -> bool:
@@ -145,21 +139,31 @@ def _fits(table: TaskTable, simulation: Simulation) -> bool:
     return all(peak <= limit for peak, limit in zip(simulation.peak_bytes, limits, strict=True))
 
 
-def _finish(
-    table: TaskTable,
-    order: ComputeActions,
-    simulation: Simulation,
-    recompute: Sequence[Recompute],
-) -> Plan:
-    graph = table.graph
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Python's garbage collector stays away while many tuples are made that all stay.
+
+    It would look through all objects of the process, again and again, for cycles that tuples of
+    numbers cannot form: for a plan of 30,000 actions that takes longer than making it.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collection()
+def _finish(simulation: Simulation, recompute: Sequence[Recompute]) -> Plan:
+    table, graph = simulation.table, simulation.table.graph
     # The bound is one for every schedule, so it knows no recomputation.
     bare = table.with_recompute(np.zeros_like(table.num_recomputed))
     bound_us = lower_bound_us(bare, split_backward=simulation.has_split_backward)
-    plan = Plan(
-        problem=graph.problem,
-        partition=graph.partition,
-        sub_microbatches=graph.sub_microbatches,
-        actions=lower(graph, order, simulation.completion_order),
+    plan = Plan.of_graph(
+        graph,
+        lower(graph, simulation.completion_order),
         recompute=tuple(recompute),
         estimate=simulation.estimate(bound_us),
     )

@@ -1,7 +1,6 @@
 """One batch as flat arrays: what the compiled functions of simulator and planner compute on.
 
-A *task* is one compute action.  With N works, task n is the forward of work n, N + n its backward
-(or input gradient), 2 N + n its weight gradient.  Tasks that a batch does not have keep their
+Tasks are those of :mod:`megatron_dip.plan.numbers`.  Tasks that a batch does not have keep their
 numbers, without inputs, outputs or time, so that arrays of all variants have the same length.
 """
 
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_dip.plan.numbers import BACKWARD_KIND, FORWARD_KIND, WEIGHT_KIND
 from megatron_dip.plan.wiring import BoolArray, FloatArray, IntArray
 
 __all__ = [
@@ -24,9 +24,6 @@ __all__ = [
     "task_graph",
     "timed",
 ]
-
-FORWARD_KIND, BACKWARD_KIND, WEIGHT_KIND = range(3)
-"""A task's number divided by the number of works."""
 
 
 class TaskGraph(NamedTuple):

@@ -10,18 +10,23 @@ reduction and of the optimizer, memory of messages under way.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_dip.errors import PlanDeadlockError, PlanError
 from megatron_dip.plan.actions import Action, ActionType
-from megatron_dip.plan.graph import Work
-from megatron_dip.plan.plan import Estimate, Plan
-from megatron_dip.simulator.arrays import (
+from megatron_dip.plan.numbers import (
     BACKWARD_KIND,
     FORWARD_KIND,
+    TYPE_NUMBERS,
     WEIGHT_KIND,
+    decode_tasks,
+    number_actions,
+)
+from megatron_dip.plan.plan import Estimate, Plan
+from megatron_dip.simulator.arrays import (
     FloatArray,
     IntArray,
     TaskOrder,
@@ -84,16 +89,10 @@ class Simulation:
         )
 
     @cached_property
-    def completion_order(self) -> tuple[Action, ...]:
-        """All compute actions by the time of their end; ties in an order that respects what waits
-        for what."""
-        tasks = self.done[np.argsort(self.ends_us[self.done], kind="stable")].tolist()
-        action_of = {
-            task: action
-            for rank, actions in enumerate(self.actions)
-            for action, task in zip(actions, _line(self.order, rank), strict=True)
-        }
-        return tuple(action_of[task] for task in tasks)
+    def completion_order(self) -> IntArray:
+        """All tasks by the time of their end; ties in an order that respects what waits for
+        what."""
+        return self.done[np.argsort(self.ends_us[self.done], kind="stable")]
 
     @cached_property
     def makespan_us(self) -> float:
@@ -101,13 +100,14 @@ class Simulation:
 
     @cached_property
     def busy_us(self) -> tuple[float, ...]:
-        return tuple(sum(t.end_us - t.start_us for t in line) for line in self.timelines)
+        times_us = (self.ends_us - self.starts_us)[self.order.task].tolist()
+        return tuple(sum(times_us[start:end]) for start, end in pairwise(self.order.first.tolist()))
 
     @cached_property
     def bubble_fraction(self) -> tuple[float, ...]:
         """Idle time over makespan; zero for a batch that takes no time."""
         if not self.makespan_us:
-            return tuple(0.0 for _ in self.timelines)
+            return (0.0,) * self.table.num_ranks
         return tuple(max(0.0, 1.0 - busy / self.makespan_us) for busy in self.busy_us)
 
     @property
@@ -182,60 +182,41 @@ def encode_order(table: TaskTable, order: ComputeOrder) -> TaskOrder:
         PlanError: An action is not one of the batch, comes twice, or is half of a backward.
     """
     num_works = table.num_works
-    seen: dict[int, Action] = {}
-    first = [0]
-    for actions in order:
-        for action in actions:
-            number = table.graph.numbers.get(Work(action.stage, action.microbatch or 0, action.sub))
-            if number is None or not action.type.is_compute:
-                raise PlanError(f"{action} is not a compute action of this batch")
-            task = number + num_works * _KINDS[action.type]
-            if task in seen:
-                raise PlanError(f"{action} comes twice, or beside another backward of its work")
-            seen[task] = action
-        first.append(len(seen))
-    for task, action in seen.items():
-        kind, number = divmod(task, num_works)
-        if kind == BACKWARD_KIND:
-            is_half = action.type is ActionType.INPUT_GRAD
-            has_weight_task = number + num_works * WEIGHT_KIND in seen
-            if is_half != (has_weight_task or not table.has_weight_grad[number]):
-                raise PlanError(
-                    f"{action} is not what its backward is here (expected B alone, or I and W, or "
-                    f"I alone where the layers are frozen)"
-                )
-    return TaskOrder(np.array(list(seen), dtype=np.int64), np.array(first, dtype=np.int64))
+    numbers = number_actions(table.graph, order)
+    for index in np.flatnonzero((numbers.number < 0) | (numbers.type >= len(_KINDS)))[:1].tolist():
+        raise PlanError(f"{numbers.actions[index]} is not a compute action of this batch")
+    tasks = numbers.number + num_works * np.array(_KINDS)[numbers.type]
+    is_there = np.zeros(3 * num_works, dtype=bool)
+    is_there[tasks] = True
+    for index in _repeated(tasks)[:1].tolist():
+        action = numbers.actions[index]
+        raise PlanError(f"{action} comes twice, or beside another backward of its work")
+    is_half = numbers.type == TYPE_NUMBERS[ActionType.INPUT_GRAD]
+    is_split = is_there[2 * num_works :] | ~table.has_weight_grad
+    is_odd = (tasks // num_works == BACKWARD_KIND) & (is_half != is_split[numbers.number])
+    for index in np.flatnonzero(is_odd)[:1].tolist():
+        raise PlanError(
+            f"{numbers.actions[index]} is not what its backward is here (expected B alone, or I "
+            f"and W, or I alone where the layers are frozen)"
+        )
+    return TaskOrder(tasks, numbers.first)
+
+
+def _repeated(tasks: IntArray) -> IntArray:
+    """Indices of tasks that came before, ascending."""
+    by_task = np.argsort(tasks, kind="stable")
+    again = np.flatnonzero(np.diff(tasks[by_task]) == 0) + 1
+    return np.sort(by_task[again])
 
 
 def decode_order(table: TaskTable, order: TaskOrder) -> tuple[tuple[Action, ...], ...]:
     """The actions of ``order``, per rank."""
-    num_works = table.num_works
-    is_split = np.zeros(3 * num_works, dtype=bool)
-    is_split[order.task] = True
-    split = is_split[2 * num_works :].tolist()
-
-    def action_of(task: int) -> Action:
-        kind, number = divmod(task, num_works)
-        name = ActionType.FORWARD
-        if kind == WEIGHT_KIND:
-            name = ActionType.WEIGHT_GRAD
-        elif kind == BACKWARD_KIND:
-            is_half = split[number] or not table.has_weight_grad[number]
-            name = ActionType.INPUT_GRAD if is_half else ActionType.BACKWARD
-        return table.graph.works[number].action(name)
-
-    return tuple(
-        tuple(action_of(task) for task in _line(order, rank))
-        for rank in range(len(order.first) - 1)
-    )
+    actions = decode_tasks(table.graph, order.task)
+    return tuple(tuple(actions[start:end]) for start, end in pairwise(order.first.tolist()))
 
 
-_KINDS = {
-    ActionType.FORWARD: FORWARD_KIND,
-    ActionType.BACKWARD: BACKWARD_KIND,
-    ActionType.INPUT_GRAD: BACKWARD_KIND,
-    ActionType.WEIGHT_GRAD: WEIGHT_KIND,
-}
+# Of F, B, I and W.
+_KINDS = (FORWARD_KIND, BACKWARD_KIND, BACKWARD_KIND, WEIGHT_KIND)
 
 
 def _line(order: TaskOrder, rank: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from planning_cases import chain_case, encoder_case, make_graph
 
@@ -80,12 +81,11 @@ def test_an_early_reduction_waits_for_its_turn_and_no_longer():
     assert rank_0.index("2REDUCE_GRAD") < rank_0.index("0B0") < rank_0.index("0REDUCE_GRAD")
 
 
-def test_orders_that_contradict_each_other_are_refused():
-    problem, partition = chain_case(2, 1)
-    graph = make_graph(problem, partition)
-    order = (parse_actions("0F0 0B0"), parse_actions("1F0 1B0"))
-    assert lower(graph, order, parse_actions("0F0 1F0 1B0 0B0"))
-    with pytest.raises(PlanError, match="rank 0: 0B0"):
-        lower(graph, order, parse_actions("0B0 0F0 1F0 1B0"))
-    with pytest.raises(PlanError, match="completion order has 5 actions"):
-        lower(graph, order, parse_actions("0F0 1F0 1B0 0B0 0F7"))
+def test_a_message_that_nobody_makes_is_refused():
+    graph = make_graph(*chain_case(2, 1))
+    # Forwards are tasks 0 and 1, backwards 2 and 3.
+    assert lower(graph, np.array([0, 1, 3, 2]))
+    with pytest.raises(PlanError, match="0SEND_F0>1 has nothing to send"):
+        lower(graph, np.array([1, 3, 2]))
+    with pytest.raises(PlanError, match="1SEND_B0>0 has nothing to send"):
+        lower(graph, np.array([0, 1, 2]))

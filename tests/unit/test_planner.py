@@ -44,6 +44,7 @@ from megatron_dip.planner.kernels import ALTERNATE
 from megatron_dip.planner.one_f_one_b import in_flight_limits
 from megatron_dip.planner.rules import BatchRules
 from megatron_dip.simulator import build_task_table, simulate, simulate_order
+from megatron_dip.simulator.simulate import decode_order
 
 
 @given(
@@ -135,7 +136,7 @@ def test_split_backward_fills_gaps():
 def test_dual_queue_alternates_where_both_queues_have_work():
     problem, partition = chain_case(1, 3)
     table = build_task_table(make_graph(problem, partition))
-    lines = order_dual_queue(table, default_priority(table))
+    lines = decode_order(table, order_dual_queue(table, default_priority(table)))
     kinds = [action.type.value for action in lines[0]]
     assert kinds == ["F", "B"] * 3
 
@@ -187,7 +188,7 @@ def test_dual_queue_goes_on_with_forwards_while_gradients_are_under_way():
     def kinds_on_rank_0(latency_us: float) -> str:
         problem, partition = chain_case(2, 8, latency_us=latency_us)
         table = build_task_table(make_graph(problem, partition))
-        line = order_dual_queue(table, default_priority(table))[0]
+        line = decode_order(table, order_dual_queue(table, default_priority(table)))[0]
         return "".join(action.type.value for action in line)
 
     assert kinds_on_rank_0(100.0) == "F" * 8 + "B" * 8
@@ -197,7 +198,8 @@ def test_dual_queue_goes_on_with_forwards_while_gradients_are_under_way():
 def test_one_f_one_b_is_the_classic_order():
     problem, partition = chain_case(3, 4)
     table = build_task_table(make_graph(problem, partition))
-    assert [format_actions(line) for line in order_one_f_one_b(table)] == [
+    lines = decode_order(table, order_one_f_one_b(table))
+    assert [format_actions(line) for line in lines] == [
         "0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3",
         "1F0 1F1 1B0 1F2 1B1 1F3 1B2 1B3",
         "2F0 2B0 2F1 2B1 2F2 2B2 2F3 2B3",

@@ -16,6 +16,7 @@ from planning_cases import (
 from megatron_dip.errors import PlanDeadlockError, PlanError
 from megatron_dip.partition import partition_from_layers
 from megatron_dip.plan import Action, ActionType, PipelineGraph, Recompute, parse_actions
+from megatron_dip.plan.numbers import decode_tasks
 from megatron_dip.planner import (
     default_priority,
     order_dual_queue,
@@ -79,7 +80,8 @@ def test_simulator_agrees_with_brute_force(case):
     graph = make_graph(problem, partition)
     table = build_task_table(graph)
     for split in (False, True):
-        order = order_dual_queue(table, default_priority(table), split_backward=split)
+        numbers = order_dual_queue(table, default_priority(table), split_backward=split)
+        order = decode_order(table, numbers)
         simulation = simulate_order(table, order)
         found = {t.action: t.end_us for line in simulation.timelines for t in line}
         assert found == pytest.approx(brute_force_ends(graph, order))
@@ -213,7 +215,8 @@ def test_completion_order_respects_dependencies_of_work_that_takes_no_time():
     problem, _ = chain_case(3, 2, forward_us=0.0)
     partition = partition_from_layers({"language": [[1, 1, 1]]}, 3)
     table = build_task_table(make_graph(problem, partition))
-    done = simulate_order(table, order_one_f_one_b(table)).completion_order
+    tasks = simulate_order(table, order_one_f_one_b(table)).completion_order
+    done = decode_tasks(table.graph, tasks)
     for before, after in (("0F0", "1F0"), ("2F0", "2B0"), ("2B1", "1B1"), ("1B1", "0B1")):
         assert done.index(Action.parse(before)) < done.index(Action.parse(after))
 
@@ -223,9 +226,11 @@ def test_completion_order_respects_dependencies_of_work_that_takes_no_time():
 def test_an_order_given_as_numbers_is_the_order_given_as_actions(case):
     table = build_task_table(make_graph(*case))
     for split in (False, True):
-        order = order_dual_queue(table, default_priority(table), split_backward=split)
-        numbers = encode_order(table, order)
-        assert decode_order(table, numbers) == order
+        numbers = order_dual_queue(table, default_priority(table), split_backward=split)
+        order = decode_order(table, numbers)
+        encoded = encode_order(table, order)
+        assert encoded.task.tolist() == numbers.task.tolist()
+        assert encoded.first.tolist() == numbers.first.tolist()
         given, decoded = simulate_order(table, numbers), simulate_order(table, order)
         assert given.timelines == decoded.timelines
         assert given.peak_bytes == decoded.peak_bytes

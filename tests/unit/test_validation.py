@@ -10,7 +10,7 @@ from planning_cases import cases, chain_case, encoder_case
 from megatron_dip.errors import PlanDeadlockError, PlanError, PlanMemoryError
 from megatron_dip.partition import partition_from_layers
 from megatron_dip.plan import Action, Plan, Recompute, parse_actions
-from megatron_dip.plan.validation import check_memory, check_progress, validate_plan
+from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner import make_plan
 from megatron_dip.simulator import simulate
 
@@ -85,6 +85,8 @@ MUTATIONS = {
         r"stages \[1, 3\] \(expected \[3, 1\]",
     ),
     "reduce of a foreign rank": (lambda r: r[0].append("3REDUCE_GRAD"), "belongs to rank 1"),
+    "number too large": (lambda r: r[0].insert(0, f"0F{2**64}"), "beyond 64 bits"),
+    "reduce twice": (lambda r: r[0].append("0REDUCE_GRAD"), "0REDUCE_GRAD comes twice"),
     "rank missing": (lambda r: r.pop(), r"1 ranks \(expected 2\)"),
 }
 
@@ -121,13 +123,14 @@ def test_receive_before_its_send_is_reported_with_blocked_heads():
 
 
 def test_two_sends_that_wait_for_each_other_are_a_deadlock():
-    crossed = (
-        parse_actions("0SEND_F0>1 0RECV_B1<1"),
-        parse_actions("1SEND_B1>0 1RECV_F0<0"),
-    )
-    with pytest.raises(PlanDeadlockError, match="rank 0: 0SEND_F0>1, rank 1: 1SEND_B1>0"):
-        check_progress(crossed)
-    check_progress((crossed[0], crossed[1][::-1]))
+    plan = make_plan(*chain_case(2, 2))
+    rank_0 = "0F0 0SEND_F0>1 0F1 0SEND_F1>1 0RECV_B0<1 0B0 0RECV_B1<1 0B1 0REDUCE_GRAD"
+    rank_1 = "1RECV_F0<0 1F0 1B0 1RECV_F1<0 1SEND_B0>0 1F1 1B1 1SEND_B1>0 1REDUCE_GRAD"
+    validate_plan(with_lines(plan, [rank_0.split(), rank_1.split()]))
+    crossed = rank_1.split()
+    swap(crossed, "1RECV_F1<0", "1SEND_B0>0")
+    with pytest.raises(PlanDeadlockError, match="rank 0: 0SEND_F1>1, rank 1: 1SEND_B0>0"):
+        validate_plan(with_lines(plan, [rank_0.split(), crossed]))
 
 
 def test_order_inside_a_rank_counts_where_nothing_is_sent():
