@@ -2,15 +2,27 @@
 
 from megatron_dip.planner.baselines.cuts import StaticCuts
 from megatron_dip.planner.baselines.flat_chain import FlatChain, StaticCut
+from megatron_dip.planner.baselines.registry import (
+    Baseline,
+    BaselineCase,
+    BaselineResult,
+    baselines,
+    run_baseline,
+)
 from megatron_dip.planner.baselines.static import StaticRun, StaticSimulator, run_within_memory
 from megatron_dip.planner.baselines.zero_bubble import run_zero_bubble
 
 __all__ = [
+    "Baseline",
+    "BaselineCase",
+    "BaselineResult",
     "FlatChain",
     "StaticCut",
     "StaticCuts",
     "StaticRun",
     "StaticSimulator",
+    "baselines",
+    "run_baseline",
     "run_within_memory",
     "run_zero_bubble",
 ]

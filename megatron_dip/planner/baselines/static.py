@@ -62,6 +62,12 @@ class StaticRun:
         return tuple(float(lengths[tasks].sum()) for tasks in self._lines())
 
     @property
+    def idle(self) -> tuple[float, ...]:
+        """Per rank, the part of the makespan without computing; zero if that is zero."""
+        makespan_us = self.makespan_us
+        return tuple(1.0 - busy / makespan_us if makespan_us else 0.0 for busy in self.busy_us)
+
+    @property
     def keeps_memory_limit(self) -> bool:
         limits = self.chain.problem.memory_limit_bytes
         return all(peak <= limit for peak, limit in zip(self.peak_bytes, limits, strict=True))
