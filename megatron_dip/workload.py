@@ -7,7 +7,7 @@ Times are microseconds per layer and item; bytes are per layer and item.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -200,6 +200,12 @@ class Problem(Form):
         if item.needs is not None and upstream in item.needs:
             return frozenset(item.needs[upstream])
         return frozenset(other.item for other in self.items(upstream, microbatch))
+
+    def keeps_memory_limit(self, peak_bytes: Sequence[int]) -> bool:
+        """Whether every rank's peak, weights included, is within its limit."""
+        return all(
+            peak <= limit for peak, limit in zip(peak_bytes, self.memory_limit_bytes, strict=True)
+        )
 
     def batch_digest(self) -> str:
         """SHA-256 of the items without their costs: equal where two ranks read the same batch."""

@@ -5,26 +5,21 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
+from megatron_dip.cli.comparison import Row, print_rows
 from megatron_dip.cli.output import write_file
 from megatron_dip.cli.rehearse import rehearse_plan
+from megatron_dip.cli.simulate import simulate_plans
 from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_profile
 from megatron_dip.errors import ConfigError, DipError
 from megatron_dip.mixtures import built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.partition import load_partition
-from megatron_dip.plan.plan import Plan, load_plan, save_plan
+from megatron_dip.plan.plan import load_plan, save_plan
 from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner.planner import Algorithm, make_plan
 from megatron_dip.planner.search import Search
-from megatron_dip.simulator.bounds import lower_bound_us, useful_work_us
-from megatron_dip.simulator.chrome_trace import write_chrome_trace
-from megatron_dip.simulator.picture import write_picture
-from megatron_dip.simulator.simulate import Simulation, simulate
-from megatron_dip.simulator.tasks import build_task_table
-from megatron_dip.simulator.timeline import plan_panel, write_timeline
+from megatron_dip.simulator.simulate import simulate
 from megatron_dip.workload import load_problem
 
 __all__ = ["app", "main"]
@@ -143,7 +138,7 @@ def plan(
         seed=seed,
     )
     write_file(output, lambda: save_plan(made, output))
-    _print_table([(str(output), made, simulate(made))])
+    print_rows([Row.of_plan(str(output), made, simulate(made))])
 
 
 @app.command()
@@ -159,31 +154,7 @@ def validate(plans: PlanFiles) -> None:
         typer.echo(f"{path}: ok ({sum(map(len, loaded.actions))} actions)")
 
 
-@app.command("simulate")
-def simulate_plans(
-    plans: PlanFiles,
-    html: Annotated[Path | None, typer.Option(help="Timeline (HTML, needs no network).")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Still picture (SVG).")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Chrome trace (JSON).")] = None,
-) -> None:
-    """Compare plans: time, ratio to the lower bound, utilisation, idle time and memory."""
-    runs = []
-    for path in plans:
-        loaded = load_plan(path)
-        validate_plan(loaded)
-        runs.append((path.stem, loaded, simulate(loaded)))
-    _print_table(runs)
-    panels = [plan_panel(loaded, name, simulation) for name, loaded, simulation in runs]
-    if html is not None:
-        write_file(
-            html, lambda: write_timeline(html, ", ".join(path.stem for path in plans), panels)
-        )
-    if svg is not None:
-        write_file(svg, lambda: write_picture(svg, panels))
-    if trace is not None:
-        write_file(trace, lambda: write_chrome_trace(trace, panels))
-
-
+app.command("simulate")(simulate_plans)
 app.command("rehearse")(rehearse_plan)
 
 
@@ -195,25 +166,6 @@ def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:
             raise ConfigError(f"--max-tokens {entry!r} (expected MODULE=TOKENS, e.g. vision=4096)")
         limits[module] = int(tokens)
     return limits
-
-
-def _print_table(runs: list[tuple[str, Plan, Simulation]]) -> None:
-    table = Table("plan", "time", "of bound", "utilisation", "idle per rank", "peak memory")
-    for name, loaded, simulation in runs:
-        bound_us = lower_bound_us(
-            build_task_table(loaded.graph), split_backward=simulation.has_split_backward
-        )
-        makespan_us = simulation.makespan_us
-        useful = useful_work_us(loaded.problem) / loaded.problem.num_ranks
-        table.add_row(
-            name,
-            f"{makespan_us / 1000:.1f} ms",
-            f"{makespan_us / bound_us:.3f}" if bound_us else "-",
-            f"{useful / makespan_us:.1%}" if makespan_us else "-",
-            " ".join(f"{idle:.1%}" for idle in simulation.bubble_fraction),
-            f"{max(simulation.peak_bytes) / 1e9:.2f} GB",
-        )
-    Console().print(table)
 
 
 def main() -> None:

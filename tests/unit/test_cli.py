@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from planning_cases import encoder_case
+from planning_cases import chain_case, encoder_case
 from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
@@ -62,6 +62,53 @@ def test_simulate_prints_a_row_per_plan_and_writes_the_timeline(files):
     assert result.exit_code == 0, result.output
     assert result.output.count("GB") == 2
     assert "canvas" in (files / "t.html").read_text()
+
+
+def test_simulate_puts_baselines_beside_plans_everywhere(files):
+    options = ("--baseline", "1f1b", "--baseline", "encoder-in-bubbles", "--text")
+    pictures = ("--html", files / "t.html", "--svg", files / "t.svg", "--trace", files / "t.json")
+    fit = ("--fit", files / "problem.json", "--text-file", files / "t.txt")
+    result = run("simulate", files / "made.json", *options, *pictures, *fit)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("GB") == 3
+    text = (files / "t.txt").read_text()
+    assert "forward/backward: V/v vision, L/l language" in result.output
+    for name in ("made", "1f1b: Megatron's 1F1B, best cut", "encoder-in-bubbles: encoder in"):
+        assert name in text
+        assert name.replace("'", "&#x27;") in (files / "t.svg").read_text()
+        assert name in (files / "t.json").read_text()
+        assert name in (files / "t.html").read_text()
+
+
+def test_static_baselines_come_once_for_plans_of_one_batch_and_others_once_per_plan(files):
+    (files / "other.json").write_text((files / "made.json").read_text())
+    options = ("--baseline", "1f1b", "--baseline", "nested-encoder", "--text-file", files / "t.txt")
+    result = run("simulate", files / "made.json", files / "other.json", *options)
+    assert result.exit_code == 0, result.output
+    text = (files / "t.txt").read_text()
+    assert text.count("1f1b: ") == 1
+    assert text.count("nested-encoder for made: ") == text.count("nested-encoder for other: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--baseline", "2f2b"), "no baseline '2f2b' (expected one of 1f1b,"),
+        (("--baseline", "1f1b", "--fit", "chain.json"), "do not fit a problem with vision"),
+        (("--baseline", "1f1b", "--fit", "nowhere.json"), "nowhere.json: cannot be read"),
+        (("--baseline", "interleaved-stock"), "baseline interleaved-stock: 2 layers on 2 ranks"),
+        (("--fit", "chain.json"), "--fit without --baseline"),
+    ],
+)
+def test_baselines_that_cannot_be_are_one_line_and_exit_code_2(
+    files, options, message, monkeypatch
+):
+    monkeypatch.chdir(files)
+    (files / "chain.json").write_text(chain_case(2, 2)[0].model_dump_json())
+    result = run("simulate", "made.json", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from megatron_dip.planner.baselines.registry import (
     BaselineCase,
     BaselineResult,
     baselines,
-    run_baseline,
+    find_baseline,
 )
 from megatron_dip.planner.baselines.static import StaticRun, StaticSimulator, run_within_memory
 from megatron_dip.planner.baselines.zero_bubble import run_zero_bubble
@@ -22,7 +22,7 @@ __all__ = [
     "StaticRun",
     "StaticSimulator",
     "baselines",
-    "run_baseline",
+    "find_baseline",
     "run_within_memory",
     "run_zero_bubble",
 ]

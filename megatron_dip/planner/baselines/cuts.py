@@ -59,8 +59,8 @@ class StaticCuts:
         expected, given = _model(self._first), _model(problem)
         if given != expected:
             raise ProblemError(
-                f"static cuts are fitted on problems with {expected}, which does not fit a problem "
-                f"with {given} (expected the same modules, layers and ranks)"
+                f"static cuts fitted on problems with {expected} do not fit a problem with {given} "
+                f"(expected the same modules, layers and ranks)"
             )
 
     @cached_property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Self
 
-from megatron_dip.errors import ConfigError, DipError
+from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import Partition
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.plan.plan import Plan
@@ -30,7 +30,7 @@ from megatron_dip.simulator.tasks import TaskTable, build_task_table
 from megatron_dip.simulator.timeline import Panel, plan_panel
 from megatron_dip.workload import Problem, SubMicrobatch
 
-__all__ = ["Baseline", "BaselineCase", "BaselineResult", "baselines", "run_baseline"]
+__all__ = ["Baseline", "BaselineCase", "BaselineResult", "baselines", "find_baseline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,7 @@ class BaselineResult:
 
     @property
     def keeps_memory_limit(self) -> bool:
-        limits = self.problem.memory_limit_bytes
-        return all(peak <= limit for peak, limit in zip(self.peak_bytes, limits, strict=True))
+        return self.problem.keeps_memory_limit(self.peak_bytes)
 
 
 class Baseline(NamedTuple):
@@ -109,7 +108,18 @@ class Baseline(NamedTuple):
     summary: str
     runs_on_stages: bool
     """False where the partition and the sub-microbatches of the case make no difference."""
-    run: Callable[[BaselineCase], BaselineResult]
+    make: Callable[[BaselineCase], BaselineResult]
+
+    def run(self, case: BaselineCase) -> BaselineResult:
+        """Run on ``case``.
+
+        Raises:
+            InfeasibleError: The baseline cannot run this batch; the message says which and why.
+        """
+        try:
+            return self.make(case)
+        except InfeasibleError as error:
+            raise InfeasibleError(f"baseline {self.name}: {error}") from error
 
 
 def baselines() -> tuple[Baseline, ...]:
@@ -148,20 +158,16 @@ def baselines() -> tuple[Baseline, ...]:
     )
 
 
-def run_baseline(name: str, case: BaselineCase) -> BaselineResult:
-    """Run the baseline ``name``.
+def find_baseline(name: str) -> Baseline:
+    """The baseline ``name``.
 
     Raises:
-        ConfigError: There is no baseline of this name.
-        InfeasibleError: The baseline cannot run this batch; the message says why.
+        ConfigError: There is none of this name.
     """
     by_name = {baseline.name: baseline for baseline in baselines()}
     if name not in by_name:
         raise ConfigError(f"no baseline {name!r} (expected one of {', '.join(by_name)})")
-    try:
-        return by_name[name].run(case)
-    except DipError as error:
-        raise type(error)(f"baseline {name}: {error}") from error
+    return by_name[name]
 
 
 def _simulate_static(chain: FlatChain, cut: StaticCut) -> StaticRun:

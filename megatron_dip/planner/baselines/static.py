@@ -69,8 +69,7 @@ class StaticRun:
 
     @property
     def keeps_memory_limit(self) -> bool:
-        limits = self.chain.problem.memory_limit_bytes
-        return all(peak <= limit for peak, limit in zip(self.peak_bytes, limits, strict=True))
+        return self.chain.problem.keeps_memory_limit(self.peak_bytes)
 
     def panel(self, title: str) -> Panel:
         """The schedule as a timeline; a task of several modules is a bar for each of them."""
