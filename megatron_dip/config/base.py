@@ -47,6 +47,9 @@ class ModuleSchedule(Form):
 class CostConfig(Form):
     """Rates of the machine that the planner assumes; only their proportions shape a schedule."""
 
+    profile: Path | None = None
+    """Measured times of layers, as ``megatron-dip profile`` writes them; the rates of operations
+    below are then not used."""
     flops_per_us: PositiveNumber = 4.0e8
     """Floating-point operations per microsecond that one rank achieves."""
     layer_overhead_us: Annotated[float, Field(ge=0)] = 60.0

@@ -9,6 +9,7 @@ import yaml
 from megatron_dip.config.base import DipConfig
 from megatron_dip.config.vlm import VlmConfig
 from megatron_dip.errors import ConfigError
+from megatron_dip.forms import Form
 
 __all__ = ["DEFAULT_FAMILY", "FAMILIES", "load_config"]
 
@@ -40,9 +41,17 @@ def load_config(path: str | Path) -> DipConfig:
         raise ConfigError(f"{path}: family: {family!r} (expected one of {sorted(FAMILIES)})")
     config = FAMILIES[family].parse(data, ConfigError, str(path))
     folder = path.resolve().parent
-    resolved = {
+    data_form = _resolved(config.data, folder)
+    costs = _resolved(config.schedule.costs, folder)
+    schedule = config.schedule.model_copy(update={"costs": costs})
+    return config.model_copy(update={"data": data_form, "schedule": schedule})
+
+
+def _resolved[FormT: Form](form: FormT, folder: Path) -> FormT:
+    """``form`` with its relative paths starting at ``folder``."""
+    paths = {
         name: folder / value
-        for name, value in config.data
+        for name, value in form
         if isinstance(value, Path) and not value.is_absolute()
     }
-    return config.model_copy(update={"data": config.data.model_copy(update=resolved)})
+    return form.model_copy(update=paths)

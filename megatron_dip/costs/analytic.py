@@ -37,6 +37,15 @@ class LayerTimes(Protocol):
         """One item in one layer."""
         ...
 
+    def recompute_us(self, module: ModuleShape, size: ItemSize) -> float | None:
+        """One item in one layer, forward again in its backward; None: as long as its forward."""
+        ...
+
+    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: str) -> int | None:
+        """Bytes that one item leaves for its backward in a ``part``: one layer (``linear``),
+        ``first_extra`` or ``last_extra``; None: the memory model's."""
+        ...
+
     def first_extra(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
         """One item in what sits before the first layer."""
         ...
@@ -93,6 +102,14 @@ class AnalyticTimes:
     def layer(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
         """One item in one layer."""
         return self._times(layer_operations, module, size)
+
+    def recompute_us(self, module: ModuleShape, size: ItemSize) -> float | None:
+        """As long as the forward."""
+        return None
+
+    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: str) -> int | None:
+        """Left to the memory model."""
+        return None
 
     def first_extra(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
         """One item in what sits before the first layer."""

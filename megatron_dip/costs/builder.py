@@ -98,13 +98,16 @@ class ProblemBuilder:
         )
         if not passes_on:
             first = first._replace(input_grad_us=0.0)
+        measured = self.times.activation_bytes(module, size, "linear")
+        stored = self.memory.activation_bytes(module, size) if measured is None else measured
         return Item(
             item=number,
             tokens=size.tokens,
             forward_us=layer.forward_us,
+            recompute_us=self.times.recompute_us(module, size) if has_backward else None,
             input_grad_us=layer.input_grad_us,
             weight_grad_us=layer.weight_grad_us,
-            activation_bytes=self.memory.activation_bytes(module, size) if has_backward else 0,
+            activation_bytes=stored if has_backward else 0,
             boundary_bytes=self.memory.boundary_bytes(module, size),
             first_extra_forward_us=first.forward_us,
             first_extra_input_grad_us=first.input_grad_us,

@@ -12,7 +12,7 @@ from megatron_dip.costs.builder import ProblemBuilder
 from megatron_dip.costs.devices import Device, device_preset
 from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.memory import MemoryModel
-from megatron_dip.costs.profile import Profile, ProfiledTimes
+from megatron_dip.costs.profile import Profile, ProfiledTimes, load_profile
 from megatron_dip.costs.shapes import ModelShape, ModuleShape, read_yaml
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
@@ -175,13 +175,21 @@ def _check_division(module: ModuleShape, tensor: int) -> None:
 def config_builder(
     config: DipConfig, *, is_fp32: bool, num_tensor_ranks: int = 1, sequence_parallel: bool = False
 ) -> ProblemBuilder:
-    """Problems of a run, at the constant rates that its configuration states."""
+    """Problems of a run: at the times of ``schedule.costs.profile``, or at constant rates.
+
+    Raises:
+        ConfigError: The profile cannot be read, or was measured at other shapes or precision.
+    """
     schedule = config.schedule
     parallel = Parallelism(tensor=num_tensor_ranks, sequence_parallel=sequence_parallel)
     memory = MemoryModel(parallel=parallel, is_fp32=is_fp32)
-    return ProblemBuilder(
-        model=config.model_shape(),
-        times=AnalyticTimes(
+    times: LayerTimes
+    if schedule.costs.profile is not None:
+        profile = load_profile(schedule.costs.profile)
+        _check_precision(profile, is_fp32)
+        times = ProfiledTimes.for_model(profile, config.model_shape(), parallel)
+    else:
+        times = AnalyticTimes(
             device=_config_device(schedule.costs, schedule.costs.flops_per_us),
             module_devices={
                 name: _config_device(schedule.costs, module.flops_per_us)
@@ -192,7 +200,10 @@ def config_builder(
             bytes_per_value=memory.bytes_per_value,
             tensor_link_bytes_per_us=math.inf,
             ring_link_bytes_per_us=math.inf,
-        ),
+        )
+    return ProblemBuilder(
+        model=config.model_shape(),
+        times=times,
         memory=memory,
         num_ranks=schedule.num_ranks,
         memory_limit_bytes=int(schedule.memory_limit_gib * _GIB),
@@ -201,6 +212,15 @@ def config_builder(
             bytes_per_us=schedule.costs.transfer_bytes_per_us,
         ),
     )
+
+
+def _check_precision(profile: Profile, is_fp32: bool) -> None:
+    wanted = "fp32" if is_fp32 else "bf16"
+    if profile.precision not in (None, wanted):
+        raise ConfigError(
+            f"profile: precision is {profile.precision}, but the run is in {wanted} "
+            "(measure again with --precision)"
+        )
 
 
 def _config_device(costs: CostConfig, flops_per_us: float) -> Device:

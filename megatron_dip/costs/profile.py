@@ -43,6 +43,11 @@ class MeasuredPoint(Form):
     forward_us: Time
     input_grad_us: Time
     weight_grad_us: Time
+    recompute_us: Time | None = None
+    """Of ``linear``: forward again during backward; ``forward_us`` where not given."""
+    activation_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Of ``linear`` (attention included) and extras: kept from forward to backward; computed from
+    the shape where not given."""
 
 
 Curve = Annotated[tuple[MeasuredPoint, ...], Field(min_length=1)]
@@ -79,6 +84,8 @@ class Profile(Form):
     format: Literal["megatron-dip/profile"] = "megatron-dip/profile"
     version: Literal[1] = 1
     device: Annotated[str, Field(min_length=1)]
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of weights and activations; not checked where not given."""
     parallel: Parallelism = Parallelism()
     modules: dict[str, MeasuredModule]
 
@@ -93,37 +100,42 @@ def load_profile(path: str | Path) -> Profile:
 
 
 class _Curve:
-    """Monotone piecewise linear interpolation of all three phases."""
+    """Monotone piecewise linear interpolation of everything that was measured."""
 
     def __init__(self, where: str, points: tuple[MeasuredPoint, ...]) -> None:
         self._where = where
         self._sizes = [point.size for point in points]
-        self._phases = [
-            list(accumulate((getattr(point, name) for point in points), max))
-            for name in PhaseTimes._fields
-        ]
+        self._values = {
+            name: list(accumulate((getattr(point, name) for point in points), max))
+            for name in MeasuredPoint.model_fields
+            if all(getattr(point, name) is not None for point in points)
+        }
 
-    def at(self, size: int) -> PhaseTimes:
+    def has(self, name: str) -> bool:
+        """Whether every point has a value of this name."""
+        return name in self._values
+
+    def times(self, size: int) -> PhaseTimes:
         """Times at ``size``; nothing takes no time."""
+        return PhaseTimes(*(self.at(name, size) for name in PhaseTimes._fields))
+
+    def at(self, name: str, size: int) -> float:
+        """One value at ``size``."""
         if size == 0:
-            return PhaseTimes(0.0, 0.0, 0.0)
+            return 0.0
         low, high = self._sizes[0], self._sizes[-1]
         if not low <= size <= high:
             raise ConfigError(
                 f"{self._where}: size {size} lies outside the measured range {low} to {high} "
                 "(measure more sizes)"
             )
+        values = self._values[name]
         right = bisect_left(self._sizes, size)
         if self._sizes[right] == size:
-            return PhaseTimes(*(values[right] for values in self._phases))
+            return float(values[right])
         before, after = self._sizes[right - 1], self._sizes[right]
         share = (size - before) / (after - before)
-        return PhaseTimes(
-            *(
-                values[right - 1] + share * (values[right] - values[right - 1])
-                for values in self._phases
-            )
-        )
+        return float(values[right - 1] + share * (values[right] - values[right - 1]))
 
 
 @dataclass(frozen=True)
@@ -174,13 +186,28 @@ class ProfiledTimes:
             ConfigError: Its tokens or a span lie outside the measured range.
         """
         overhead = self.overhead_us(module)
-        linear = self._curves[module.name, "linear"].at(size.tokens)
-        spans = [self._curves[module.name, "attention"].at(span) for span in size.spans]
+        linear = self._curves[module.name, "linear"].times(size.tokens)
+        spans = [self._curves[module.name, "attention"].times(span) for span in size.spans]
         return PhaseTimes(
             max(0.0, linear.forward_us - overhead) + sum(span.forward_us for span in spans),
             max(0.0, linear.input_grad_us - overhead) + sum(span.input_grad_us for span in spans),
             linear.weight_grad_us,
         )
+
+    def recompute_us(self, module: ModuleShape, size: ItemSize) -> float | None:
+        """One item in one layer, forward again; None where that was not measured."""
+        linear, attention = (self._curves[module.name, part] for part in ("linear", "attention"))
+        if not linear.has("recompute_us"):
+            return None
+        again = max(0.0, linear.at("recompute_us", size.tokens) - self.overhead_us(module))
+        return again + sum(attention.at("forward_us", span) for span in size.spans)
+
+    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: str) -> int | None:
+        """Kept by one item in one layer (``linear``) or in an extra; None if not measured."""
+        curve = self._curves.get((module.name, part))
+        if curve is None or not curve.has("activation_bytes"):
+            return None
+        return round(curve.at("activation_bytes", size.tokens))
 
     def first_extra(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
         """One item in what sits before the first layer."""
@@ -192,7 +219,7 @@ class ProfiledTimes:
 
     def _extra(self, module: ModuleShape, part: str, size: ItemSize) -> PhaseTimes:
         curve = self._curves.get((module.name, part))
-        return PhaseTimes(0.0, 0.0, 0.0) if curve is None else curve.at(size.tokens)
+        return PhaseTimes(0.0, 0.0, 0.0) if curve is None else curve.times(size.tokens)
 
 
 def _check_shape(measured: MeasuredModule, module: ModuleShape) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dip.errors import DipError
+from megatron_dip.local_ranks import Done, Failed
 from megatron_dip.partition import Stage
 from megatron_dip.plan import ActionType
 from megatron_dip.rehearsal.results import RankRun, RankTask, RehearsedSpan
@@ -44,13 +45,13 @@ _START_DELAY_US = 20_000.0
 _PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
 
 
-def run_rank(task: RankTask, results: Connection) -> None:
-    """Run the plan and send a list of :class:`RankRun`, or the text of an error."""
+def run_rank(task: RankTask, messages: Connection) -> None:
+    """Run the plan and send a list of :class:`RankRun`; see ``megatron_dip.local_ranks``."""
     _prepare_process()
     try:
-        results.send(_run(task))
+        messages.send(Done(_run(task)))
     except (DipError, RuntimeError) as error:
-        results.send(f"{error}")
+        messages.send(Failed(str(error)))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.config import DipConfig
-from megatron_dip.data import Microbatch
+from megatron_dip.data import Microbatch, StageData
 from megatron_dip.models.initialization import initialize_parameters
 from megatron_dip.models.stage import StageModule
 from megatron_dip.runtime import BoundaryRules
@@ -82,6 +82,15 @@ class ModelFamily[ConfigT: DipConfig](ABC):
     @abstractmethod
     def stage_factory(self, config: ConfigT, base: TransformerConfig, seed: int) -> StageFactory:
         """What builds the stages; ``base`` is Megatron's configuration of the run."""
+
+    @abstractmethod
+    def item_tokens(self, config: ConfigT, module: str) -> range:
+        """Tokens that one item of a module can have in training."""
+
+    @abstractmethod
+    def measured_data(self, config: ConfigT, module: str, num_tokens: int) -> StageData:
+        """One item of a module as its stages read it, of one span and without meaning: what is
+        measured of a stage depends on sizes alone."""
 
     @abstractmethod
     def data_sets(

@@ -6,6 +6,7 @@ language layers on the first rank, and a run of language layers on every other.
 
 from collections.abc import Sequence
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from megatron.training import get_args
 from megatron_dip.config import VlmConfig
 from megatron_dip.data import (
     DataSettings,
+    LanguageBatch,
     PackingOptions,
+    VisionBatch,
     VlmDataset,
     VlmWholeBatch,
     build_index,
@@ -217,6 +220,38 @@ class VlmFamily(ModelFamily[VlmConfig]):
     def stage_factory(self, config: VlmConfig, base: TransformerConfig, seed: int) -> VlmStages:
         """See :class:`ModelFamily`."""
         return VlmStages(config, base, seed)
+
+    def item_tokens(self, config: VlmConfig, module: str) -> range:
+        """Patches of an image, in groups that are merged; tokens of a sequence."""
+        if module == "vision":
+            largest = PATCHES_PER_TOKEN * config.data.max_image_tokens
+            return range(PATCHES_PER_TOKEN, largest + 1, PATCHES_PER_TOKEN)
+        return range(1, config.model.language.seq_length + 1)
+
+    def measured_data(
+        self, config: VlmConfig, module: str, num_tokens: int
+    ) -> VisionBatch | LanguageBatch:
+        """One image, near to a square, or one sequence without images."""
+        if module == "vision":
+            groups = num_tokens // PATCHES_PER_TOKEN
+            rows = max(n for n in range(1, isqrt(groups) + 1) if groups % n == 0)
+            return VisionBatch(
+                patches=torch.zeros(num_tokens, 3 * config.model.vision.patch_size**2),
+                grids=((2 * rows, 2 * groups // rows),),
+                items=(0,),
+            )
+        zeros = torch.zeros(num_tokens, dtype=torch.int64)
+        return LanguageBatch(
+            tokens=zeros,
+            labels=zeros,
+            position_ids=torch.arange(num_tokens),
+            loss_mask=torch.ones(num_tokens),
+            span_lengths=(num_tokens,),
+            image_rows=torch.zeros(0, dtype=torch.int64),
+            images=(),
+            items=(0,),
+            num_loss_tokens=num_tokens,
+        )
 
     def data_sets(
         self, config: VlmConfig, num_samples: Sequence[int]

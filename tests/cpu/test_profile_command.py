@@ -1,0 +1,100 @@
+"""Measured profiles: from a configuration to the times that plans are made from."""
+
+import pytest
+import torch
+import yaml
+from tiny_vlm import write_config
+from typer.testing import CliRunner
+
+from megatron_dip.cli.main import app
+from megatron_dip.config import load_config
+from megatron_dip.costs import ItemSize, config_builder, load_profile
+from megatron_dip.errors import ConfigError
+from megatron_dip.runtime.measure import StoredBytes, measure_call
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["profile", *map(str, arguments)])
+
+
+def test_a_profile_of_every_module_is_measured_and_planned_from(tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", tmp_path, num_ranks=2)
+    done = run(config, "-o", tmp_path / "p.json", "--device", "cpu", "--points", 3,
+               "--time-limit", 6)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    profile = load_profile(tmp_path / "p.json")
+    assert profile.precision == "fp32"
+    assert set(profile.modules) == {"vision", "language"}
+    for module in profile.modules.values():
+        smallest, largest = module.linear[0], module.linear[-1]
+        assert largest.forward_us > smallest.forward_us > 0
+        assert largest.weight_grad_us > 0 and largest.recompute_us > 0
+        per_token = smallest.activation_bytes / smallest.size
+        assert largest.activation_bytes == per_token * largest.size
+
+    data = yaml.safe_load(config.read_text())
+    data["schedule"]["costs"] = {"profile": "p.json"}
+    config.write_text(yaml.safe_dump(data))
+    builder = config_builder(load_config(config), is_fp32=True)
+    size = ItemSize(tokens=48, spans=(48,))
+    item = builder.build([{"vision": [size], "language": [size]}]).items("vision", 0)[0]
+    vision = profile.modules["vision"]
+    at_48, core_at_48 = vision.linear[-1], vision.attention[-1]
+    assert at_48.size == 48
+    expected = at_48.forward_us - vision.overhead_us + core_at_48.forward_us
+    assert item.forward_us == pytest.approx(expected)
+    assert item.activation_bytes == at_48.activation_bytes
+    with pytest.raises(ConfigError, match="precision is fp32, but the run is in bf16"):
+        config_builder(load_config(config), is_fp32=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--points", "1"), "--points 1: expected at least 2"),
+        (("--repetitions", "0"), "--repetitions 0: expected a number above 0"),
+        (("--sequence-parallel",), "--sequence-parallel: expected --tensor-parallel above 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_starts(tmp_path, options, message):
+    config = write_config(tmp_path / "tiny.yaml", tmp_path, num_ranks=2)
+    done = run(config, "-o", tmp_path / "p.json", "--device", "cpu", *options)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    config = write_config(tmp_path / "tiny.yaml", tmp_path, num_ranks=2)
+    done = run(config, "-o", tmp_path / "p.json")
+    assert done.exit_code == 2
+    assert "this machine has 0 GPUs, 1 needed (--device cpu" in done.output
+
+
+def test_kept_bytes_count_every_memory_once_until_its_backward():
+    weight = torch.ones(8, 8, requires_grad=True)
+    inputs = torch.ones(4, 8, requires_grad=True)
+    counter = StoredBytes([weight])
+    with counter.counting():
+        # exp keeps its result, which the product keeps as well; the weight is a parameter.
+        output = (inputs.exp() @ weight).sum()
+    assert counter.held == counter.peak == 4 * 8 * 4
+    output.backward()
+    assert (counter.held, counter.peak) == (0, 4 * 8 * 4)
+
+
+def test_backward_of_inputs_alone_is_told_from_that_of_weights():
+    weight = torch.randn(512, 512, requires_grad=True)
+    inputs = torch.randn(512, 512, requires_grad=True)
+    times = measure_call(
+        lambda: inputs @ weight,
+        inputs=[inputs],
+        parameters=[weight],
+        device=torch.device("cpu"),
+        repetitions=9,
+        seconds=2.0,
+    )
+    assert times.input_grad_us == pytest.approx(times.forward_us, rel=0.7)
+    assert times.weight_grad_us == pytest.approx(times.forward_us, rel=0.7)
+    assert weight.requires_grad
