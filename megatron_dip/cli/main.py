@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from megatron_dip.cli.comparison import Row, print_rows
 from megatron_dip.cli.output import write_file
+from megatron_dip.cli.partition import make_partition
 from megatron_dip.cli.profile import measure_layers
 from megatron_dip.cli.rehearse import rehearse_plan
 from megatron_dip.cli.simulate import simulate_plans
@@ -155,6 +156,7 @@ def validate(plans: PlanFiles) -> None:
         typer.echo(f"{path}: ok ({sum(map(len, loaded.actions))} actions)")
 
 
+app.command("partition")(make_partition)
 app.command("simulate")(simulate_plans)
 app.command("profile")(measure_layers)
 app.command("rehearse")(rehearse_plan)

@@ -1,0 +1,81 @@
+"""``megatron-dip partition``: choose a cut and sub-microbatch sizes from sample batches."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from megatron_dip.cli.output import write_file
+from megatron_dip.partition import Partition
+from megatron_dip.partition.choose import ChosenPartition, choose_partition
+from megatron_dip.workload import load_problem
+
+__all__ = ["make_partition"]
+
+
+def make_partition(
+    problem: Annotated[
+        list[Path], typer.Option(help="Sample batch (JSON) of the model; may be repeated.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the partition goes (JSON).")
+    ],
+    split_backward: Annotated[
+        bool, typer.Option("--split-backward", help="Batches will be planned with it.")
+    ] = False,
+    evaluations: Annotated[
+        int, typer.Option(help="Schedules that are made to judge a cut on one sample.")
+    ] = 48,
+    changes: Annotated[
+        int, typer.Option(help="Changes of the best cut that are tried; 0 for even cuts only.")
+    ] = 400,
+) -> None:
+    """Choose segments, layers and sub-microbatch sizes for batches like the samples."""
+    samples = [load_problem(path) for path in problem]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("cuts"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("judging", total=None)
+        chosen = choose_partition(
+            samples,
+            split_backward=split_backward,
+            evaluations=evaluations,
+            max_changes=changes,
+            progress=lambda step, done, most: bar.update(
+                task, description=step, completed=done, total=most
+            ),
+        )
+    write_file(output, lambda: output.write_text(chosen.partition.model_dump_json() + "\n"))
+    _print(chosen)
+
+
+def _print(chosen: ChosenPartition) -> None:
+    table = Table("module", "segments", "layers per segment and rank", "tokens at most")
+    for name, layers in _layers(chosen.partition).items():
+        rows = "\n".join(" ".join(map(str, row)) for row in layers)
+        size = chosen.partition.sub_microbatch_tokens.get(name)
+        table.add_row(name, str(len(layers)), rows, "not split" if size is None else str(size))
+    Console().print(table)
+    typer.echo(
+        f"useful work on the samples: {chosen.utilisation:.1%} of the ranks' time "
+        f"(best of {chosen.num_judged} cuts)"
+    )
+
+
+def _layers(partition: Partition) -> dict[str, list[list[int]]]:
+    """Layers per module, segment and rank; 0 where a segment goes past a rank."""
+    num_ranks = 1 + max(stage.rank for stage in partition.stages)
+    layers: dict[str, list[list[int]]] = {}
+    for name, chain in partition.chains.items():
+        layers[name] = [[0] * num_ranks for _ in range(chain[-1].segment + 1)]
+        for stage in chain:
+            layers[name][stage.segment][stage.rank] = stage.num_layers
+    return layers

@@ -1,0 +1,158 @@
+"""The partitioner: what it chooses on batches whose best cut is known."""
+
+import itertools
+
+import pytest
+from planning_cases import MODULE_GRAPHS, chain_case, encoder_case, make_item, make_problem
+from typer.testing import CliRunner
+
+from megatron_dip.cli.main import app
+from megatron_dip.errors import ConfigError, InfeasibleError, PartitionError
+from megatron_dip.partition import load_partition, partition_from_layers
+from megatron_dip.partition.choose import choose_partition
+from megatron_dip.partition.cuts import Cut, balanced_layers, neighbours
+from megatron_dip.planner import make_plan
+from megatron_dip.workload import Problem
+
+
+def headed_chain(num_layers: int, num_microbatches: int, head_us: float, **fields) -> Problem:
+    """One module on two ranks; the head takes as long as ``head_us`` of its layers of 3 us."""
+    item = make_item(0, last_extra_forward_us=head_us)
+    return make_problem(
+        MODULE_GRAPHS["one module"],
+        {"language": num_layers},
+        [{"language": [item]} for _ in range(num_microbatches)],
+        num_ranks=2,
+        **fields,
+    )
+
+
+def images(num_microbatches: int, num_images: int, num_ranks: int = 2) -> Problem:
+    """Four layers per module; one microbatch in two has images."""
+    image = [make_item(number, 1.0) for number in range(num_images)]
+    both = {"vision": image, "language": [make_item(0, num_images)]}
+    text = {"language": [make_item(0, num_images)]}
+    return make_problem(
+        MODULE_GRAPHS["encoder"],
+        {"vision": 4, "language": 4},
+        [both if number % 2 else text for number in range(num_microbatches)],
+        num_ranks=num_ranks,
+    )
+
+
+def makespan_us(problem: Problem, layers, evaluations: int = 48) -> float:
+    plan = make_plan(problem, partition_from_layers(layers, 2), evaluations=evaluations)
+    assert plan.estimate is not None
+    return plan.estimate.makespan_us
+
+
+def test_the_rank_with_the_head_gets_fewer_layers():
+    assert balanced_layers([headed_chain(6, 1, head_us=0.0)], "language", 1) == ((3, 3),)
+    assert balanced_layers([headed_chain(6, 1, head_us=6.0)], "language", 1) == ((4, 2),)
+    assert balanced_layers([headed_chain(6, 1, head_us=6.0)], "language", 2) == ((2, 1), (2, 1))
+
+
+def test_neighbours_keep_all_layers_and_change_something():
+    cut = Cut(layers={"language": ((2, 1), (1, 2))}, sub_microbatch_tokens={"language": None})
+    found = [change.layers["language"] for change in neighbours(cut)]
+    assert len(found) == 4 == len(set(found))
+    assert all(sum(map(sum, layers)) == 6 for layers in found)
+    assert ((1, 2), (1, 2)) in found
+    assert ((3, 2), (0, 1)) in found
+
+
+@pytest.mark.parametrize("head_us", [0.0, 3.0, 8.0])
+def test_no_cut_of_a_tiny_model_is_better_than_the_chosen_one(head_us):
+    problem = headed_chain(4, 3, head_us)
+    chosen = choose_partition([problem])
+    cuts = [
+        (segment[:2],) if not any(segment[2:]) else (segment[:2], segment[2:])
+        for segment in itertools.product(range(5), repeat=4)
+        if sum(segment) == 4
+    ]
+    best_us = min(makespan_us(problem, {"language": cut}) for cut in cuts)
+    plan = make_plan(problem, chosen.partition, evaluations=48)
+    assert plan.estimate is not None
+    assert plan.estimate.makespan_us == pytest.approx(best_us, rel=1e-12)
+
+
+def test_images_are_split_where_few_microbatches_must_fill_many_ranks():
+    samples = [images(4, 8, num_ranks=4), images(2, 8, num_ranks=4)]
+    chosen = choose_partition(samples)
+    assert chosen.partition.sub_microbatch_tokens["vision"] < 8
+    split_us = whole_us = 0.0
+    for sample in samples:
+        split = make_plan(sample, chosen.partition, evaluations=48)
+        whole = make_plan(sample, chosen.partition, max_tokens={"vision": None}, evaluations=48)
+        assert split.estimate is not None
+        assert whole.estimate is not None
+        split_us += split.estimate.makespan_us
+        whole_us += whole.estimate.makespan_us
+    assert split_us < whole_us
+
+
+def test_modules_are_cut_into_segments_where_fill_and_drain_are_long():
+    sample = headed_chain(8, 2, head_us=0.0)
+    chosen = choose_partition([sample])
+    assert chosen.partition.chains["language"][-1].segment > 0
+    plan = make_plan(sample, chosen.partition, evaluations=48)
+    assert plan.estimate is not None
+    assert plan.estimate.makespan_us < makespan_us(sample, {"language": [[4, 4]]})
+
+
+def test_a_rank_with_little_memory_gets_fewer_layers():
+    fields = {"layer_static_bytes": 1000, "head_us": 0.0}
+    wide = choose_partition([headed_chain(4, 2, memory_limit_bytes=[9000, 9000], **fields)])
+    assert sum(stage.num_layers for stage in wide.partition.stages_on(0)) == 2
+    tight = choose_partition([headed_chain(4, 2, memory_limit_bytes=[1500, 9000], **fields)])
+    assert sum(stage.num_layers for stage in tight.partition.stages_on(0)) == 1
+
+
+def test_a_limit_that_no_cut_keeps_is_reported():
+    sample = headed_chain(4, 2, 0.0, layer_static_bytes=1000, memory_limit_bytes=[900, 900])
+    with pytest.raises(InfeasibleError, match="rank 0"):
+        choose_partition([sample], max_changes=20)
+
+
+def test_the_same_samples_give_the_same_partition():
+    samples = [images(4, 4)]
+    first, second = choose_partition(samples), choose_partition(samples)
+    assert first.partition.digest() == second.partition.digest()
+
+
+def test_samples_must_be_alike_and_numbers_positive():
+    with pytest.raises(ConfigError, match="no sample problems"):
+        choose_partition([])
+    with pytest.raises(ConfigError, match="evaluations 0"):
+        choose_partition([images(2, 1)], evaluations=0)
+    with pytest.raises(PartitionError, match="sample 1 has other modules"):
+        choose_partition([images(2, 1), chain_case(2, 2)[0]])
+
+
+def test_progress_is_told_for_every_cut():
+    told: list[tuple[str, int, int]] = []
+    chosen = choose_partition([images(2, 2)], progress=lambda *step: told.append(step))
+    assert [done for _, done, _ in told] == list(range(1, chosen.num_judged + 1))
+    assert {step for step, _, _ in told} == {"segments", "sizes and layers"}
+    assert all(done <= most for _, done, most in told)
+
+
+def test_the_command_writes_a_partition_that_plans_take(tmp_path):
+    sample, output, plan = tmp_path / "a.json", tmp_path / "p.json", tmp_path / "plan.json"
+    sample.write_text(encoder_case()[0].model_dump_json())
+    arguments = ["partition", "--problem", str(sample), "--problem", str(sample)]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "useful work on the samples" in result.output
+    load_partition(output).check_covers(encoder_case()[0])
+    arguments = ["plan", "--problem", str(sample), "--partition", str(output), "-o", str(plan)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+
+
+def test_the_command_names_a_sample_that_is_none(tmp_path):
+    sample = tmp_path / "a.json"
+    sample.write_text('{"format": "megatron-dip/problem"}')
+    arguments = ["partition", "--problem", str(sample), "-o", str(tmp_path / "p.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "num_ranks" in result.output
