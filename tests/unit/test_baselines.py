@@ -156,21 +156,21 @@ def test_encoder_in_bubbles_runs_ahead_and_nested_encoder_holds_as_much_for_any_
     assert peak(order_encoder_in_bubbles, 32) > peak(order_encoder_in_bubbles, 8) > 320
 
 
-def test_microbatches_enter_as_given_without_reordering():
-    case = large_case()
-    table = build_task_table(make_graph(case.problem, case.partition))
-    forwards = [
-        action.microbatch
-        for action in decode_order(table, order_as_given(table))[0]
-        if action.stage == 0 and action.type.value == "F"
+def test_microbatches_go_as_given_without_reordering():
+    partition = partition_from_layers({"vision": [[1, 1]], "language": [[1, 1]]}, 2)
+    table = build_task_table(make_graph(image_problem(3), partition))
+    assert [format_actions(line) for line in decode_order(table, order_as_given(table))] == [
+        "0F0 0F1 2F0 2F1 0F2 2B0 2B1 2F2 0B0 2B2 0B1 0B2",
+        "1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 3F2 3B2 1B1 1B2",
     ]
-    assert forwards == sorted(forwards)
+    case = large_case()
     usual = make_plan(case.problem, case.partition, max_tokens={"vision": 1, "language": 1})
-    assert [
-        action.microbatch
-        for action in usual.actions[0]
-        if action.stage == 0 and action.type.value == "F"
-    ] != forwards
+    for actions, is_as_given in (
+        (decode_order(case.table, order_as_given(case.table))[0], True),
+        (usual.actions[0], False),
+    ):
+        forwards = [a.microbatch for a in actions if a.stage == 0 and a.type.value == "F"]
+        assert (forwards == sorted(forwards)) == is_as_given
 
 
 def test_without_sub_microbatches_nothing_is_split():

@@ -281,6 +281,17 @@ def test_the_fewest_layers_are_recomputed_that_keep_the_limit():
     assert run_within_memory(FlatChain(free), cut).num_recomputed_layers == 0
 
 
+def test_recomputed_layers_are_counted_where_there_is_a_backward():
+    problem, _ = encoder_case("frozen encoder")
+    chain = FlatChain(problem)
+    cut = StaticCut(num_ranks=2, num_layers=(3, 1))
+    free, limited = chain.costs(cut), chain.costs(cut, num_recomputed_layers=1)
+    again_us = limited.total.input_grad_us - free.total.input_grad_us
+    assert again_us.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert free.total.stored_bytes.tolist() == [[10, 10], [10, 10]]
+    assert limited.total.stored_bytes.tolist() == [[4, 4], [4, 4]]
+
+
 def test_a_limit_that_recomputing_everything_does_not_keep_names_rank_and_need():
     limited = uniform_problem(8, 2, 4).model_copy(update={"memory_limit_bytes": (31, 99)})
     cut = StaticCut(num_ranks=2, num_layers=(4, 4))
