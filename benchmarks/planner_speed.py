@@ -1,4 +1,4 @@
-"""How good a plan is after how long: ratio to the lower bound by budget, and time per evaluation.
+"""How good a plan is after how long: ratio to the lower bound by budget; times of making plans.
 
 Reads the test problems of a folder (``*-test-*.json``).  Every module but the last is cut into 2
 segments, the last into 4, layers shared out so that all ranks have about the same work, heads
@@ -8,6 +8,7 @@ included; sub-microbatches of at most 8192 tokens.
 """
 
 import argparse
+import operator
 import statistics
 import time
 from collections import defaultdict
@@ -18,8 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import PipelineGraph
-from megatron_dip.planner import Search, form_sub_microbatches, search_schedule
+from megatron_dip.plan import PipelineGraph, Plan
+from megatron_dip.plan.lowering import lower
+from megatron_dip.plan.validation import validate_plan
+from megatron_dip.planner import Search, form_sub_microbatches, make_plan, search_schedule
 from megatron_dip.planner.evaluator import Budget, Evaluator
 from megatron_dip.planner.portfolio import Portfolio
 from megatron_dip.simulator import (
@@ -28,7 +31,7 @@ from megatron_dip.simulator import (
     lower_bound_us,
     simulate_order,
 )
-from megatron_dip.workload import Item, Problem, load_problem
+from megatron_dip.workload import Item, Problem, load_problem, parse_problem
 
 BUDGETS_MS = (50.0, 100.0, 1000.0, 10000.0)
 SIZES = ((8, 16), (8, 32), (8, 64), (8, 128), (16, 128), (16, 256))
@@ -60,28 +63,37 @@ def balanced_cut(problem: Problem, module: str, num_segments: int) -> list[list[
     ]
 
 
-def make_table(problem: Problem) -> TaskTable:
-    """The batch on the partition described above."""
+def make_partition(problem: Problem) -> Partition:
+    """The partition described above."""
     last = problem.module_order[-1]
     cuts = {
         name: balanced_cut(problem, name, 4 if name == last else 2) for name in problem.module_order
     }
-    partition: Partition = partition_from_layers(cuts, problem.num_ranks)
+    return partition_from_layers(cuts, problem.num_ranks)
+
+
+def make_graph(problem: Problem, partition: Partition) -> PipelineGraph:
+    """The batch in sub-microbatches of the size described above."""
     limits = dict.fromkeys(problem.module_order, MAX_TOKENS)
-    return build_task_table(
-        PipelineGraph(problem, partition, form_sub_microbatches(problem, limits))
-    )
+    return PipelineGraph(problem, partition, form_sub_microbatches(problem, limits))
+
+
+def make_table(problem: Problem) -> TaskTable:
+    """The batch on the partition described above."""
+    return build_task_table(make_graph(problem, make_partition(problem)))
 
 
 def resized(problem: Problem, num_ranks: int, num_microbatches: int) -> Problem:
     """The same kind of batch with other numbers of ranks and microbatches."""
     limit = max(problem.memory_limit_bytes)
     repeats = -(-num_microbatches // problem.num_microbatches)
-    return problem.model_copy(
-        update={
+    data = problem.model_dump()
+    return parse_problem(
+        data
+        | {
             "num_ranks": num_ranks,
             "memory_limit_bytes": (limit,) * num_ranks,
-            "microbatches": (problem.microbatches * repeats)[:num_microbatches],
+            "microbatches": (data["microbatches"] * repeats)[:num_microbatches],
         }
     )
 
@@ -107,13 +119,9 @@ def quality_table(problems: dict[str, Problem], budgets_ms: tuple[float, ...]) -
 
 def speed_table(problem: Problem) -> Table:
     """Processor time of one evaluation, and of simulating its order, by number of actions."""
-    printed = Table(
-        "ranks", "microbatches", "actions", "table", "evaluation", "per action", "simulator"
-    )
+    printed = Table("ranks", "microbatches", "actions", "evaluation", "per action", "simulator")
     for num_ranks, num_microbatches in SIZES:
-        started = time.thread_time()
         table = make_table(resized(problem, num_ranks, num_microbatches))
-        table_s = time.thread_time() - started
         evaluator = Evaluator(table, Budget(evaluations=99), split_backward=False, goal_us=0.0)
         portfolio = Portfolio(table, evaluator.forwards)
         evaluation_s, simulation_s = [], []
@@ -131,7 +139,6 @@ def speed_table(problem: Problem) -> Table:
             str(num_ranks),
             str(num_microbatches),
             str(num_actions),
-            f"{table_s * 1e3:.0f} ms",
             f"{median_s * 1e3:.2f} ms",
             f"{median_s / num_actions * 1e9:.0f} ns",
             f"{num_actions / statistics.median(simulation_s) / 1e6:.0f} M actions/s",
@@ -139,8 +146,46 @@ def speed_table(problem: Problem) -> Table:
     return printed
 
 
+def first_plan_s(problem: Problem, partition: Partition) -> dict[str, float]:
+    """Processor time of a first plan, of one evaluation, and of the parts that make it."""
+    marks = [time.thread_time()]
+
+    def passed[Result](result: Result) -> Result:
+        marks.append(time.thread_time())
+        return result
+
+    graph = make_graph(problem, partition)
+    passed(graph.wiring)
+    table = build_task_table(graph)
+    passed((table.whole, table.split))
+    found = passed(search_schedule(table, evaluations=1))
+    simulation = passed(simulate_order(table, found.order))
+    actions = passed(lower(graph, simulation.completion_order))
+    passed(validate_plan(Plan.of_graph(graph, actions)))
+    limits = dict.fromkeys(problem.module_order, MAX_TOKENS)
+    passed(make_plan(problem, partition, max_tokens=limits, evaluations=1))
+    names = ("graph", "table", "search", "simulation", "lowering", "validation", "whole plan")
+    return dict(zip(names, map(operator.sub, marks[1:], marks), strict=True))
+
+
+def plan_table(problem: Problem) -> Table:
+    """Medians of :func:`first_plan_s` by size; the whole plan has a 1F1B schedule beside it."""
+    printed = Table("ranks", "microbatches")
+    for num_ranks, num_microbatches in SIZES:
+        batch = resized(problem, num_ranks, num_microbatches)
+        partition = make_partition(batch)
+        runs = [first_plan_s(batch, partition) for _ in range(5)]
+        if not printed.rows:
+            for name in runs[0]:
+                printed.add_column(name)
+        medians = (statistics.median(run[name] for run in runs) for name in runs[0])
+        sizes = (str(num_ranks), str(num_microbatches))
+        printed.add_row(*sizes, *(f"{median * 1e3:.1f} ms" for median in medians))
+    return printed
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder with *-test-*.json problems")
     parser.add_argument("--quick", action="store_true", help="budgets up to 100 ms")
@@ -153,8 +198,10 @@ def main() -> None:
     # Compiling, or reading what was compiled, is no part of the times.
     first = make_table(next(iter(problems.values())))
     search_schedule(first, evaluations=80)
+    first_plan_s(largest, make_partition(largest))
     console = Console()
     console.print(speed_table(largest))
+    console.print(plan_table(largest))
     console.print(quality_table(problems, BUDGETS_MS[:2] if arguments.quick else BUDGETS_MS))
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_dip.collector import without_collection
 from megatron_dip.errors import PlanError
 from megatron_dip.plan.actions import Action, ActionType
 from megatron_dip.plan.graph import PipelineGraph
@@ -60,6 +61,7 @@ def canonical_reduce_order(graph: PipelineGraph, rank: int) -> tuple[int, ...]:
     )
 
 
+@without_collection()
 def lower(graph: PipelineGraph, completion_order: IntArray) -> tuple[tuple[Action, ...], ...]:
     """The complete actions of every rank: computing, transfers and gradient reductions.
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_dip.collector import without_collection
 from megatron_dip.errors import PlanError
 from megatron_dip.plan.actions import Action, ActionType
 from megatron_dip.plan.graph import PipelineGraph
@@ -52,6 +53,7 @@ class ActionNumbers(NamedTuple):
     has none like that."""
 
 
+@without_collection()
 def number_actions(graph: PipelineGraph, ranks: Sequence[Sequence[Action]]) -> ActionNumbers:
     """Find what every action of ``ranks`` means in ``graph``.
 
@@ -86,6 +88,7 @@ def number_actions(graph: PipelineGraph, ranks: Sequence[Sequence[Action]]) -> A
     )
 
 
+@without_collection()
 def decode_tasks(graph: PipelineGraph, tasks: IntArray) -> list[Action]:
     """The compute actions with these numbers; backwards whose ``W`` is among them are halves."""
     wiring = graph.wiring

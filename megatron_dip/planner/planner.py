@@ -1,9 +1,7 @@
 """From a batch problem to a plan: form sub-microbatches, order, lower, estimate, validate."""
 
-import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -139,23 +137,6 @@ def _fits(table: TaskTable, simulation: Simulation) -> bool:
     return all(peak <= limit for peak, limit in zip(simulation.peak_bytes, limits, strict=True))
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Python's garbage collector stays away while many tuples are made that all stay.
-
-    It would look through all objects of the process, again and again, for cycles that tuples of
-    numbers cannot form: for a plan of 30,000 actions that takes longer than making it.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_without_collection()
 def _finish(simulation: Simulation, recompute: Sequence[Recompute]) -> Plan:
     table, graph = simulation.table, simulation.table.graph
     # The bound is one for every schedule, so it knows no recomputation.

@@ -24,6 +24,11 @@ MODULE_GRAPHS: dict[str, tuple[tuple[str, tuple[str, ...], bool], ...]] = {
         ("audio", (), False),
         ("language", ("vision", "audio"), True),
     ),
+    "read twice": (
+        ("vision", (), True),
+        ("text", ("vision",), False),
+        ("dit", ("text", "vision"), True),
+    ),
     "three in a row": (
         ("vision", (), True),
         ("connector", ("vision",), False),

@@ -153,3 +153,13 @@ def test_costs_follow_the_written_rules():
     first, last = zip(*(column.tolist() for column in work_costs(graph)), strict=True)
     assert first == (3 * 15.0 + 0.5, 45.0, 15.0, 13.0, 3 * 20, 12, 8)
     assert last == (2 * 15.0, 30.0, 10.25, 13.0, 2 * 20, 12, 8)
+
+
+@pytest.mark.parametrize("times", [[1e16, *[1.0] * 10], [*[1.0] * 10, 1e16]])
+def test_sums_over_items_do_not_depend_on_their_order(times):
+    items = [make_item(number, time) for number, time in enumerate(times)]
+    problem = make_problem(
+        MODULE_GRAPHS["one module"], {"language": 1}, [{"language": items}], num_ranks=1
+    )
+    graph = make_graph(problem, partition_from_layers({"language": [[1]]}, 1), max_tokens=None)
+    assert work_costs(graph).forward_us.tolist() == [1e16 + 10]

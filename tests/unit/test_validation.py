@@ -75,6 +75,14 @@ MUTATIONS = {
         lambda r: move(r[1], "1RECV_F0<0", None),
         "1RECV_F0<0 comes after 1F0",
     ),
+    "gradient sent before it is made": (
+        lambda r: move(r[1], "3SEND_B1>2", "3B1"),
+        "3SEND_B1>2 comes before 3B1, which it needs",
+    ),
+    "gradient received after its reader": (
+        lambda r: move(r[0], "2RECV_B1<3", None),
+        "2RECV_B1<3 comes after 2B1, which reads it",
+    ),
     "reduce too early": (
         lambda r: move(r[0], "2REDUCE_GRAD", r[0][0]),
         "comes after 2REDUCE_GRAD",
@@ -142,6 +150,20 @@ def test_order_inside_a_rank_counts_where_nothing_is_sent():
     lines = lines_of(plan)
     swap(lines[0], "0F0", "1F0")
     with pytest.raises(PlanError, match="1F0 comes before 0F0, which it needs"):
+        validate_plan(with_lines(plan, lines))
+    lines = lines_of(plan)
+    swap(lines[0], "0B0", "1B0")
+    with pytest.raises(PlanError, match="0B0 comes before 1B0, which it needs"):
+        validate_plan(with_lines(plan, lines))
+
+
+@pytest.mark.parametrize(("before", "after"), [("0F0", "0I0"), ("0I0", "0W0")])
+def test_halves_of_a_backward_have_their_order(before, after):
+    plan = make_plan(*chain_case(1, 1), split_backward=True)
+    validate_plan(plan)
+    lines = lines_of(plan)
+    swap(lines[0], before, after)
+    with pytest.raises(PlanError, match=f"{after} comes before {before}"):
         validate_plan(with_lines(plan, lines))
 
 
