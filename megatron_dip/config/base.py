@@ -12,7 +12,12 @@ from pydantic import Field, model_validator
 
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
-from megatron_dip.partition import Partition, cut_evenly, partition_from_layers
+from megatron_dip.partition import (
+    Partition,
+    cut_evenly,
+    load_partition,
+    partition_from_layers,
+)
 
 if TYPE_CHECKING:
     from megatron_dip.costs.shapes import ModelShape
@@ -44,6 +49,9 @@ class ModuleSchedule(Form):
     """What one rank achieves on this module; ``costs.flops_per_us`` where not given."""
 
 
+_CUT_FIELDS = {"num_segments", "layers", "sub_microbatch_tokens"}
+
+
 class CostConfig(Form):
     """Rates of the machine that the planner assumes; only their proportions shape a schedule."""
 
@@ -65,7 +73,10 @@ class ScheduleConfig(Form):
     planner: Literal["dual_queue", "one_f_one_b"] = "dual_queue"
     evaluations: Annotated[int, Field(ge=0)] = 64
     """Orders of a batch that the dual queue tries before it takes the best; 0 tries one."""
-    modules: dict[str, ModuleSchedule]
+    partition: Path | None = None
+    """A cut as ``megatron-dip partition`` writes it; modules then state none."""
+    modules: dict[str, ModuleSchedule] = Field(default={})
+    """One entry per module of the model, unless ``partition`` is given."""
     memory_limit_gib: PositiveNumber = 80.0
     """Per rank, weights included."""
     costs: CostConfig = CostConfig()
@@ -108,13 +119,26 @@ class DipConfig(Form, ABC):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        modules = self.num_layers()
-        if set(self.schedule.modules) != set(modules):
+        named, expected = set(self.schedule.modules), set(self.num_layers())
+        if self.schedule.partition is None:
+            if named != expected:
+                raise ValueError(
+                    f"schedule.modules names {sorted(named)} (expected {sorted(expected)}: one "
+                    f"entry per module of the model, or a file under schedule.partition)"
+                )
+            build_partition(self)
+            return self
+        if not named <= expected:
             raise ValueError(
-                f"schedule.modules names {sorted(self.schedule.modules)} (expected "
-                f"{sorted(modules)}: one entry per module of the model)"
+                f"schedule.modules names {sorted(named)} (expected some of {sorted(expected)})"
             )
-        build_partition(self)
+        for name, module in self.schedule.modules.items():
+            stated = sorted(_CUT_FIELDS & module.model_fields_set)
+            if stated:
+                raise ValueError(
+                    f"schedule.modules.{name} states {stated} beside schedule.partition (expected "
+                    f"the cut in one place: remove one of them)"
+                )
         return self
 
     def num_layers(self) -> Mapping[str, int]:
@@ -123,16 +147,21 @@ class DipConfig(Form, ABC):
 
 
 def build_partition(config: DipConfig) -> Partition:
-    """The partition that ``config.schedule`` describes.
+    """The partition that ``config.schedule`` describes or names.
 
     Raises:
         PartitionError: Layer counts do not fit the module or the number of ranks.
+        ConfigError: Segments and layers of a module contradict one another.
     """
-    num_ranks = config.schedule.num_ranks
-    layers = {}
-    for name, count in config.num_layers().items():
-        module = config.schedule.modules[name]
-        cut = module.layers or cut_evenly(count, module.num_segments, num_ranks)
+    schedule, num_layers = config.schedule, config.num_layers()
+    if schedule.partition is not None:
+        loaded = load_partition(schedule.partition)
+        loaded.check_layers(num_layers, schedule.num_ranks)
+        return loaded
+    layers, sizes = {}, {}
+    for name, count in num_layers.items():
+        module = schedule.modules[name]
+        cut = module.layers or cut_evenly(count, module.num_segments, schedule.num_ranks)
         total = sum(sum(segment) for segment in cut)
         if total != count or len(cut) != module.num_segments:
             raise ConfigError(
@@ -140,4 +169,7 @@ def build_partition(config: DipConfig) -> Partition:
                 f"(expected num_segments {module.num_segments} with {count} layers)"
             )
         layers[name] = cut
-    return partition_from_layers(layers, num_ranks)
+        if module.sub_microbatch_tokens is not None:
+            sizes[name] = module.sub_microbatch_tokens
+    made = partition_from_layers(layers, schedule.num_ranks)
+    return made.model_copy(update={"sub_microbatch_tokens": sizes})

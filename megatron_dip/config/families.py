@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import yaml
 
-from megatron_dip.config.base import DipConfig
+from megatron_dip.config.base import DipConfig, build_partition
 from megatron_dip.config.vlm import VlmConfig
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
@@ -26,6 +26,7 @@ def load_config(path: str | Path) -> DipConfig:
 
     Raises:
         ConfigError: The file cannot be read, or a key is missing, unknown or out of range.
+        PartitionError: The partition that it names cannot be read or does not fit the model.
     """
     path = Path(path)
     try:
@@ -43,8 +44,12 @@ def load_config(path: str | Path) -> DipConfig:
     folder = path.resolve().parent
     data_form = _resolved(config.data, folder)
     costs = _resolved(config.schedule.costs, folder)
-    schedule = config.schedule.model_copy(update={"costs": costs})
-    return config.model_copy(update={"data": data_form, "schedule": schedule})
+    schedule = _resolved(config.schedule, folder).model_copy(update={"costs": costs})
+    resolved = config.model_copy(update={"data": data_form, "schedule": schedule})
+    if schedule.partition is not None:
+        # Only now is it known where the file is.
+        build_partition(resolved)
+    return resolved
 
 
 def _resolved[FormT: Form](form: FormT, folder: Path) -> FormT:

@@ -86,9 +86,6 @@ class DipPipeline:
             problem,
             partition,
             algorithm=schedule.planner,
-            max_tokens={
-                name: module.sub_microbatch_tokens for name, module in schedule.modules.items()
-            },
             evaluations=(schedule.evaluations or None) if is_searched else None,
         )
 

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from megatron_dip.errors import PartitionError
 from megatron_dip.forms import Form, read_json
-from megatron_dip.workload import Module, Problem
+from megatron_dip.workload import Problem
 
 __all__ = ["Partition", "Stage", "load_partition", "parse_partition"]
 
@@ -113,31 +113,30 @@ class Partition(Form):
 
     def check_covers(self, problem: Problem) -> None:
         """Raise PartitionError unless every layer of every module sits in exactly one stage."""
-        self.check_modules(problem.modules, problem.num_ranks)
+        num_layers = {module.name: module.num_layers for module in problem.modules}
+        self.check_layers(num_layers, problem.num_ranks)
 
-    def check_modules(self, modules: tuple[Module, ...], num_ranks: int) -> None:
-        """As :meth:`check_covers`, for modules on ``num_ranks`` ranks.
+    def check_layers(self, num_layers: Mapping[str, int], num_ranks: int) -> None:
+        """As :meth:`check_covers`, for modules with so many layers on ``num_ranks`` ranks.
 
         Raises:
             PartitionError: A module is missing or unknown, its layers are not all covered, or a
                 first or last stage is not on the first or last rank.
         """
-        known = {module.name for module in modules}
-        if set(self.chains) != known:
+        if set(self.chains) != set(num_layers):
             raise PartitionError(
-                f"partition has stages of {sorted(self.chains)} (expected {sorted(known)})"
+                f"partition has stages of {sorted(self.chains)} (expected {sorted(num_layers)})"
             )
-        for module in modules:
-            chain = self.chains[module.name]
-            num_layers = sum(stage.num_layers for stage in chain)
-            if num_layers != module.num_layers:
+        for module, expected in num_layers.items():
+            chain = self.chains[module]
+            held = sum(stage.num_layers for stage in chain)
+            if held != expected:
                 raise PartitionError(
-                    f"module {module.name}: stages hold {num_layers} layers "
-                    f"(expected {module.num_layers})"
+                    f"module {module}: stages hold {held} layers (expected {expected})"
                 )
             if chain[0].rank != 0 or chain[0].segment != 0 or chain[-1].rank != num_ranks - 1:
                 raise PartitionError(
-                    f"module {module.name}: first stage on segment {chain[0].segment} rank "
+                    f"module {module}: first stage on segment {chain[0].segment} rank "
                     f"{chain[0].rank}, last on rank {chain[-1].rank} (expected segment 0 rank 0 "
                     f"and rank {num_ranks - 1}; list them even without layers)"
                 )

@@ -1,0 +1,55 @@
+"""A configuration that names a partition file instead of stating the cut."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_dip.config import build_partition, load_config
+from megatron_dip.errors import ConfigError, PartitionError
+from megatron_dip.partition import Partition, partition_from_layers
+
+EXAMPLE = Path(__file__).parents[2] / "configs" / "vlm_tiny.yaml"
+
+
+def write_config(folder: Path, partition: Partition, **modules: dict[str, Any]) -> Path:
+    """The tiny model with its cut in a file beside the configuration."""
+    data = yaml.safe_load(EXAMPLE.read_text())
+    data["schedule"]["modules"] = modules
+    data["schedule"]["partition"] = "cut.json"
+    (folder / "cut.json").write_text(partition.model_dump_json())
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def tiny_cut(num_vision_layers: int = 18) -> Partition:
+    cut = partition_from_layers({"vision": [[9, num_vision_layers - 9]], "language": [[4, 4]]}, 2)
+    return cut.model_copy(update={"sub_microbatch_tokens": {"vision": 512}})
+
+
+def test_a_named_partition_is_used_with_its_sizes(tmp_path):
+    config = load_config(write_config(tmp_path, tiny_cut()))
+    assert build_partition(config) == tiny_cut()
+
+
+def test_a_stated_cut_carries_its_sizes_too():
+    assert build_partition(load_config(EXAMPLE)).sub_microbatch_tokens == {"vision": 1024}
+
+
+def test_speeds_of_modules_may_stand_beside_a_named_partition(tmp_path):
+    config = load_config(write_config(tmp_path, tiny_cut(), vision={"flops_per_us": 1e5}))
+    assert config.schedule.modules["vision"].flops_per_us == 1e5
+
+
+def test_two_cuts_are_refused(tmp_path):
+    path = write_config(tmp_path, tiny_cut(), vision={"num_segments": 2})
+    with pytest.raises(ConfigError, match=r"schedule\.modules\.vision states \['num_segments'\]"):
+        load_config(path)
+
+
+def test_a_partition_of_another_model_is_refused(tmp_path):
+    path = write_config(tmp_path, tiny_cut(num_vision_layers=12))
+    with pytest.raises(PartitionError, match="module vision: stages hold 12 layers"):
+        load_config(path)
