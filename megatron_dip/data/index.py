@@ -14,17 +14,15 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_dip.data.files import write_atomically
 from megatron_dip.data.images import ImageLimits, choose_grid, decode_image, num_image_tokens
+from megatron_dip.data.progress import map_with_progress
 from megatron_dip.data.samples import (
     Sample,
     check_length,
@@ -37,6 +35,8 @@ from megatron_dip.errors import DataError
 from megatron_dip.forms import read_json
 
 __all__ = [
+    "CheckedSample",
+    "CheckedSamples",
     "DataIndex",
     "DataSettings",
     "ImageRecord",
@@ -229,21 +229,14 @@ def _decode_all(
             return error
         return ImageRecord(width, height, *choose_grid(width, height, settings.limits))
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    records: dict[str, ImageRecord | DataError] = {}
-    with (
-        Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not show_progress
-        ) as progress,
-        # Pillow decodes without holding the interpreter's lock.
-        ThreadPoolExecutor(max(num_threads, 1)) as pool,
-    ):
-        task = progress.add_task("checking images", total=len(names))
-        for name, record in zip(names, pool.map(decode, names), strict=True):
-            records[name] = record
-            progress.advance(task)
-    return records
+    records = map_with_progress(
+        decode,
+        names,
+        description="checking images",
+        show_progress=show_progress,
+        num_threads=num_threads,
+    )
+    return dict(zip(names, records, strict=True))
 
 
 def _record(
@@ -301,7 +294,30 @@ def _parse_record(data: Any) -> SampleRecord:
     return SampleRecord(num_text_tokens, tuple(ImageRecord(*image) for image in images))
 
 
-def usable_samples(index: DataIndex, *, skip_bad_samples: bool) -> tuple[int, ...]:
+class CheckedSample(Protocol):
+    """What an index knows of a sample at least."""
+
+    @property
+    def error(self) -> str | None:
+        """The reason why it cannot be used."""
+        ...
+
+
+class CheckedSamples(Protocol):
+    """What an index of any kind has."""
+
+    @property
+    def source(self) -> str:
+        """The file of the samples, for messages."""
+        ...
+
+    @property
+    def samples(self) -> Sequence[CheckedSample]:
+        """In the order of the file."""
+        ...
+
+
+def usable_samples(index: CheckedSamples, *, skip_bad_samples: bool) -> tuple[int, ...]:
     """The numbers of the samples to train on.
 
     Raises:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -36,12 +37,21 @@ class SpanParams(PackedSeqParams):
     """
 
     span_lengths: tuple[int, ...] = ()
+    context_lengths: tuple[int, ...] = ()
+    """Rows that each span reads in cross-attention; in self-attention a span reads itself."""
 
 
 def span_params(
-    span_lengths: Sequence[int], *, num_rows: int, device: torch.device | str
+    span_lengths: Sequence[int],
+    *,
+    num_rows: int,
+    device: torch.device | str,
+    context_lengths: Sequence[int] | None = None,
 ) -> SpanParams:
     """Describe ``num_rows`` rows: the given spans, and one more where rows are left over.
+
+    ``context_lengths`` are for cross-attention: the rows of another tensor that each span reads;
+    the rows left over read none.
 
     Raises:
         ValueError: The spans have more rows than ``num_rows``.
@@ -50,17 +60,25 @@ def span_params(
     if missing < 0:
         raise ValueError(f"{sum(span_lengths)} rows in spans, but only {num_rows} rows in all")
     lengths = (*span_lengths, missing) if missing else tuple(span_lengths)
-    ends = list(accumulate(lengths, initial=0))
-    cumulative = torch.tensor(ends, dtype=torch.int32, device=device)
-    longest = max(lengths, default=0)
+    contexts = lengths
+    if context_lengths is not None:
+        assert len(context_lengths) == len(span_lengths)
+        contexts = (*context_lengths, 0) if missing else tuple(context_lengths)
+    cumulative = _cumulative(lengths, device)
     return SpanParams(
         qkv_format="thd",
         cu_seqlens_q=cumulative,
-        cu_seqlens_kv=cumulative,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_kv=cumulative if contexts is lengths else _cumulative(contexts, device),
+        max_seqlen_q=max(lengths, default=0),
+        max_seqlen_kv=max(contexts, default=0),
         span_lengths=lengths,
+        context_lengths=contexts,
     )
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    ends = list(accumulate(lengths, initial=0))
+    return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 class SpanAttention(MegatronModule):
@@ -101,7 +119,11 @@ class SpanAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend inside spans: ``[T, a, d]``, ``[T, g, d]``, ``[T, g, d]`` to ``[T, a * d]``."""
+        """Attend inside spans: ``[T, a, d]``, ``[T, g, d]``, ``[T, g, d]`` to ``[T, a * d]``.
+
+        In cross-attention keys and values have rows of their own, and a span may read none: its
+        output is zero.
+        """
         if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
             raise UnsupportedError(
                 "SpanAttention takes packed rows (packed_seq_params) and neither an attention "
@@ -110,16 +132,22 @@ class SpanAttention(MegatronModule):
         is_causal = _is_causal(attn_mask_type or self.attn_mask_type)
         dropout = self.dropout if self.training else 0.0
         outputs = [query.new_empty(0, query.shape[1] * query.shape[2])]
-        for start, count, length in _equal_runs(_span_lengths(packed_seq_params)):
-            rows = slice(start, start + count * length)
-            batched = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
+        for run in _equal_runs(_span_lengths(packed_seq_params)):
+            if run.context_length == 0:
+                outputs.append(query.new_zeros(run.num_rows, outputs[0].shape[1]))
+                continue
+            batched = (
+                query[run.rows].unflatten(0, (run.num_spans, run.length)),
+                key[run.context_rows].unflatten(0, (run.num_spans, run.context_length)),
+                value[run.context_rows].unflatten(0, (run.num_spans, run.context_length)),
+            )
             outputs.append(self._attend(*batched, is_causal=is_causal, dropout=dropout))
         return torch.cat(outputs)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, dropout: float
     ) -> Tensor:
-        """``[c, L, heads, d]`` each, for c spans of length L, to ``[c * L, a * d]``."""
+        """``[c, L, heads, d]`` each, for c spans, to ``[c * L, a * d]`` with L of the query."""
 
         def attend() -> Tensor:
             return scaled_dot_product_attention(
@@ -141,21 +169,45 @@ class SpanAttention(MegatronModule):
         return output.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _span_lengths(params: PackedSeqParams) -> Sequence[int]:
+def _span_lengths(params: PackedSeqParams) -> Sequence[tuple[int, int]]:
+    """Rows of each span, and the rows that it reads."""
     if isinstance(params, SpanParams):
-        return params.span_lengths
-    cumulative = params.cu_seqlens_q
-    return (cumulative[1:] - cumulative[:-1]).tolist()
+        return list(zip(params.span_lengths, params.context_lengths, strict=True))
+    lengths = (params.cu_seqlens_q.diff().tolist(), params.cu_seqlens_kv.diff().tolist())
+    return list(zip(*lengths, strict=True))
 
 
-def _equal_runs(span_lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """First row, number of spans and span length of each run of equally long spans."""
-    start = 0
-    for length, run in groupby(span_lengths):
-        count = len(list(run))
+class _Run(NamedTuple):
+    """Neighbouring spans of one length that read as many rows each."""
+
+    start: int
+    context_start: int
+    num_spans: int
+    length: int
+    context_length: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_spans * self.length
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.num_rows)
+
+    @property
+    def context_rows(self) -> slice:
+        return slice(self.context_start, self.context_start + self.num_spans * self.context_length)
+
+
+def _equal_runs(lengths: Sequence[tuple[int, int]]) -> Iterator[_Run]:
+    """Spans grouped with their equal neighbours, empty ones left out."""
+    start = context_start = 0
+    for (length, context_length), group in groupby(lengths):
+        run = _Run(start, context_start, len(list(group)), length, context_length)
         if length:
-            yield start, count, length
-        start += count * length
+            yield run
+        start += run.num_rows
+        context_start += run.num_spans * context_length
 
 
 def _is_causal(mask_type: AttnMaskType) -> bool:
@@ -169,7 +221,7 @@ def _refuse_what_is_not_supported(config: TransformerConfig, attention_type: str
         "context parallelism": config.context_parallel_size > 1,
         "sliding windows": config.window_size is not None,
         f"softmax type {config.softmax_type!r}": config.softmax_type != "vanilla",
-        f"attention type {attention_type!r}": attention_type != "self",
+        f"attention type {attention_type!r}": attention_type not in ("self", "cross"),
     }
     for reason, applies in reasons.items():
         if applies:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["make_language_config", "make_projection_config", "make_vision_config"]
+from megatron_dip.errors import UnsupportedError
+
+__all__ = [
+    "make_dit_config",
+    "make_language_config",
+    "make_projection_config",
+    "make_vision_config",
+]
 
 # What the modules take over from the run's config.  Named one by one, because everything else in
 # it describes the shape of one model (experts, latent attention, windows, extra heads, layouts)
@@ -131,5 +138,42 @@ def make_projection_config(
             "recompute_granularity": None,
             "recompute_method": None,
             "recompute_num_layers": None,
+        }
+    )
+
+
+def make_dit_config(
+    base: TransformerConfig,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+) -> TransformerConfig:
+    """A diffusion transformer: GELU, biases, no dropout.
+
+    Raises:
+        UnsupportedError: Megatron is to recompute layers: its checkpointing passes tensors alone to
+            a layer.  A plan's choice of recomputed layers is another matter.
+    """
+    if base.recompute_granularity is not None:
+        raise UnsupportedError(
+            f"--recompute-granularity {base.recompute_granularity} does not work with a diffusion "
+            f"transformer: leave the flag out"
+        )
+    return TransformerConfig(
+        **_of_the_run(base)
+        | {
+            "num_layers": num_layers,
+            "hidden_size": hidden_size,
+            "ffn_hidden_size": ffn_hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "normalization": "LayerNorm",
+            "gated_linear_unit": False,
+            "activation_func": torch.nn.functional.gelu,
+            "add_bias_linear": True,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            **{name: getattr(base, name) for name in _PLACEMENT},
         }
     )

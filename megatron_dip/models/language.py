@@ -29,7 +29,39 @@ from megatron_dip.models.stage import StageModule, pad_rows
 if TYPE_CHECKING:
     from megatron_dip.data.microbatch import LanguageBatch
 
-__all__ = ["LanguageStage"]
+__all__ = ["LanguageStage", "build_backbone"]
+
+
+def build_backbone(
+    sliced: TransformerConfig,
+    *,
+    num_layers: int,
+    vocab_size: int,
+    max_sequence_length: int,
+    rotary_base: int,
+    pre_process: bool,
+    post_process: bool,
+    tie_embeddings: bool = False,
+    make_block: Callable[..., TransformerBlockSubmodules] = block_submodules,
+    pg_collection: ProcessGroupCollection,
+) -> GPTModel:
+    """Megatron's model with the layers of one stage; see :class:`LanguageStage`."""
+    with _without_deprecation_warning():
+        return GPTModel(
+            sliced,
+            make_block(sliced, num_layers=num_layers, mask_type=AttnMaskType.causal),
+            vocab_size,
+            max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=rotary_base,
+            # Image features are put in between embedding and scatter.
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=pg_collection,
+        )
 
 
 class LanguageStage(StageModule):
@@ -69,22 +101,18 @@ class LanguageStage(StageModule):
         )
         super().__init__(sliced, first=first, last=last, pg_collection=pg_collection)
         self.share_embeddings_and_output_weights = tie_embeddings
-        with _without_deprecation_warning():
-            self.language_model = GPTModel(
-                sliced,
-                make_block(sliced, num_layers=num_layers, mask_type=AttnMaskType.causal),
-                vocab_size,
-                max_sequence_length,
-                pre_process=first,
-                post_process=last,
-                parallel_output=True,
-                share_embeddings_and_output_weights=tie_embeddings,
-                position_embedding_type="rope",
-                rotary_base=rotary_base,
-                # Image features are put in between embedding and scatter.
-                scatter_embedding_sequence_parallel=False,
-                pg_collection=self.pg_collection,
-            )
+        self.language_model = build_backbone(
+            sliced,
+            num_layers=num_layers,
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            rotary_base=rotary_base,
+            pre_process=first,
+            post_process=last,
+            tie_embeddings=tie_embeddings,
+            make_block=make_block,
+            pg_collection=self.pg_collection,
+        )
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The embedding's weight on the first stage, the head's on the last one."""

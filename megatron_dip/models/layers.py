@@ -13,7 +13,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
 )
-from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    checkpoint,
+    get_cuda_rng_tracker,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -33,6 +38,7 @@ __all__ = [
     "RecomputableLayer",
     "block_submodules",
     "build_torch_norm",
+    "linear_layers",
     "set_recomputed_layers",
     "uses_transformer_engine",
 ]
@@ -105,6 +111,18 @@ def set_recomputed_layers(block: TransformerBlock, layers: Sequence[int] | None)
 def uses_transformer_engine(config: TransformerConfig) -> bool:
     """Whether layers of ``config`` are built from Transformer Engine's modules."""
     return bool(config.transformer_impl == "transformer_engine")
+
+
+def linear_layers(config: TransformerConfig) -> tuple[Any, Any]:
+    """Linear layers that divide outputs, and inputs, among tensor-parallel ranks."""
+    if uses_transformer_engine(config):
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        return TEColumnParallelLinear, TERowParallelLinear
+    return ColumnParallelLinear, RowParallelLinear
 
 
 def build_torch_norm(

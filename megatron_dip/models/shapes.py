@@ -1,8 +1,8 @@
 """Row counts at stage boundaries: rules over token counts that sender and receiver both apply.
 
 Notation: N patches or T tokens of a sub-microbatch, H the hidden size of the module, H_l that of
-the language module.  ``num_shards`` is the tensor-parallel size where the module runs with
-sequence parallelism, and 1 where it does not.
+the language module; M tokens of text that C clips read.  ``num_shards`` is the tensor-parallel
+size where the module runs with sequence parallelism, and 1 where it does not.
 
 ====================  ===========================================  =========================
 boundary              shape                                        on tensor-parallel ranks
@@ -11,13 +11,22 @@ vision, inner         ``[padded_rows(N) / num_shards, 1, H]``      different row
 vision, output        ``[N / 4, 1, H_l]``                          equal
 language, inner       ``[padded_rows(T) / num_shards, 1, H]``      different rows, or equal
 language, output      ``[T]`` losses                               equal
+text, inner           ``[padded_rows(M) / num_shards, 1, H]``      different rows, or equal
+text, output          ``[M, 1, H]``                                equal
+dit, inner            ``[padded_rows(N) / num_shards + M + 7 C,    the first part different rows,
+                      1, H]``, see ``dit``                         or equal; the others equal
+dit, output           ``[N]`` losses                               equal
 ====================  ===========================================  =========================
 """
 
-__all__ = ["PATCHES_PER_TOKEN", "padded_rows"]
+__all__ = ["PATCHES_PER_TOKEN", "ROWS_PER_CLIP", "padded_rows"]
 
 PATCHES_PER_TOKEN = 4
 """Patches that the 2x2 merge joins into one row of image features."""
+
+ROWS_PER_CLIP = 7
+"""Rows that a clip adds at the boundaries inside a diffusion transformer: its time and what is made
+of it."""
 
 
 def padded_rows(num_tokens: int, num_shards: int) -> int:

@@ -14,8 +14,6 @@ import torch
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
@@ -29,8 +27,8 @@ from torch import Tensor
 from megatron_dip.models.attention import span_params
 from megatron_dip.models.layers import (
     block_submodules,
+    linear_layers,
     set_recomputed_layers,
-    uses_transformer_engine,
 )
 from megatron_dip.models.segment_layout import slice_config
 from megatron_dip.models.shapes import PATCHES_PER_TOKEN
@@ -218,15 +216,6 @@ def _build_projection(
     config: TransformerConfig, input_size: int, pg_collection: ProcessGroupCollection
 ) -> MultimodalProjector:
     assert not config.sequence_parallel, "the projector runs on all rows; see configs"
-    if uses_transformer_engine(config):
-        from megatron.core.extensions.transformer_engine import (
-            TEColumnParallelLinear,
-            TERowParallelLinear,
-        )
-
-        submodules = MLPSubmodules(
-            linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear
-        )
-    else:
-        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    column, row = linear_layers(config)
+    submodules = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     return MultimodalProjector(config, submodules, "mlp", input_size, tp_group=pg_collection.tp)

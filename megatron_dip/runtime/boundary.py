@@ -15,7 +15,7 @@ __all__ = ["BoundaryRule", "BoundaryRules", "message_shape"]
 
 @dataclass(frozen=True, kw_only=True)
 class BoundaryRule:
-    """Rows of one token each, shaped [rows, 1, width]."""
+    """Rows of one token each, shaped [rows, 1, width], and what is carried along below them."""
 
     width: int
     dtype: torch.dtype
@@ -24,9 +24,17 @@ class BoundaryRule:
     num_shards: int = 1
     """Tensor-parallel ranks that share the rows (sequence parallelism); rows are padded to fit."""
 
-    def shape(self, num_tokens: int) -> tuple[int, int, int]:
+    carried: str | None = None
+    """The upstream module whose rows go along to every later stage, whole on every rank."""
+    rows_per_item: int = 0
+    """Further rows that go along for every item, whole on every rank."""
+
+    def shape(
+        self, num_tokens: int, num_items: int = 0, carried_tokens: int = 0
+    ) -> tuple[int, int, int]:
         rows = -(-num_tokens // self.tokens_per_row)
-        return (-(-rows // self.num_shards), 1, self.width)
+        own = -(-rows // self.num_shards)
+        return (own + carried_tokens + self.rows_per_item * num_items, 1, self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +55,16 @@ def message_shape(
     graph: PipelineGraph, message: Message, rules: BoundaryRules
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of ``message``, from the tokens of its upstream sub-microbatch."""
-    work = Work(message.upstream_stage, message.microbatch, message.sub)
-    sub_microbatch = graph.sub_microbatch(work)
-    num_tokens = sum(
-        graph.problem.item(sub_microbatch.module, sub_microbatch.microbatch, number).tokens
-        for number in sub_microbatch.items
-    )
+    sub = graph.sub_microbatch(Work(message.upstream_stage, message.microbatch, message.sub))
+    problem = graph.problem
+    items = [problem.item(sub.module, sub.microbatch, number) for number in sub.items]
     rule = rules.rule(graph, message)
-    return rule.shape(num_tokens), rule.dtype
+    carried_tokens = 0
+    if rule.carried is not None:
+        carried_tokens = sum(
+            problem.item(rule.carried, sub.microbatch, number).tokens
+            for item in items
+            for number in problem.needed_items(sub.module, sub.microbatch, item, rule.carried)
+        )
+    num_tokens = sum(item.tokens for item in items)
+    return rule.shape(num_tokens, len(items), carried_tokens), rule.dtype

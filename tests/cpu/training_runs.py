@@ -1,4 +1,4 @@
-"""Runs of ``examples/pretrain_vlm.py`` on a tiny model, with losses and norms at full precision."""
+"""Runs of the example scripts on tiny models, with losses and norms at full precision."""
 
 import json
 import multiprocessing
@@ -43,7 +43,7 @@ class TrainingRun:
     """Of the last rank."""
 
 
-def train(folder: Path, num_ranks: int, *arguments: str) -> TrainingRun:
+def train(folder: Path, num_ranks: int, *arguments: str, script: Path = SCRIPT) -> TrainingRun:
     """Train on ``num_ranks`` processes; ``folder`` takes logs and must be new.
 
     Raises:
@@ -65,7 +65,7 @@ def train(folder: Path, num_ranks: int, *arguments: str) -> TrainingRun:
     try:
         for rank in range(num_ranks):
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [str(SCRIPT), *_COMMON, *arguments]
+            command = [str(script), *_COMMON, *arguments]
             args = (own, command, str(logs[rank]), str(records[rank]))
             processes.append(context.Process(target=_run_rank, args=args))
             processes[-1].start()

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from megatron_dip.config import DipConfig, VlmConfig
+from megatron_dip.config import DipConfig, T2vConfig, VlmConfig
 from megatron_dip.integration.families.base import ModelFamily, SampleSet, StageFactory
+from megatron_dip.integration.families.t2v import T2vFamily
 from megatron_dip.integration.families.vlm import VlmFamily
 
 __all__ = ["ModelFamily", "SampleSet", "StageFactory", "family_of"]
@@ -11,5 +12,8 @@ __all__ = ["ModelFamily", "SampleSet", "StageFactory", "family_of"]
 
 def family_of(config: DipConfig) -> ModelFamily[Any]:
     """The family whose form ``config`` has."""
-    families: dict[type[DipConfig], ModelFamily[Any]] = {VlmConfig: VlmFamily()}
+    families: dict[type[DipConfig], ModelFamily[Any]] = {
+        VlmConfig: VlmFamily(),
+        T2vConfig: T2vFamily(),
+    }
     return families[type(config)]

@@ -92,6 +92,10 @@ class ModelFamily[ConfigT: DipConfig](ABC):
         """One item of a module as its stages read it, of one span and without meaning: what is
         measured of a stage depends on sizes alone."""
 
+    def measured_upstream_tokens(self, config: ConfigT, module: str) -> int:
+        """Rows of upstream modules that the item of :meth:`measured_data` reads."""
+        return 0
+
     @abstractmethod
     def data_sets(
         self, config: ConfigT, num_samples: Sequence[int]

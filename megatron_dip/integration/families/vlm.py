@@ -7,11 +7,9 @@ language layers on the first rank, and a run of language layers on every other.
 from collections.abc import Sequence
 from functools import partial
 from math import isqrt
-from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -32,6 +30,7 @@ from megatron_dip.data import (
 )
 from megatron_dip.integration.families.base import ModelFamily, StageFactory
 from megatron_dip.integration.families.common import (
+    StockModel,
     check_vocabulary,
     make_on_first_rank,
     row_rule,
@@ -130,7 +129,7 @@ class VlmStages(StageFactory):
         )
 
 
-class StockVlm(MegatronModule):
+class StockVlm(StockModel):
     """What one rank holds under Megatron's own schedule.
 
     Hidden states of B sequences of S tokens are packed rows [S x B, 1, H] inside and shaped
@@ -147,8 +146,7 @@ class StockVlm(MegatronModule):
         sequences: int,
     ) -> None:
         config = factory.loss_config
-        super().__init__(config=config)
-        self.pre_process, self.post_process = pre_process, post_process
+        super().__init__(config, pre_process=pre_process, post_process=post_process)
         self.vision = (
             factory.build("vision", 0, num_vision_layers, first=True, last=True)
             if pre_process
@@ -162,16 +160,7 @@ class StockVlm(MegatronModule):
             last=post_process,
         )
         self.pg_collection = self.language.pg_collection
-        self.vp_stage = None
-        self.share_embeddings_and_output_weights = False
         self._sequences = sequences
-        self._input: torch.Tensor | None = None
-
-    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        return self.language.shared_embedding_or_output_weight()
-
-    def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
-        (self._input,) = input_tensor
 
     def forward(self, batch: VlmWholeBatch) -> torch.Tensor:
         """Hidden states [S, B, H], or losses [S x B] on the last rank."""
@@ -192,25 +181,8 @@ class StockVlm(MegatronModule):
         )
         return viewless
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """The stages' own names: the same checkpoint as under ``--dip-schedule``."""
-        state: dict[str, Any] = {}
-        for stage in self._stages():
-            state.update(stage.sharded_state_dict(prefix, sharded_offsets, metadata))
-        return state
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True) -> None:
-        for stage in self._stages():
-            names = tuple(f"{name}." for name, _ in stage.named_children())
-            own = {key: value for key, value in state_dict.items() if key.startswith(names)}
-            stage.load_state_dict(own, strict=strict)
-
-    def _stages(self) -> list[StageModule]:
+    def stages(self) -> list[StageModule]:
+        """See :class:`StockModel`."""
         return [stage for stage in (self.vision, self.language) if stage is not None]
 
 

@@ -124,7 +124,14 @@ class _Bench:
         self._device = torch.device("cuda", torch.cuda.current_device())
         model = config.model_shape()
         self._has_backward = shape.name in model.modules_with_backward()
-        self._boundary = factory.boundaries().inner[shape.name]
+        boundaries = factory.boundaries()
+        self._boundary = boundaries.inner[shape.name]
+        self._upstream_tokens = family.measured_upstream_tokens(config, shape.name)
+        # One upstream module at most is read where there is something to read.
+        self._upstream = boundaries.outer[shape.upstream[0]] if self._upstream_tokens else None
+        self._upstream_has_backward = any(
+            name in model.modules_with_backward() for name in shape.upstream
+        )
         # Layers from the middle: neither first nor last.
         first = min(1, shape.num_layers - 1)
         count = min(_NUM_LAYERS, shape.num_layers - first)
@@ -160,17 +167,23 @@ class _Bench:
         data = self._family.measured_data(self._config, self._shape.name, size).to(self._device)
         inputs = []
         if not stage.pre_process:
-            rows = self._boundary.shape(size)
-            hidden = torch.randn(rows, dtype=self._boundary.dtype, device=self._device)
-            inputs = [hidden.requires_grad_(self._has_backward)]
+            rows = self._boundary.shape(size, len(data.items), self._upstream_tokens)
+            inputs = [self._random(rows, self._boundary.dtype, self._has_backward)]
+        elif self._upstream is not None:
+            rows = self._upstream.shape(self._upstream_tokens)
+            inputs = [self._random(rows, self._upstream.dtype, self._upstream_has_backward)]
 
         def call() -> Tensor:
             # A leaf as it stands may be changed in place by the stage's first layer.
-            hidden = inputs[0].view_as(inputs[0]) if inputs else None
-            output: Tensor = stage(hidden, data, None, recompute_layers)
+            read = inputs[0].view_as(inputs[0]) if inputs else None
+            hidden, upstream = (None, read) if stage.pre_process else (read, None)
+            output: Tensor = stage(hidden, data, upstream, recompute_layers)
             return output
 
         return self._measure(call, inputs, list(stage.parameters()))
+
+    def _random(self, shape: tuple[int, ...], dtype: torch.dtype, needs_grad: bool) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=self._device).requires_grad_(needs_grad)
 
     def attention(self, size: int) -> CallTimes:
         """The core of attention on one span."""

@@ -1,0 +1,322 @@
+"""Video-text pairs: their index with the latents of every clip, and the data set.
+
+The data set is a JSON list of ``{"id": "cat-3", "video": "cat-3.mp4", "caption": "A cat."}``; a
+picture is a video of one frame.  Its index is made once, by one process, and read by all: every
+clip is decoded to the end and encoded, so that no rank finds out in the middle of training that a
+video is broken, and no rank spends time on encoding.  The latents lie beside the index, one file
+for each clip, under a digest of all that they depend on.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_dip.data.clip_batches import Clip, ClipMicrobatch
+from megatron_dip.data.files import write_atomically
+from megatron_dip.data.index import usable_samples
+from megatron_dip.data.latents import PATCH_SIDE, LatentEncoder, make_encoder, patches_of
+from megatron_dip.data.progress import map_with_progress
+from megatron_dip.data.samples import read_samples, sample_name
+from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
+from megatron_dip.data.videos import ClipLimits, read_clip
+from megatron_dip.errors import DataError
+from megatron_dip.forms import read_json
+
+__all__ = [
+    "ClipDataset",
+    "ClipIndex",
+    "ClipRecord",
+    "ClipSettings",
+    "build_clip_index",
+    "draw_time_and_noise",
+    "load_clip_index",
+]
+
+_FORMAT = "megatron-dip/clip-index"
+_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """A data set and how it is read."""
+
+    samples: Path
+    """The JSON list of samples."""
+    video_folder: Path
+    """The folder that names of videos are relative to."""
+    tokenizer: Path
+    max_text_tokens: int
+    """Of a caption with its marks; a longer one is a bad sample."""
+    latent_channels: int
+    vae: Path | None
+    """An encoder in the format of diffusers; the fixed transform where not given."""
+    limits: ClipLimits
+
+
+class ClipRecord(NamedTuple):
+    """What is known of a sample; ``error`` is the reason why it cannot be used."""
+
+    tokens: tuple[int, ...]
+    grid: tuple[int, int, int]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipIndex:
+    """One record for each sample of the file, in its order."""
+
+    digest: str
+    source: str
+    """The file of the samples, for messages."""
+    folder: Path
+    """Where the latents are."""
+    samples: tuple[ClipRecord, ...]
+
+    def latents(self, number: int) -> Tensor:
+        """The patches of clip ``number``: ``[N, V]`` float32.
+
+        Raises:
+            DataError: The file is missing or broken.
+        """
+        path = self.folder / f"{number}.npy"
+        try:
+            return torch.from_numpy(np.load(path))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.source}: sample number {number}: its latents {path} cannot be read "
+                f"({error}); delete the folder, it is made again"
+            ) from error
+
+
+def build_clip_index(
+    settings: ClipSettings, folder: Path, *, show_progress: bool = True, num_threads: int = 4
+) -> tuple[ClipIndex, Path]:
+    """Make the index, or read it where it is already in ``folder``; one process calls this.
+
+    Bad samples are recorded, not raised: see ``usable_samples``.
+
+    Returns:
+        The index and its file, which other processes pass to ``load_clip_index``.
+
+    Raises:
+        DataError: The file of the samples, the tokenizer or the encoder cannot be used at all.
+    """
+    raw_samples = read_samples(settings.samples)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    encoder = make_encoder(settings.latent_channels, settings.vae)
+    digest = _digest(settings, raw_samples, tokenizer, encoder)
+    path = folder / f"clip-index-{digest[:16]}.json"
+    if path.exists():
+        try:
+            return load_clip_index(path), path
+        except DataError as error:
+            logger.warning("the index is made again: %s", error)
+    started = time.monotonic()
+    latents_folder = path.with_suffix("")
+    latents_folder.mkdir(parents=True, exist_ok=True)
+
+    def record(number: int) -> ClipRecord:
+        try:
+            return _record(raw_samples[number], number, settings, tokenizer, encoder, path)
+        except DataError as error:
+            name = sample_name(raw_samples[number], number)
+            return ClipRecord((), (0, 0, 0), f"{name}: {error}")
+
+    records = map_with_progress(
+        record,
+        range(len(raw_samples)),
+        description="encoding clips",
+        show_progress=show_progress,
+        num_threads=num_threads,
+    )
+    text = json.dumps(
+        {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "digest": digest,
+            "source": str(settings.samples),
+            "samples": [one.error or [one.tokens, one.grid] for one in records],
+        }
+    )
+    # Written last: an index that is there has all of its latents.
+    write_atomically(path, text)
+    seconds = time.monotonic() - started
+    logger.info("index and latents of %d clips made in %.1f s: %s", len(records), seconds, path)
+    return load_clip_index(path), path
+
+
+def _record(
+    raw: Any,
+    number: int,
+    settings: ClipSettings,
+    tokenizer: VlmTokenizer,
+    encoder: LatentEncoder,
+    index: Path,
+) -> ClipRecord:
+    """The record of one sample, its latents written."""
+    if not isinstance(raw, Mapping):
+        raise DataError(f"expected an object, found {type(raw).__name__}")
+    for field in ("video", "caption"):
+        if not isinstance(raw.get(field), str) or not raw[field]:
+            raise DataError(f"field {field!r} is missing or not a text")
+    tokens = [tokenizer.bos_id, *tokenizer.encode_text(raw["caption"]), tokenizer.eos_id]
+    if len(tokens) > settings.max_text_tokens:
+        raise DataError(
+            f"its caption has {len(tokens)} tokens, more than model.text.seq_length "
+            f"{settings.max_text_tokens}; shorten it, raise seq_length, or skip bad samples"
+        )
+    frames, bucket = read_clip(
+        settings.video_folder / raw["video"],
+        settings.limits,
+        PATCH_SIDE * encoder.pixels_per_cell,
+    )
+    patches, grid = patches_of(encoder.encode(frames))
+    assert grid == bucket
+    np.save(index.with_suffix("") / f"{number}.npy", patches.numpy())
+    return ClipRecord(tuple(tokens), grid)
+
+
+def _digest(
+    settings: ClipSettings,
+    raw_samples: Sequence[Any],
+    tokenizer: VlmTokenizer,
+    encoder: LatentEncoder,
+) -> str:
+    facts: list[Any] = [_FORMAT, _VERSION, settings.max_text_tokens, asdict(settings.limits)]
+    facts += [tokenizer.digest, encoder.digest]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    digest.update(settings.samples.read_bytes())
+    for raw in raw_samples:
+        name = raw.get("video") if isinstance(raw, Mapping) else None
+        try:
+            status = os.stat(settings.video_folder / str(name))
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(f"{name}\0missing\n".encode())
+    return digest.hexdigest()
+
+
+def load_clip_index(path: Path) -> ClipIndex:
+    """Read an index that ``build_clip_index`` wrote.
+
+    Raises:
+        DataError: The file cannot be read or is no index of this version.
+    """
+    data = read_json(path, DataError)
+    remedy = f"{path}: not an index of version {_VERSION}; delete it, it is made again"
+    try:
+        if data["format"] != _FORMAT or data["version"] != _VERSION:
+            raise DataError(remedy)
+        samples = tuple(_parse_record(record) for record in data["samples"])
+        return ClipIndex(
+            digest=data["digest"],
+            source=data["source"],
+            folder=path.with_suffix(""),
+            samples=samples,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(remedy) from error
+
+
+def _parse_record(data: Any) -> ClipRecord:
+    if isinstance(data, str):
+        return ClipRecord((), (0, 0, 0), data)
+    tokens, (frames, rows, columns) = data
+    return ClipRecord(tuple(tokens), (frames, rows, columns))
+
+
+def draw_time_and_noise(key: str, shape: tuple[int, int]) -> tuple[float, Tensor]:
+    """A time between 0 and 1, logit-normal (arXiv 2403.03206), and noise; both depend on ``key``.
+
+    Drawn on the CPU from a generator of their own, so that they are the same on every rank,
+    whatever else is drawn.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+    draw = torch.randn(1, generator=generator, dtype=torch.float64)
+    return float(torch.sigmoid(draw)), torch.randn(shape, generator=generator)
+
+
+class ClipDataset(Dataset[Clip]):
+    """``num_samples`` clips over as many epochs as they take, in an order of its own for each.
+
+    Clip ``i`` of training, its time and its noise are pure functions of the data and ``(seed, i)``:
+    they do not depend on the schedule, the split or the number of replicas, and training that goes
+    on by its number of consumed samples sees what it would have seen.
+
+    Args:
+        num_samples: Clips in all.
+        subset: Numbers of the samples to use.
+        load_latents: Whether this rank needs latents; sizes are known without.
+        stage: ``train`` or ``valid``: they draw different noise.
+
+    Raises:
+        DataError: The data set holds bad samples, or none in the subset.
+    """
+
+    def __init__(
+        self,
+        index: ClipIndex,
+        *,
+        num_samples: int,
+        seed: int,
+        subset: Sequence[int],
+        stage: str = "train",
+        load_latents: bool = True,
+        skip_bad_samples: bool = False,
+    ) -> None:
+        usable = usable_samples(index, skip_bad_samples=skip_bad_samples)
+        self._numbers = sorted(set(usable).intersection(subset))
+        if not self._numbers:
+            raise DataError(f"{index.source}: no usable sample in the given subset")
+        self._index = index
+        self._num_samples = num_samples
+        self._seed = seed
+        self._stage = stage
+        self._load_latents = load_latents
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, i: int) -> Clip:
+        """
+        Raises:
+            DataError: The latents cannot be read.
+        """
+        number = self.sample_number(i)
+        record = self._index.samples[number]
+        latents = self._index.latents(number) if self._load_latents else None
+        shape = (0, 0) if latents is None else (latents.shape[0], latents.shape[1])
+        time_, noise = draw_time_and_noise(f"{self._seed}:{self._stage}:{number}:{i}", shape)
+        return Clip(
+            tokens=torch.tensor(record.tokens, dtype=torch.int64),
+            grid=record.grid,
+            time=time_,
+            latents=latents,
+            noise=None if latents is None else noise,
+        )
+
+    def sample_number(self, i: int) -> int:
+        """The sample at place ``i``, as its place in the file."""
+        if not 0 <= i < self._num_samples:
+            raise IndexError(f"no clip {i}: the data set has {self._num_samples}")
+        epoch, place = divmod(i, len(self._numbers))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._numbers))
+        return self._numbers[order[place]]
+
+    def collate_fn(self, clips: Sequence[Clip]) -> ClipMicrobatch:
+        """The clips of one microbatch together."""
+        return ClipMicrobatch(clips=tuple(clips))
