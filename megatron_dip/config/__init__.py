@@ -14,6 +14,7 @@ from megatron_dip.config.base import (
     build_partition,
 )
 from megatron_dip.config.families import FAMILIES, load_config
+from megatron_dip.config.lavin import LavinConfig
 from megatron_dip.config.t2v import T2vConfig
 from megatron_dip.config.vlm import VlmConfig
 
@@ -22,6 +23,7 @@ __all__ = [
     "CostConfig",
     "DataForm",
     "DipConfig",
+    "LavinConfig",
     "ModuleSchedule",
     "ScheduleConfig",
     "T2vConfig",

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import yaml
 
 from megatron_dip.config.base import DipConfig, build_partition
+from megatron_dip.config.lavin import LavinConfig
 from megatron_dip.config.t2v import T2vConfig
 from megatron_dip.config.vlm import VlmConfig
 from megatron_dip.errors import ConfigError
@@ -15,7 +16,9 @@ from megatron_dip.forms import Form
 __all__ = ["DEFAULT_FAMILY", "FAMILIES", "load_config"]
 
 DEFAULT_FAMILY = "vlm"
-FAMILIES: Mapping[str, type[DipConfig]] = MappingProxyType({"vlm": VlmConfig, "t2v": T2vConfig})
+FAMILIES: Mapping[str, type[DipConfig]] = MappingProxyType(
+    {"vlm": VlmConfig, "t2v": T2vConfig, "lavin": LavinConfig}
+)
 """The form of every family, by the name that ``family`` gives in a configuration.
 
 What builds and feeds the models is in ``integration/families``, under the same names.

@@ -12,6 +12,7 @@ from megatron_dip.costs.layers import (
     first_operations,
     last_operations,
     layer_operations,
+    trains,
 )
 from megatron_dip.costs.shapes import ModuleShape
 
@@ -87,7 +88,7 @@ class AnalyticTimes:
         num_kernels = sum(
             (operation.forward_flops > 0)
             + (operation.input_grad_flops > 0)
-            + (operation.weight_grad_flops > 0 and module.trainable)
+            + (operation.weight_grad_flops > 0 and trains(module, operation))
             for operation in probe
         )
         num_collectives = sum(operation.reduced_bytes > 0 for operation in probe)
@@ -153,7 +154,8 @@ class AnalyticTimes:
             )
             if operation.input_grad_flops or operation.input_grad_bytes:
                 input_grad += joined
-            weight_grad += item_us(operation.weight_grad_flops, operation.weight_grad_bytes)
+            if trains(module, operation):
+                weight_grad += item_us(operation.weight_grad_flops, operation.weight_grad_bytes)
         return PhaseTimes(forward, input_grad, weight_grad)
 
     def _device(self, module: ModuleShape) -> Device:

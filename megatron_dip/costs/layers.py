@@ -25,7 +25,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
-from megatron_dip.costs.shapes import TIMESTEP_VALUES, ModuleShape
+from megatron_dip.costs.shapes import NUM_EXPERTS, TIMESTEP_VALUES, ModuleShape
 from megatron_dip.forms import Form
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "last_operations",
     "layer_operations",
     "total_flops",
+    "trains",
 ]
 
 _LOSS_BYTES = 4
@@ -83,6 +84,13 @@ class Operation(NamedTuple):
     """Joined over the tensor-parallel ranks after it, forward and in the input gradient."""
     ring_bytes: float = 0.0
     """Sent to the next context-parallel rank beside it, forward; twice that in the gradient."""
+    is_adapter: bool = False
+    """Part of what is trained in a module whose layers are frozen."""
+
+
+def trains(module: ModuleShape, operation: Operation) -> bool:
+    """Whether ``operation`` makes a weight gradient in ``module``."""
+    return module.trains_layers or (module.trainable and operation.is_adapter)
 
 
 class _Sizes(NamedTuple):
@@ -113,7 +121,7 @@ def _linear(
     *,
     rows: float | None = None,
     divides_inputs: bool = False,
-    **more: float,
+    reduced_bytes: float = 0.0,
 ) -> Operation:
     """A linear layer whose weight is divided over the tensor-parallel ranks.
 
@@ -124,7 +132,7 @@ def _linear(
     flops = 2.0 * rows * inputs * outputs / sizes.tensor
     whole, divided = (outputs, inputs) if divides_inputs else (inputs, outputs)
     moved = sizes.bytes_per_value * rows * (whole + divided / sizes.tensor)
-    return Operation(name, flops, flops, flops, moved, moved, moved, **more)
+    return Operation(name, flops, flops, flops, moved, moved, moved, reduced_bytes=reduced_bytes)
 
 
 def _elementwise(
@@ -171,6 +179,7 @@ def layer_operations(
     residual_tensors = 4 if module.kind == "dit" else 3
     operations = [
         _elementwise("attention_norm", sizes, between, hidden, 2),
+        *_adapter(module, sizes),
         _linear("query_key_value", sizes, hidden, hidden + 2 * module.key_value_size),
         _attention(module, size, parallel, sizes),
         _linear(
@@ -189,6 +198,29 @@ def layer_operations(
         _elementwise("mlp_residual", sizes, between, hidden, residual_tensors),
     ]
     return tuple(operations)
+
+
+def _adapter(module: ModuleShape, sizes: _Sizes) -> list[Operation]:
+    """The adapter's two products and its router, whole on every tensor-parallel rank.
+
+    Both experts are one product of twice the bottleneck's width.  Narrow products are bound by
+    reading and writing wide rows, which the second one does three times.
+    """
+    if module.adapter is None:
+        return []
+    whole, rows = sizes._replace(tensor=1), sizes.rows_between
+    hidden, narrow = module.hidden_size, module.adapter.bottleneck
+    wide = 2 * sizes.bytes_per_value * rows * hidden
+    inner = NUM_EXPERTS * narrow // module.adapter.num_groups
+    up = _linear("adapter_up", whole, inner, hidden, rows=rows)
+    operations = [
+        _linear("adapter_down", whole, hidden, narrow, rows=rows),
+        _linear("adapter_router", whole, hidden, NUM_EXPERTS, rows=rows),
+        up._replace(
+            forward_bytes=up.forward_bytes + wide, input_grad_bytes=up.input_grad_bytes + wide
+        ),
+    ]
+    return [operation._replace(is_adapter=True) for operation in operations]
 
 
 def _cross_attention(

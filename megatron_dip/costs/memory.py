@@ -7,8 +7,8 @@ data-parallel ranks.  Frozen weights have neither gradient nor optimizer state.
 Activations are what the backward of a layer reads, with a fused attention kernel, that keeps no
 scores, and without dropout: inputs of linear layers and norms, queries, keys, values and output of
 attention, both sides of the MLP's activation.  Frozen layers that only pass a gradient on keep
-no inputs of linear layers.  The allocator's losses, buffers of collectives, and workspace
-are not modelled.
+no inputs of linear layers; an adapter keeps the rows that it reads.  The allocator's losses,
+buffers of collectives, and workspace are not modelled.
 """
 
 from dataclasses import dataclass
@@ -49,13 +49,15 @@ class MemoryModel:
     def layer_static_bytes(self, module: ModuleShape) -> int:
         """One layer."""
         divided = module.layer_linear_parameters() / self.parallel.tensor
-        return self._static_bytes(module, divided + module.layer_other_parameters())
+        own = self._static_bytes(module, divided + module.layer_other_parameters())
+        return own + self._adapter_bytes(module, module.adapter_parameters())
 
     def first_static_bytes(self, module: ModuleShape) -> int:
         """What sits before the first layer."""
         parameters = module.first_parameters()
         shards = self.parallel.tensor if module.kind == "causal" else 1
-        return self._static_bytes(module, parameters / shards)
+        own = self._static_bytes(module, parameters / shards)
+        return own + self._adapter_bytes(module, module.neck_parameters())
 
     def last_static_bytes(self, module: ModuleShape) -> int:
         """What sits after the last layer."""
@@ -63,6 +65,10 @@ class MemoryModel:
         return self._static_bytes(module, module.last_parameters() / shards)
 
     def _static_bytes(self, module: ModuleShape, num_weights: float) -> int:
+        return round(num_weights * self.bytes_per_weight(trainable=module.trains_layers))
+
+    def _adapter_bytes(self, module: ModuleShape, num_weights: int) -> int:
+        """Adapters and neck, which are whole on every rank."""
         return round(num_weights * self.bytes_per_weight(trainable=module.trainable))
 
     def activation_bytes(self, module: ModuleShape, size: ItemSize) -> int:
@@ -75,7 +81,10 @@ class MemoryModel:
         between = 2 * hidden
         inside = 2 * hidden + 2 * grouped + (2 if module.is_gated else 1) * ffn
         context = 0
-        if module.trainable:
+        if module.adapter is not None:
+            # What the adapter reads; what it writes goes into linear layers.
+            between += hidden
+        if module.trains_layers:
             between += 2 * hidden
             inside += ffn
         if module.kind == "dit":

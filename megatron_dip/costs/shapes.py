@@ -22,7 +22,15 @@ from pydantic import Field, model_validator
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
 
-__all__ = ["ModelShape", "ModuleShape", "ProjectorShape", "load_model", "read_yaml"]
+__all__ = [
+    "AdapterShape",
+    "ModelShape",
+    "ModuleShape",
+    "NeckShape",
+    "ProjectorShape",
+    "load_model",
+    "read_yaml",
+]
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -36,6 +44,41 @@ class ProjectorShape(Form):
     intermediate_size: Positive
     output_size: Positive
     """Hidden size of the module that reads the rows."""
+
+
+class AdapterShape(Form):
+    """Routed adapters of two experts in every layer: a narrow layer, two wide ones, a router.
+
+    The module is trainable through them: its layers only pass gradients on, unless
+    ``tunes_layers``.
+    """
+
+    bottleneck: Positive = 8
+    num_groups: Positive = 2
+    tunes_layers: bool = False
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Of one layer."""
+        down = self.bottleneck * hidden_size + self.bottleneck
+        up = hidden_size * (self.bottleneck // self.num_groups) + hidden_size
+        router = NUM_EXPERTS * (hidden_size + 1)
+        return down + NUM_EXPERTS * up + router
+
+
+class NeckShape(Form):
+    """Two linear layers with biases before the first layer, on rows of the upstream module, and a
+    table with a row per modality (text, image)."""
+
+    input_size: Positive
+    intermediate_size: Positive
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Of neck and table."""
+        inner = self.intermediate_size * (self.input_size + 1)
+        return inner + hidden_size * (self.intermediate_size + 1) + 2 * hidden_size
+
+
+NUM_EXPERTS = 2
 
 
 class ModuleShape(Form):
@@ -65,6 +108,10 @@ class ModuleShape(Form):
     """Of ``vit`` modules."""
     context_size: Positive | None = None
     """Of ``dit`` modules: hidden size of what cross-attention reads."""
+    adapter: AdapterShape | None = None
+    """Of ``vit`` and ``causal`` modules whose layers are frozen and tuned through adapters."""
+    neck: NeckShape | None = None
+    """Of ``causal`` modules with adapters."""
     modulation: Literal["shared", "per_layer"] = "shared"
     """Of ``dit`` modules: one modulation network for all layers and a table per layer
     (AdaLN-single, arXiv 2310.00426), or one network in every layer (AdaLN-Zero, arXiv 2212.09748).
@@ -89,7 +136,24 @@ class ModuleShape(Form):
             raise ValueError("context_size is needed by dit modules, and only by them")
         if self.projector is not None and self.kind != "vit":
             raise ValueError(f"projector belongs to vit modules (this one is {self.kind})")
+        if self.adapter is not None and self.kind == "dit":
+            raise ValueError("adapter belongs to vit and causal modules (this one is dit)")
+        if self.neck is not None and (self.kind != "causal" or self.adapter is None):
+            raise ValueError("neck belongs to causal modules with adapters")
         return self
+
+    @property
+    def trains_layers(self) -> bool:
+        """Whether the layers' own weights are trained, and not only adapters in them."""
+        return self.trainable and (self.adapter is None or self.adapter.tunes_layers)
+
+    def adapter_parameters(self) -> int:
+        """Of the adapter of one layer."""
+        return 0 if self.adapter is None else self.adapter.num_parameters(self.hidden_size)
+
+    def neck_parameters(self) -> int:
+        """Of the neck and the modality table."""
+        return 0 if self.neck is None else self.neck.num_parameters(self.hidden_size)
 
     @property
     def query_groups(self) -> int:
@@ -159,7 +223,17 @@ class ModuleShape(Form):
     def num_parameters(self) -> int:
         """All parameters of the module."""
         layer = self.layer_linear_parameters() + self.layer_other_parameters()
-        return self.num_layers * layer + self.first_parameters() + self.last_parameters()
+        layer += self.adapter_parameters()
+        own = self.num_layers * layer + self.first_parameters() + self.last_parameters()
+        return own + self.neck_parameters()
+
+    def num_trained_parameters(self) -> int:
+        """Those that are trained: all, none, or the adapters' and the neck's."""
+        if not self.trainable:
+            return 0
+        if self.trains_layers:
+            return self.num_parameters()
+        return self.num_layers * self.adapter_parameters() + self.neck_parameters()
 
 
 TIMESTEP_VALUES = 256
@@ -192,11 +266,11 @@ class ModelShape(Form):
     @staticmethod
     def _check_edge(where: str, upstream: ModuleShape, module: ModuleShape) -> None:
         width = upstream.projector.output_size if upstream.projector else upstream.hidden_size
-        expected, field = (
-            (module.context_size, "context_size")
-            if module.kind == "dit"
-            else (module.hidden_size, "hidden_size")
-        )
+        expected, field = module.hidden_size, "hidden_size"
+        if module.kind == "dit":
+            expected, field = module.context_size or 0, "context_size"
+        elif module.neck is not None:
+            expected, field = module.neck.input_size, "neck.input_size"
         if width != expected:
             raise ValueError(
                 f"{where}.{field}: {expected}, but {upstream.name} gives rows of {width} "
@@ -226,6 +300,10 @@ class ModelShape(Form):
     def num_parameters(self) -> int:
         """All parameters of the model."""
         return sum(module.num_parameters() for module in self.modules)
+
+    def num_trained_parameters(self) -> int:
+        """Those that are trained."""
+        return sum(module.num_trained_parameters() for module in self.modules)
 
 
 def read_yaml(path: str | Path) -> dict[str, object]:

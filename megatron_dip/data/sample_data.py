@@ -22,9 +22,17 @@ from megatron_dip.data.sample_photos import PHOTOS, Photo, photo_folder
 from megatron_dip.data.sample_texts import excerpt, text_samples
 from megatron_dip.data.tokenizer import VlmTokenizer, train_tokenizer
 
-__all__ = ["Crop", "SampleDataOptions", "SampleDataSummary", "make_sample_data", "measure"]
+__all__ = [
+    "COLORS",
+    "Crop",
+    "SampleDataOptions",
+    "SampleDataSummary",
+    "cut_photo",
+    "make_sample_data",
+    "measure",
+]
 
-_COLORS = {
+COLORS = {
     "black": (20, 20, 20),
     "dark gray": (70, 70, 70),
     "gray": (128, 128, 128),
@@ -97,11 +105,11 @@ def measure(image: Image.Image) -> tuple[int, str]:
     """(mean grey value, name of the color nearest to the mean) of an RGB image."""
     mean = np.asarray(image, dtype=np.float64).reshape(-1, 3).mean(axis=0)
     brightness = round(float(mean @ np.array([0.299, 0.587, 0.114])))
-    nearest = min(_COLORS, key=lambda name: float(np.square(mean - _COLORS[name]).sum()))
+    nearest = min(COLORS, key=lambda name: float(np.square(mean - COLORS[name]).sum()))
     return brightness, nearest
 
 
-def _cut(photo: Image.Image, generator: random.Random) -> tuple[Image.Image, str]:
+def cut_photo(photo: Image.Image, generator: random.Random) -> tuple[Image.Image, str]:
     """A random part of a photograph at a random size, and where it was cut out."""
     aspect = _LARGEST_ASPECT ** generator.uniform(-1, 1)
     area = _SMALLEST_AREA * (_LARGEST_AREA / _SMALLEST_AREA) ** generator.random()
@@ -137,7 +145,7 @@ def _make_crops(
     crops = []
     for number in range(count):
         which = number % len(PHOTOS)
-        image, place = _cut(photos[which], generator)
+        image, place = cut_photo(photos[which], generator)
         suffix = "png" if generator.random() < _SHARE_PNG else "jpg"
         name = f"{Path(PHOTOS[which].file).stem}-{number:04d}.{suffix}"
         turned = suffix == "jpg" and generator.random() < _SHARE_TURNED

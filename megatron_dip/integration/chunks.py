@@ -47,6 +47,12 @@ class StageBatch:
         mask: torch.Tensor = self.data.loss_mask  # type: ignore[attr-defined]
         return mask
 
+    @property
+    def num_loss_units(self) -> int:
+        """What the weighted losses are divided by; of families whose losses have weights."""
+        units: int = self.data.num_loss_units  # type: ignore[attr-defined]
+        return units
+
 
 class DipChunk(MegatronModule):
     """One stage with what Megatron looks up through its wrappers.

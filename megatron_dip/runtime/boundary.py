@@ -19,8 +19,8 @@ class BoundaryRule:
 
     width: int
     dtype: torch.dtype
-    tokens_per_row: int = 1
-    """Patches that a merge joins into one row."""
+    tokens_per_row: int | None = 1
+    """Patches that a merge joins into one row; None where tokens have no rows."""
     num_shards: int = 1
     """Tensor-parallel ranks that share the rows (sequence parallelism); rows are padded to fit."""
 
@@ -32,7 +32,7 @@ class BoundaryRule:
     def shape(
         self, num_tokens: int, num_items: int = 0, carried_tokens: int = 0
     ) -> tuple[int, int, int]:
-        rows = -(-num_tokens // self.tokens_per_row)
+        rows = 0 if self.tokens_per_row is None else -(-num_tokens // self.tokens_per_row)
         own = -(-rows // self.num_shards)
         return (own + carried_tokens + self.rows_per_item * num_items, 1, self.width)
 

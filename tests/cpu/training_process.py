@@ -22,7 +22,9 @@ from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 
 import megatron_dip.integration.forward_backward  # noqa: E402
 import megatron_dip.integration.model  # noqa: E402, F401
+from megatron_dip.integration.adapters import stages_of  # noqa: E402
 from megatron_dip.launch import main  # noqa: E402
+from megatron_dip.models.initialization import named_global_parameters  # noqa: E402
 
 __all__ = ["run_rank"]
 
@@ -39,17 +41,18 @@ def run_rank(environment: dict[str, str], arguments: Sequence[str], record: str)
     Path(record).write_text(json.dumps(seen))
 
 
-def _watch(training: Any) -> dict[str, list[Any]]:
+def _watch(training: Any) -> dict[str, Any]:
     """Collect losses and gradient norms where Megatron has them in full; the log rounds them.
 
     The loss is what ``train_step`` returns, over all data-parallel replicas; only ranks that hold
     the loss have one.
     """
-    seen: dict[str, list[Any]] = {
+    seen: dict[str, Any] = {
         "losses": [],
         "grad_norms": [],
         "validation_losses": [],
         "early_reductions": [],
+        "gradients": {},
     }
     train_step, evaluate = training.train_step, training.evaluate
 
@@ -57,6 +60,7 @@ def _watch(training: Any) -> dict[str, list[Any]]:
         result = train_step(*args, **kwargs)
         seen["losses"] += [float(value) for value in result[0].values()]
         seen["grad_norms"].append(float(result[5]))
+        seen["gradients"] = _gradients(args[2])
         return result
 
     def watched_evaluate(*args: Any, **kwargs: Any) -> Any:
@@ -75,3 +79,15 @@ def _watch(training: Any) -> dict[str, list[Any]]:
 
     DistributedDataParallel.start_grad_sync = watched_start
     return seen
+
+
+def _gradients(model: Any) -> dict[str, tuple[float, float]]:
+    """Norm and weighted sum of what each parameter of this rank has in Megatron's buffers."""
+    found = {}
+    for stage in stages_of(model):
+        for name, parameter in named_global_parameters(stage):
+            if parameter.requires_grad:
+                gradient = parameter.main_grad.detach().double().flatten()
+                weights = torch.cos(torch.arange(len(gradient), dtype=torch.float64))
+                found[name] = (float(gradient.norm()), float(gradient @ weights))
+    return found

@@ -36,6 +36,8 @@ class TrainingRun:
     grad_norms: tuple[float, ...]
     validation_losses: tuple[float, ...]
     """One per evaluation."""
+    gradients: dict[str, tuple[float, float]]
+    """Of the last iteration, by global name: the norm, and the sum with a weight per element."""
     num_early_reductions: tuple[int, ...]
     """Per rank, reductions of a chunk's gradients started before gradients were finalized."""
     seconds: float
@@ -44,7 +46,7 @@ class TrainingRun:
 
 
 def train(folder: Path, num_ranks: int, *arguments: str, script: Path = SCRIPT) -> TrainingRun:
-    """Train on ``num_ranks`` processes; ``folder`` takes logs and must be new.
+    """Run ``script`` on ``num_ranks`` processes; ``folder`` takes logs and must be new.
 
     Raises:
         AssertionError: A rank failed or did not end in time; shows the end of its log.
@@ -82,6 +84,7 @@ def train(folder: Path, num_ranks: int, *arguments: str, script: Path = SCRIPT) 
         losses=tuple(seen[-1]["losses"]),
         grad_norms=tuple(seen[-1]["grad_norms"]),
         validation_losses=tuple(seen[-1]["validation_losses"]),
+        gradients={name: tuple(pair) for rank in seen for name, pair in rank["gradients"].items()},
         num_early_reductions=tuple(len(rank["early_reductions"]) for rank in seen),
         seconds=time.monotonic() - start,
         log=logs[-1].read_text(errors="replace"),

@@ -1,5 +1,39 @@
 """LaVIN's data: ScienceQA and chat files, prompts, answers, and microbatches with modality rows."""
 
-from megatron_dip.data.lavin.batches import ClipBatch, LavinMicrobatch, RoutedBatch, RoutedSequence
+from megatron_dip.data.lavin.batches import (
+    ClipBatch,
+    ImageSize,
+    LavinMicrobatch,
+    LavinWholeBatch,
+    RoutedBatch,
+    RoutedSequence,
+)
+from megatron_dip.data.lavin.chat import read_chat
+from megatron_dip.data.lavin.dataset import LavinDataset, LavinSettings
+from megatron_dip.data.lavin.instructions import Instruction, encode_instruction
+from megatron_dip.data.lavin.scienceqa import (
+    ScienceQaProblem,
+    ScienceQaScores,
+    read_scienceqa,
+    score,
+    to_instruction,
+)
 
-__all__ = ["ClipBatch", "LavinMicrobatch", "RoutedBatch", "RoutedSequence"]
+__all__ = [
+    "ClipBatch",
+    "ImageSize",
+    "Instruction",
+    "LavinDataset",
+    "LavinMicrobatch",
+    "LavinSettings",
+    "LavinWholeBatch",
+    "RoutedBatch",
+    "RoutedSequence",
+    "ScienceQaProblem",
+    "ScienceQaScores",
+    "encode_instruction",
+    "read_chat",
+    "read_scienceqa",
+    "score",
+    "to_instruction",
+]

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from megatron_dip.config import DipConfig, T2vConfig, VlmConfig
+from megatron_dip.config import DipConfig, LavinConfig, T2vConfig, VlmConfig
 from megatron_dip.integration.families.base import ModelFamily, SampleSet, StageFactory
+from megatron_dip.integration.families.lavin import LavinFamily
 from megatron_dip.integration.families.t2v import T2vFamily
 from megatron_dip.integration.families.vlm import VlmFamily
 
@@ -15,5 +16,6 @@ def family_of(config: DipConfig) -> ModelFamily[Any]:
     families: dict[type[DipConfig], ModelFamily[Any]] = {
         VlmConfig: VlmFamily(),
         T2vConfig: T2vFamily(),
+        LavinConfig: LavinFamily(),
     }
     return families[type(config)]

@@ -166,8 +166,7 @@ class StockVlm(StockModel):
         """Hidden states [S, B, H], or losses [S x B] on the last rank."""
         hidden = features = None
         if self.vision is not None:
-            if batch.vision.items:
-                features = self.vision(None, batch.vision)
+            features = self.features(batch)
         else:
             assert self._input is not None
             hidden = self._input.reshape(-1, 1, self._input.shape[-1])
@@ -180,6 +179,11 @@ class StockVlm(StockModel):
             shaped, requires_grad=shaped.requires_grad, keep_graph=True
         )
         return viewless
+
+    def features(self, batch: VlmWholeBatch) -> torch.Tensor | None:
+        """What the language module reads of the images; None where there are none."""
+        assert self.vision is not None
+        return self.vision(None, batch.vision) if batch.vision.items else None
 
     def stages(self) -> list[StageModule]:
         """See :class:`StockModel`."""

@@ -1,0 +1,53 @@
+"""Tune LaVIN's adapters, in the style of Megatron's own scripts.
+
+    torchrun ... -m megatron_dip.launch examples/finetune_lavin.py --dip-config CONFIG ...
+
+``--load`` brings the towers' weights, ``--load-adapters`` adapters to go on from, and
+``--save-adapters`` names the file that gets the adapters alone at the end.
+"""
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_dip.integration.adapters import AdapterFiles, add_adapter_arguments
+from megatron_dip.integration.data import data_iterators, get_batch
+from megatron_dip.integration.model import build_model
+
+
+def loss_func(
+    weights: torch.Tensor, num_units: int, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted sum of the losses of a microbatch, what to divide it by, and both for the log.
+
+    Args:
+        weights: [T], of every row's loss; see ``data.loss`` of the configuration.
+        num_units: Supervised tokens, or samples.
+        losses: [T].
+    """
+    loss = torch.sum(losses.float() * weights)
+    units = torch.tensor(num_units, dtype=torch.int, device=losses.device)
+    return loss, units, {"lm loss": torch.stack([loss.detach(), units.float()])}
+
+
+def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
+    """One forward of what this rank holds; weights are asked for where the loss is."""
+    batch = get_batch(data_iterator)
+    output = model(batch)
+    return output, lambda losses: loss_func(batch.loss_mask, batch.num_loss_units, losses)
+
+
+if __name__ == "__main__":
+    args = parse_and_validate_args(extra_args_provider=add_adapter_arguments)
+    files = AdapterFiles(load=args.load_adapters, save=args.save_adapters)
+    files.install()
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        data_iterators,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider=build_model,
+    )
+    files.finish()

@@ -1,0 +1,259 @@
+"""LaVIN: frozen CLIP and LLaMA towers with routed adapters, over ScienceQA or chats.
+
+Under Megatron's own schedule a rank holds what that wants, as for vision-language models.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import get_args
+
+from megatron_dip.config import LavinConfig
+from megatron_dip.data import PackingOptions, split_samples
+from megatron_dip.data.lavin import (
+    ClipBatch,
+    Instruction,
+    LavinDataset,
+    LavinMicrobatch,
+    LavinSettings,
+    LavinWholeBatch,
+    RoutedBatch,
+    RoutedSequence,
+    read_chat,
+    read_scienceqa,
+    to_instruction,
+)
+from megatron_dip.integration.families.base import ModelFamily, StageFactory
+from megatron_dip.integration.families.common import check_vocabulary, row_rule
+from megatron_dip.integration.families.vlm import StockVlm
+from megatron_dip.models.configs import make_language_config
+from megatron_dip.models.lavin.adapter import AdapterOptions
+from megatron_dip.models.lavin.language import LavinLanguageStage
+from megatron_dip.models.lavin.stages import freeze_towers
+from megatron_dip.models.lavin.vision import ClipStage, make_clip_config
+from megatron_dip.models.stage import StageModule
+from megatron_dip.runtime import BoundaryRules
+
+__all__ = ["LavinFamily", "LavinStages", "StockLavin"]
+
+
+class LavinStages(StageFactory):
+    """Stages of both towers."""
+
+    def __init__(self, config: LavinConfig, base: TransformerConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        vision, language, adapter = (
+            config.model.vision,
+            config.model.language,
+            config.model.adapter,
+        )
+        self._model = config.model
+        self.language_config = make_language_config(
+            base,
+            num_layers=language.num_layers,
+            hidden_size=language.hidden_size,
+            ffn_hidden_size=language.ffn_hidden_size,
+            num_attention_heads=language.num_attention_heads,
+            num_query_groups=language.num_query_groups,
+        )
+        self._vision_config = make_clip_config(
+            base,
+            num_layers=vision.num_layers,
+            hidden_size=vision.hidden_size,
+            ffn_hidden_size=vision.ffn_hidden_size,
+            num_attention_heads=vision.num_attention_heads,
+        )
+        self._adapter = AdapterOptions(
+            bottleneck=adapter.bottleneck,
+            num_groups=adapter.num_groups,
+            temperature=adapter.temperature,
+            dropout=adapter.dropout,
+        )
+
+    @property
+    def loss_config(self) -> TransformerConfig:
+        """That of the language tower."""
+        return self.language_config
+
+    def boundaries(self) -> BoundaryRules:
+        """Feature rows travel beside the rows of their images, and alone between the towers."""
+        vision, language = self._model.vision, self._model.language
+        features = partial(
+            row_rule,
+            self.language_config,
+            vision.hidden_size,
+            rows_per_item=len(vision.feature_layers),
+        )
+        return BoundaryRules(
+            inner={
+                "vision": features(),
+                "language": row_rule(self.language_config, language.hidden_size),
+            },
+            outer={"vision": features(tokens_per_row=None)},
+        )
+
+    def construct(
+        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
+    ) -> ClipStage | LavinLanguageStage:
+        """See :class:`StageFactory`."""
+        vision, language = self._model.vision, self._model.language
+        if module == "vision":
+            return ClipStage(
+                self._vision_config,
+                first_layer=first_layer,
+                num_layers=num_layers,
+                first=first,
+                last=last,
+                patch_size=vision.patch_size,
+                image_size=vision.image_size,
+                feature_layers=vision.feature_layers,
+                adapter=self._adapter,
+                gates=self._model.adapter.gates,
+            )
+        return LavinLanguageStage(
+            self.language_config,
+            first_layer=first_layer,
+            num_layers=num_layers,
+            first=first,
+            last=last,
+            adapter=self._adapter,
+            feature_size=vision.hidden_size,
+            neck_size=self._model.adapter.neck_size,
+            vocab_size=language.vocab_size,
+            max_sequence_length=language.seq_length,
+            rotary_base=language.rotary_base,
+        )
+
+    def choose_trained(self, stage: StageModule, *, trainable: bool) -> None:
+        """Adapters, neck and modality table; the towers too where tuning is ``full``."""
+        if self._model.adapter.tuning == "full":
+            stage.requires_grad_(trainable)
+        else:
+            freeze_towers(stage)
+
+    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> "StockLavin":
+        """See :class:`StageFactory`."""
+        return StockLavin(
+            self,
+            num_vision_layers=self._model.vision.num_layers,
+            pre_process=pre_process,
+            post_process=post_process,
+            sequences=sequences,
+        )
+
+
+class StockLavin(StockVlm):
+    """As ``StockVlm``; some images may be in the batch for the released router's sake alone."""
+
+    def features(self, batch: LavinWholeBatch) -> torch.Tensor | None:  # type: ignore[override]
+        """The features that are read."""
+        if batch.wanted == ():
+            return None
+        features = super().features(batch)  # type: ignore[arg-type]
+        if features is None or batch.wanted is None:
+            return features
+        by_image = features.unflatten(0, (len(batch.vision.items), -1))
+        return by_image[list(batch.wanted)].flatten(0, 1)
+
+
+class LavinFamily(ModelFamily[LavinConfig]):
+    """LaVIN over ScienceQA or chats."""
+
+    def stage_factory(self, config: LavinConfig, base: TransformerConfig, seed: int) -> LavinStages:
+        """See :class:`ModelFamily`."""
+        return LavinStages(config, base, seed)
+
+    def item_tokens(self, config: LavinConfig, module: str) -> range:
+        """Rows of an image, which are always as many; rows of a sequence of one sample."""
+        if module == "vision":
+            rows = config.model.vision.rows_per_image
+            return range(rows, rows + 1)
+        return range(2, config.model.language.seq_length + 1)
+
+    def measured_data(
+        self, config: LavinConfig, module: str, num_tokens: int
+    ) -> ClipBatch | RoutedBatch:
+        """One image, or one sample of text with its modality row."""
+        size = lavin_settings(config).size
+        if module == "vision":
+            pixels = torch.zeros(1, size.num_patches, size.values_per_patch)
+            return ClipBatch(patches=pixels, items=(0,))
+        zeros = torch.zeros(num_tokens, dtype=torch.int64)
+        sequence = RoutedSequence(
+            tokens=zeros,
+            labels=zeros,
+            weights=torch.ones(num_tokens),
+            num_loss_units=num_tokens,
+            sample_lengths=(num_tokens - 1,),
+            modalities=(0,),
+            image_rows=zeros[:0],
+            images=(),
+            has_features=(),
+        )
+        batch = LavinMicrobatch(sequences=(sequence,), image_size=size).sub_batch("language", [0])
+        assert isinstance(batch, RoutedBatch)
+        return batch
+
+    def data_sets(
+        self, config: LavinConfig, num_samples: Sequence[int]
+    ) -> tuple[LavinDataset, LavinDataset | None]:
+        """Sequences; only ranks that hold the first vision stage decode images."""
+        args, data = get_args(), config.data
+        check_vocabulary(data.tokenizer, config.model.language.vocab_size)
+        make = partial(
+            LavinDataset,
+            lavin_settings(config),
+            seed=args.seed,
+            decode_images=mpu.get_pipeline_model_parallel_rank() == 0,
+            skip_bad_samples=data.skip_bad_samples or args.skip_bad_samples,
+            source=str(data.path),
+        )
+        parts = _read_parts(config, args.seed, with_valid=bool(num_samples[1]))
+        train, valid = (
+            make(samples, errors=errors, num_samples=count) if count else None
+            for (samples, errors), count in zip(parts, num_samples, strict=False)
+        )
+        assert train is not None
+        return train, valid
+
+
+_Part = tuple[Sequence[Instruction], Sequence[str]]
+
+
+def _read_parts(config: LavinConfig, seed: int, *, with_valid: bool) -> tuple[_Part, _Part]:
+    """The samples for training and validation, each with why others cannot be used."""
+    data = config.data
+    if data.form == "chat":
+        samples, errors = read_chat(data.path, image_folder=data.image_folder)
+        train, valid = split_samples(range(len(samples)), valid_share=data.valid_share, seed=seed)
+        return ([samples[number] for number in train], errors), (
+            [samples[number] for number in valid],
+            (),
+        )
+    splits = data.splits or data.path.with_name("pid_splits.json")
+
+    def read(split: str) -> _Part:
+        found = read_scienceqa(data.path, splits, split, image_folder=data.image_folder)
+        return [to_instruction(problem) for problem in found.problems], found.errors
+
+    return read(data.train_split), read(data.valid_split) if with_valid else ((), ())
+
+
+def lavin_settings(config: LavinConfig) -> LavinSettings:
+    """How the samples of ``config`` become sequences."""
+    data, model = config.data, config.model
+    return LavinSettings(
+        tokenizer=data.tokenizer,
+        image_folder=data.image_folder,
+        image_size=model.vision.image_size,
+        patch_size=model.vision.patch_size,
+        num_features=len(model.vision.feature_layers),
+        seq_length=model.language.seq_length,
+        packing=PackingOptions(separation=0.0) if data.packed else None,
+        loss=data.loss,
+        samples_per_mean=data.samples_per_mean,
+        fills_blank_images=model.adapter.gates == "public_code",
+    )

@@ -1,0 +1,69 @@
+"""The configuration of LaVIN: the published schedule, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_dip.config import LavinConfig, load_config
+from megatron_dip.config.lavin import PublishedOptimizer
+from megatron_dip.errors import ConfigError
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "lavin_tiny.yaml"
+
+
+def changed(tmp_path: Path, change: object) -> Path:
+    """The tiny configuration, changed by ``change(data)``."""
+    data = yaml.safe_load(TINY.read_text())
+    change(data)  # type: ignore[operator]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(data))
+    return tmp_path / "config.yaml"
+
+
+def test_the_tiny_configuration_is_of_this_family():
+    config = load_config(TINY)
+    assert isinstance(config, LavinConfig)
+    assert config.data.image_folder == TINY.parent / "../runs/scienceqa/images"
+    assert config.num_layers() == {"vision": 6, "language": 8}
+    assert "lr" not in config.megatron_arguments()
+
+
+def test_the_published_schedule_is_that_of_20_epochs():
+    arguments = PublishedOptimizer().megatron_arguments()
+    assert arguments["lr"] == pytest.approx(1.125e-3)
+    assert arguments["train_iters"] == 20 * 397 == arguments["lr_decay_iters"]
+    assert arguments["lr_warmup_iters"] == 2 * 397
+    assert (arguments["adam_beta1"], arguments["adam_beta2"]) == (0.9, 0.95)
+    assert (arguments["weight_decay"], arguments["clip_grad"]) == (0.02, 0.0)
+    assert (arguments["min_lr"], arguments["lr_decay_style"]) == (0.0, "cosine")
+
+
+def test_the_optimizer_of_the_file_becomes_arguments(tmp_path: Path):
+    path = changed(tmp_path, lambda data: data.update(optimizer={"num_epochs": 15}))
+    assert load_config(path).megatron_arguments()["train_iters"] == 15 * 397
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("vision", {"feature_layers": [2, 7]}, r"feature_layers \[2, 7\]"),
+        ("vision", {"feature_layers": [2, 1]}, r"feature_layers \[2, 1\]"),
+        ("vision", {"image_size": 100}, "image_size 100 is not a multiple of patch_size 14"),
+        ("language", {"trainable": False}, "trainable: false is not for this family"),
+        ("adapter", {"num_groups": 3}, "adapter.bottleneck 8 is not a multiple"),
+        ("adapter", {"gates": "batch"}, "model.adapter.gates"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(tmp_path: Path, section, values, message):
+    path = changed(tmp_path, lambda data: data["model"][section].update(values))
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_the_released_router_needs_whole_microbatches_of_images(tmp_path: Path):
+    def change(data):
+        data["model"]["adapter"]["gates"] = "public_code"
+        data["schedule"]["modules"]["vision"]["sub_microbatch_tokens"] = 257
+
+    with pytest.raises(ConfigError, match=r"vision\.sub_microbatch_tokens does not work"):
+        load_config(changed(tmp_path, change))
