@@ -62,6 +62,8 @@ class LanguageConfig(TransformerForm):
     vocab_size: Positive
     seq_length: Positive
     rotary_base: Positive = 10000
+    qkv_bias: bool = False
+    """Biases of queries, keys and values, as Qwen2.5 has them."""
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
@@ -88,6 +90,7 @@ class LanguageConfig(TransformerForm):
             trainable=self.trainable,
             vocab_size=self.vocab_size,
             has_head=has_head,
+            qkv_bias=self.qkv_bias,
         )
 
     def megatron_arguments(self) -> dict[str, int | float | str | bool]:
@@ -106,6 +109,7 @@ class LanguageConfig(TransformerForm):
             "normalization": "RMSNorm",
             "swiglu": True,
             "add_bias_linear": False,
+            "add_qkv_bias": self.qkv_bias,
             "untie_embeddings_and_output_weights": True,
             "tokenizer_type": "NullTokenizer",
             "vocab_size": self.vocab_size,

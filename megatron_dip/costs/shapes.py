@@ -36,6 +36,11 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
 
+def _linear(inputs: int, outputs: int) -> int:
+    """Parameters of a linear layer with a bias."""
+    return (inputs + 1) * outputs
+
+
 class ProjectorShape(Form):
     """Two linear layers after a vision tower, on groups of merged tokens."""
 
@@ -198,15 +203,15 @@ class ModuleShape(Form):
         hidden = self.hidden_size
         if self.kind == "causal":
             return (self.vocab_size or 0) * hidden
-        embedding = ((self.patch_values or 0) + self.num_positions) * hidden
+        embedding = _linear(self.patch_values or 0, hidden) + self.num_positions * hidden
         return embedding + (self.conditioning_parameters() if self.kind == "dit" else 0)
 
     def conditioning_parameters(self) -> int:
         """Of a ``dit`` module: caption projection, timestep embedding and shared modulation."""
         hidden = self.hidden_size
-        timestep = TIMESTEP_VALUES * hidden + hidden * hidden
-        shared = 6 * hidden * hidden if self.modulation == "shared" else 0
-        return (self.context_size or 0) * hidden + timestep + shared
+        timestep = _linear(TIMESTEP_VALUES, hidden) + _linear(hidden, hidden)
+        shared = _linear(hidden, 6 * hidden) if self.modulation == "shared" else 0
+        return _linear(self.context_size or 0, hidden) + timestep + shared
 
     def last_parameters(self) -> int:
         """Parameters after the last layer."""
@@ -214,11 +219,12 @@ class ModuleShape(Form):
         if self.kind == "causal":
             return hidden + ((self.vocab_size or 0) * hidden if self.has_head else 0)
         if self.kind == "dit":
-            return 2 * hidden * hidden + (self.patch_values or 0) * hidden
+            return _linear(hidden, 2 * hidden) + _linear(hidden, self.patch_values or 0)
         if self.projector is None:
             return 2 * hidden
+        middle = self.projector.intermediate_size
         merged = self.projector.merge * hidden
-        return 2 * hidden + self.projector.intermediate_size * (merged + self.projector.output_size)
+        return 2 * hidden + _linear(merged, middle) + _linear(middle, self.projector.output_size)
 
     def num_parameters(self) -> int:
         """All parameters of the module."""

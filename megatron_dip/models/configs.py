@@ -66,10 +66,12 @@ def make_language_config(
     num_attention_heads: int,
     num_query_groups: int | None = None,
     kv_channels: int | None = None,
+    qkv_bias: bool = False,
 ) -> TransformerConfig:
     """A backbone like those of Llama and Qwen: RMSNorm, SwiGLU, rotary positions, no biases.
 
     ``kv_channels`` are channels per head, by default ``hidden_size / num_attention_heads``.
+    ``qkv_bias``: biases of queries, keys and values alone, as Qwen2.5 has them.
     """
     return TransformerConfig(
         **_of_the_run(base)
@@ -84,6 +86,7 @@ def make_language_config(
             "gated_linear_unit": True,
             "activation_func": torch.nn.functional.silu,
             "add_bias_linear": False,
+            "add_qkv_bias": qkv_bias,
             "apply_rope_fusion": base.apply_rope_fusion,
             **{name: getattr(base, name) for name in _PLACEMENT},
         }

@@ -59,6 +59,7 @@ class T2vStages(StageFactory):
             ffn_hidden_size=text.ffn_hidden_size,
             num_attention_heads=text.num_attention_heads,
             num_query_groups=text.num_query_groups,
+            qkv_bias=text.qkv_bias,
         )
         if not text.trainable:
             # Dropout regularises training: an encoder that is only used must not draw.

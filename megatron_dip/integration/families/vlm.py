@@ -63,6 +63,7 @@ class VlmStages(StageFactory):
             ffn_hidden_size=language.ffn_hidden_size,
             num_attention_heads=language.num_attention_heads,
             num_query_groups=language.num_query_groups,
+            qkv_bias=language.qkv_bias,
         )
         self._vision_config = make_vision_config(
             base,
