@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from megatron_dip.errors import PlanError
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, ActionType
@@ -219,7 +221,8 @@ class PipelineGraph:
 
     def forward_inputs(self, work: Work) -> tuple[Message, ...]:
         """Messages that the forward of ``work`` waits for, upstream modules in their order."""
-        makers = [self.works[number] for number in self._makers[self.numbers[work]]]
+        number, (first, sources) = self.numbers[work], self._sources
+        makers = [self.works[maker] for maker in sources[slice(*first[number : number + 2])]]
         if self.partition.previous_stage(work.stage) is None:
             upstream = self.problem.module(self.partition[work.stage].module).upstream
             makers.sort(key=lambda maker: upstream.index(self.partition[maker.stage].module))
@@ -228,13 +231,12 @@ class PipelineGraph:
         )
 
     @cached_property
-    def _makers(self) -> list[list[int]]:
-        """Per work, those whose output it reads."""
-        makers: list[list[int]] = [[] for _ in self.works]
-        edges = zip(self.wiring.reader_source.tolist(), self.wiring.reader.tolist(), strict=True)
-        for maker, reader in edges:
-            makers[reader].append(maker)
-        return makers
+    def _sources(self) -> tuple[list[int], list[int]]:
+        """Work n reads the outputs of the works second[first[n]] to second[first[n + 1]]."""
+        wiring = self.wiring
+        by_reader = np.argsort(wiring.reader, kind="stable")
+        first = np.searchsorted(wiring.reader[by_reader], np.arange(len(wiring.stage) + 1))
+        return first.tolist(), wiring.reader_source[by_reader].tolist()
 
     def backward_outputs(self, work: Work) -> tuple[Message, ...]:
         """Gradient messages to which the backward of ``work`` contributes."""
