@@ -40,6 +40,8 @@ setup(
         "megatron-core>=0.19,<0.20",
         "numpy",
         "numba>=0.61",
+        # HiGHS, which solves the planner's memory program.
+        "highspy>=1.11",
         "pydantic>=2.12",
         "PyYAML",
         "typer",

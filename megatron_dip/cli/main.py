@@ -126,6 +126,10 @@ def plan(
         float | None, typer.Option(help="Milliseconds that the search may take.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random numbers of the search.")] = 0,
+    no_recompute: Annotated[
+        bool, typer.Option("--no-recompute", help="Keep the memory limit by holding work back.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Searches at the same time, a core each.")] = 1,
 ) -> None:
     """Plan one batch and write the plan."""
     made = make_plan(
@@ -138,6 +142,8 @@ def plan(
         evaluations=evaluations,
         budget_ms=budget_ms,
         seed=seed,
+        memory_program=not no_recompute,
+        workers=workers,
     )
     write_file(output, lambda: save_plan(made, output))
     print_rows([Row.of_plan(str(output), made, simulate(made))])

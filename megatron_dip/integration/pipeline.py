@@ -87,6 +87,8 @@ class DipPipeline:
             partition,
             algorithm=schedule.planner,
             evaluations=(schedule.evaluations or None) if is_searched else None,
+            # The batch is there and must be trained: one rank may run out of memory, none waits.
+            when_infeasible="least_memory",
         )
 
 

@@ -2,19 +2,21 @@
 
 from megatron_dip.planner.dual_queue import Priority, default_priority, order_dual_queue
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
-from megatron_dip.planner.planner import Algorithm, make_plan, plan_from_order
-from megatron_dip.planner.search import Search, search_schedule
+from megatron_dip.planner.planner import Algorithm, WhenInfeasible, make_plan, plan_from_order
+from megatron_dip.planner.search import Search, schedule_by_default, search_schedule
 from megatron_dip.planner.sub_microbatches import form_sub_microbatches
 
 __all__ = [
     "Algorithm",
     "Priority",
     "Search",
+    "WhenInfeasible",
     "default_priority",
     "form_sub_microbatches",
     "make_plan",
     "order_dual_queue",
     "order_one_f_one_b",
     "plan_from_order",
+    "schedule_by_default",
     "search_schedule",
 ]

@@ -70,7 +70,7 @@ def order_dual_queue(
     Raises:
         InfeasibleError: A single microbatch does not fit into the memory of a rank.
     """
-    batch = BatchRules.forwards(table, split_backward=split_backward, has_memory_limit=True)
+    batch = BatchRules.forwards(table, split_backward=split_backward)
     rules = batch.make(priority_key(priority), ALTERNATE, np.array(priority.microbatch_order))
     return schedule_greedily(batch, rules).order
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.planner.greedy import GreedySchedule, schedule_greedily
+from megatron_dip.planner.memory import MemoryFitter, memory_levels
 from megatron_dip.planner.rules import BatchRules
-from megatron_dip.simulator.arrays import IntArray
+from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskOrder
 from megatron_dip.simulator.tasks import TaskTable
 
 __all__ = ["Budget", "Evaluator", "Point"]
@@ -39,10 +40,25 @@ class Point(NamedTuple):
     key: IntArray
     turn: int
     microbatch_order: IntArray
+    level: int = 0
+    """Which of :attr:`Evaluator.levels` works are admitted by."""
+    near: GreedySchedule | None = None
+    """Times of backwards are taken from this schedule, and what recomputation counts."""
 
 
 class Evaluator:
     """Schedules of one batch, counted and timed; the same point is scheduled once.
+
+    Where not everything fits at once, a schedule is made for works that are taken to hold less than
+    they do, and what is over the limit is then recomputed.
+
+    Args:
+        table: The batch, nothing recomputed.
+        budget: When :attr:`is_over`.
+        split_backward: Input and weight gradients apart.
+        goal_us: Where a search may stop; no schedule can be faster.
+        can_recompute: Whether memory may be saved by recomputing layers; where it may not, works
+            are held back.
 
     Raises:
         ConfigError: The budget is none.
@@ -50,12 +66,25 @@ class Evaluator:
     """
 
     def __init__(
-        self, table: TaskTable, budget: Budget, *, split_backward: bool, goal_us: float
+        self,
+        table: TaskTable,
+        budget: Budget,
+        *,
+        split_backward: bool,
+        goal_us: float,
+        can_recompute: bool = True,
     ) -> None:
         budget.check()
         self.table = table
+        self.levels: tuple[IntArray, ...] = (table.stored_bytes,)
+        self.fitter: MemoryFitter | None = None
+        if can_recompute:
+            fitter = MemoryFitter(table, split_backward=split_backward)
+            self.levels = memory_levels(fitter.savings, table.rank, table.microbatch)
+            if not fitter.fits_at_once:
+                self.fitter = fitter
         self.forwards = BatchRules.forwards(
-            table, split_backward=split_backward, has_memory_limit=True
+            table, split_backward=split_backward, levels=self.levels
         )
         self.num_evaluations = 0
         self.best: GreedySchedule | None = None
@@ -74,8 +103,14 @@ class Evaluator:
             return True
         if self._budget.evaluations is not None:
             return self.num_evaluations >= self._budget.evaluations
-        limit_ms = self._budget.milliseconds or 0.0
-        return (time.monotonic() - self._started) * 1000 >= limit_ms
+        return self.left_ms <= 0
+
+    @property
+    def left_ms(self) -> float:
+        """What is left of a budget in milliseconds; infinite without one."""
+        if self._budget.milliseconds is None:
+            return math.inf
+        return self._budget.milliseconds - (time.monotonic() - self._started) * 1000
 
     def evaluate(self, point: Point) -> GreedySchedule:
         """The schedule of ``point`` with time running forwards; the best one is remembered.
@@ -84,22 +119,66 @@ class Evaluator:
         """
         schedule = self.schedule(self.forwards, point)
         assert schedule is not None, "the memory guard leaves no schedule unfinished"
-        if self.best is None or schedule.makespan_us < self.best.makespan_us:
-            self.best = schedule
-        return schedule
+        return self._remember(schedule)
+
+    def refit(self, order: TaskOrder, weights: FloatArray | None) -> GreedySchedule | None:
+        """The schedule of an order, with its recomputation chosen by ``weights``.
+
+        The best one is remembered; None where no recomputation makes the order fit.
+        """
+        self.num_evaluations += 1
+        schedule = self._fit(order, weights)
+        return None if schedule is None else self._remember(schedule)
 
     def schedule(self, batch: BatchRules, point: Point) -> GreedySchedule | None:
-        """The schedule of ``point`` under the rules of ``batch``; None where it cannot finish."""
+        """The schedule of ``point`` under the rules of ``batch``; None where it cannot finish.
+
+        With time running backwards it recomputes what ``point.near`` does.
+        """
         self.num_evaluations += 1
-        digest = hashlib.blake2b(point.key.tobytes(), digest_size=16)
-        digest.update(point.microbatch_order.tobytes())
-        digest.update(bytes([point.turn, batch.opening_kind]))
-        name = digest.digest()
+        name = _digest(batch, point)
         if name not in self._kept:
             if len(self._kept) >= self._max_kept:
                 del self._kept[next(iter(self._kept))]
             try:
-                self._kept[name] = schedule_greedily(batch, batch.make(*point))
+                self._kept[name] = self._make(batch, point)
             except InfeasibleError:
                 self._kept[name] = None
         return self._kept[name]
+
+    def _make(self, batch: BatchRules, point: Point) -> GreedySchedule | None:
+        key, turn, microbatch_order, level, near = point
+        rules = batch.make(key, turn, microbatch_order, level=level)
+        if self.fitter is None:
+            return schedule_greedily(batch, rules)
+        duration_us = None
+        if near is not None and near.num_recomputed.any():
+            duration_us = self.fitter.timed_graph(near.num_recomputed).duration_us
+        schedule = schedule_greedily(batch, rules, duration_us)
+        if batch is not self.forwards:
+            return schedule
+        return self._fit(schedule.order, None if near is None else near.weights)
+
+    def _fit(self, order: TaskOrder, weights: FloatArray | None) -> GreedySchedule | None:
+        assert self.fitter is not None, "only called where not everything fits at once"
+        num_recomputed = self.fitter.fit(order, weights)
+        if num_recomputed is None:
+            return None
+        times = self.fitter.run(order, num_recomputed)
+        return GreedySchedule(order, times.starts_us, times.makespan_us, num_recomputed, weights)
+
+    def _remember(self, schedule: GreedySchedule) -> GreedySchedule:
+        if self.best is None or schedule.makespan_us < self.best.makespan_us:
+            self.best = schedule
+        return schedule
+
+
+def _digest(batch: BatchRules, point: Point) -> bytes:
+    digest = hashlib.blake2b(point.key.tobytes(), digest_size=16)
+    digest.update(point.microbatch_order.tobytes())
+    digest.update(bytes([point.turn, batch.opening_kind, point.level]))
+    if point.near is not None:
+        digest.update(point.near.num_recomputed.tobytes())
+        if point.near.weights is not None:
+            digest.update(point.near.weights.tobytes())
+    return digest.digest()

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_dip.errors import InfeasibleError
 from megatron_dip.planner.kernels import Rules, list_schedule, new_state
 from megatron_dip.planner.rules import BatchRules
-from megatron_dip.simulator.arrays import FloatArray, TaskOrder
+from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskOrder
 from megatron_dip.simulator.simulate import decode_order
 
 __all__ = ["GreedySchedule", "schedule_greedily"]
@@ -26,22 +26,36 @@ class GreedySchedule(NamedTuple):
     starts_us: FloatArray
     """[3 N]"""
     makespan_us: float
+    num_recomputed: IntArray
+    """[N]: layers of every work that are recomputed."""
+    weights: FloatArray | None = None
+    """[N]: what the recomputation was chosen by; see :mod:`megatron_dip.planner.memory`."""
 
 
-def schedule_greedily(batch: BatchRules, rules: Rules) -> GreedySchedule:
+def schedule_greedily(
+    batch: BatchRules, rules: Rules, duration_us: FloatArray | None = None
+) -> GreedySchedule:
     """The compute order that ``rules``, made by ``batch``, make of its works.
+
+    Args:
+        batch: What is to be done.
+        rules: In which order.
+        duration_us: [3 N] times other than those of the batch.
 
     Raises:
         InfeasibleError: The rules admit nothing although work is left.
     """
     state = new_state(batch.graph, rules)
-    makespan_us = list_schedule(batch.graph, rules, state)
+    graph = batch.graph
+    if duration_us is not None:
+        graph = graph._replace(duration_us=duration_us)
+    makespan_us = list_schedule(graph, rules, state)
     lines = [line[:length] for line, length in zip(state.order, state.order_length, strict=True)]
     first = np.concatenate([[0], np.cumsum(state.order_length)])
     order = TaskOrder(np.concatenate(lines), first)
     if len(order.task) < int(batch.graph.exists.sum()):
         raise InfeasibleError(_what_is_left(batch, order))
-    return GreedySchedule(order, state.starts_us, makespan_us)
+    return GreedySchedule(order, state.starts_us, makespan_us, np.zeros(len(graph.rank), np.int64))
 
 
 def _what_is_left(batch: BatchRules, order: TaskOrder) -> str:

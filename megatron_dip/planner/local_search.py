@@ -12,12 +12,14 @@ A move that succeeds more often is tried more often.  What is as good as the bes
 the search can drift.
 """
 
+import itertools
+
 import numpy as np
 
 from megatron_dip.planner.evaluator import Evaluator, Point
 from megatron_dip.planner.greedy import GreedySchedule
 from megatron_dip.planner.kernels import BY_KEY
-from megatron_dip.planner.portfolio import Portfolio
+from megatron_dip.planner.portfolio import Portfolio, Rule
 from megatron_dip.planner.rules import BatchRules, places
 from megatron_dip.simulator.arrays import FloatArray, IntArray
 
@@ -25,6 +27,8 @@ __all__ = ["search_locally"]
 
 # How far times are disturbed, as parts of the makespan.
 _DISTURBANCES = (0.003, 0.01, 0.03, 0.1)
+# How often another level of admission is tried.
+_OTHER_LEVEL = 0.25
 
 
 def search_locally(evaluator: Evaluator, seed: int) -> None:
@@ -44,69 +48,123 @@ class _LocalSearch:
         self._microbatch = np.tile(self._batch.microbatch, 3)[graph.exists]
         self._is_split = bool(graph.exists[2 * len(graph.rank) :].any())
         self._backwards: BatchRules | None = None
+        self._rule, self._order = next(self._portfolio.starts())
+        self._level = 0
+        self._current = evaluator.evaluate(self._rule_point(self._rule, self._order, 0))
+        self._rule_us = self._current.makespan_us
 
     def run(self) -> None:
         evaluator = self._evaluator
-        best_us = np.inf
-        for rule, order in self._portfolio.starts():
-            schedule = evaluator.evaluate(self._portfolio.point(rule, order))
-            if schedule.makespan_us < best_us:
-                best_us, self._rule, self._order = schedule.makespan_us, rule, order
-                self._current = schedule
+        self._try_levels()
+        for rule, order in itertools.islice(self._portfolio.starts(), 1, None):
             if evaluator.is_over:
                 return
-        self._rule_us = best_us
+            schedule = evaluator.evaluate(self._rule_point(rule, order, self._level))
+            if schedule.makespan_us < self._rule_us:
+                self._rule_us, self._rule, self._order = schedule.makespan_us, rule, order
+            self._keep(schedule, self._level)
         if not self._is_split:
-            self._backwards = BatchRules.backwards(evaluator.table)
-        tries, wins = np.ones(2), np.ones(2)
+            self._backwards = BatchRules.backwards(evaluator.table, evaluator.levels)
+        moves = [self._reorder, self._justify]
+        if evaluator.fitter is not None:
+            moves.append(self._refit)
+        tries, wins = np.ones(len(moves)), np.ones(len(moves))
         while not evaluator.is_over:
-            move = int(self._random.random() * (wins / tries).sum() >= wins[0] / tries[0])
+            rates = np.cumsum(wins / tries)
+            move = int(np.searchsorted(rates, self._random.random() * rates[-1], side="right"))
             before_us = self._current.makespan_us
-            if move == 0:
-                self._reorder()
-            else:
-                self._justify()
+            moves[move]()
             tries[move] += 1
             wins[move] += self._current.makespan_us < before_us
+
+    def _try_levels(self) -> None:
+        """The first rule at every level; the search goes on from the best."""
+        for level in range(1, len(self._evaluator.levels)):
+            if self._evaluator.is_over:
+                return
+            point = self._rule_point(self._rule, self._order, level)
+            schedule = self._evaluator.evaluate(point)
+            if schedule.makespan_us < self._rule_us:
+                self._rule_us, self._current, self._level = schedule.makespan_us, schedule, level
+
+    def _rule_point(self, rule: Rule, order: IntArray, level: int) -> Point:
+        return self._portfolio.point(rule, order)._replace(level=level)
 
     def _reorder(self) -> None:
         order = self._order.copy()
         if len(order) > 1:
             first, second = self._random.choice(len(order), 2, replace=False)
             order[[first, second]] = order[[second, first]]
-        schedule = self._evaluator.evaluate(self._portfolio.point(self._rule, order))
+        level = self._next_level()
+        schedule = self._evaluator.evaluate(self._rule_point(self._rule, order, level))
         if schedule.makespan_us <= self._rule_us:
             self._rule_us, self._order = schedule.makespan_us, order
-        self._keep(schedule)
+        self._keep(schedule, level)
 
     def _justify(self) -> None:
         width_us = self._current.makespan_us * self._random.choice(_DISTURBANCES)
         noise_us = self._random.normal(0.0, width_us, len(self._exists))
-        schedule = self._rebuild(self._current, noise_us)
+        level = self._next_level()
+        schedule = self._rebuild(self._current, noise_us, level)
         while schedule is not None:
-            self._keep(schedule)
+            self._keep(schedule, level)
             if self._evaluator.is_over:
                 return
-            again = self._rebuild(schedule, np.zeros(len(noise_us)))
+            again = self._rebuild(schedule, np.zeros(len(noise_us)), level)
             if again is None or again.makespan_us >= schedule.makespan_us:
                 return
             schedule = again
 
-    def _rebuild(self, schedule: GreedySchedule, noise_us: FloatArray) -> GreedySchedule | None:
+    def _refit(self) -> None:
+        """Other layers for the best order: recompute where it has slack, until that ends."""
+        evaluator, current = self._evaluator, self._current
+        assert evaluator.fitter is not None, "a move only where not everything fits at once"
+        while not evaluator.is_over:
+            times = evaluator.fitter.run(current.order, current.num_recomputed)
+            weights = evaluator.fitter.weights(times.slack_us)
+            if current.weights is not None:
+                weights = (weights + current.weights) / 2
+            schedule = evaluator.refit(current.order, weights)
+            if schedule is None or schedule.makespan_us >= current.makespan_us:
+                return
+            current = schedule
+            self._keep(schedule, self._level)
+
+    def _next_level(self) -> int:
+        """Mostly that of the best schedule, now and then the one beside it."""
+        if len(self._evaluator.levels) == 1 or self._random.random() >= _OTHER_LEVEL:
+            return self._level
+        step = 1 if self._random.random() < 0.5 else -1
+        return min(max(self._level + step, 0), len(self._evaluator.levels) - 1)
+
+    def _rebuild(
+        self, schedule: GreedySchedule, noise_us: FloatArray, level: int
+    ) -> GreedySchedule | None:
         starts_us = schedule.starts_us + noise_us
+        duration_us = self._duration_us
+        if self._evaluator.fitter is not None:
+            duration_us = self._evaluator.fitter.timed_graph(schedule.num_recomputed).duration_us
         if self._backwards is not None:
-            ends_us = starts_us + self._duration_us
-            point = Point(self._places(-ends_us), BY_KEY, self._by_end(ends_us)[::-1].copy())
+            ends_us = starts_us + duration_us
+            point = Point(
+                self._places(-ends_us),
+                BY_KEY,
+                self._by_end(ends_us)[::-1].copy(),
+                level,
+                near=schedule,
+            )
             late = self._evaluator.schedule(self._backwards, point)
             if late is None:
                 return None
-            starts_us = late.makespan_us - late.starts_us - self._duration_us
-        order = self._by_end(starts_us + self._duration_us)
-        return self._evaluator.evaluate(Point(self._places(starts_us), BY_KEY, order))
+            starts_us = late.makespan_us - late.starts_us - duration_us
+        order = self._by_start(starts_us)
+        return self._evaluator.evaluate(
+            Point(self._places(starts_us), BY_KEY, order, level, near=schedule)
+        )
 
-    def _keep(self, schedule: GreedySchedule) -> None:
+    def _keep(self, schedule: GreedySchedule, level: int) -> None:
         if schedule.makespan_us <= self._current.makespan_us:
-            self._current = schedule
+            self._current, self._level = schedule, level
 
     def _places(self, times_us: FloatArray) -> IntArray:
         """Keys by time; tasks that the batch does not have come last."""
@@ -117,3 +175,9 @@ class _LocalSearch:
         last_us = np.full(len(self._portfolio.load_us), -np.inf)
         np.maximum.at(last_us, self._microbatch, ends_us[self._exists])
         return np.argsort(last_us, kind="stable")
+
+    def _by_start(self, starts_us: FloatArray) -> IntArray:
+        """Microbatches by the time at which the first of their tasks starts."""
+        first_us = np.full(len(self._portfolio.load_us), np.inf)
+        np.minimum.at(first_us, self._microbatch, starts_us[self._exists])
+        return np.argsort(first_us, kind="stable")

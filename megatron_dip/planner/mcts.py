@@ -64,11 +64,15 @@ class _Tree:
         self._worst_us = 0.0
 
     def run(self) -> None:
-        """Playouts until the budget is spent; the first is the default order itself."""
-        self._judge(list(range(len(self._pairs))))
+        """Playouts until the budget is spent; the first is the default order, at every level."""
+        default = list(range(len(self._pairs)))
+        found: list[float] = []
+        while len(found) < len(self._evaluator.levels) and not self._evaluator.is_over:
+            found.append(self._judge(default, len(found)))
+        self._level = int(np.argmin(found))
         while not self._evaluator.is_over:
             order, path = self._descend()
-            makespan_us = self._judge(self._complete(order, path[-1]))
+            makespan_us = self._judge(self._complete(order, path[-1]), self._level)
             spread_us = max(self._worst_us - self._best_us, 1e-9)
             value = (self._worst_us - makespan_us) / spread_us
             for node in path:
@@ -126,7 +130,7 @@ class _Tree:
             node |= 1 << pair
         return ordered
 
-    def _judge(self, order: list[int]) -> float:
+    def _judge(self, order: list[int], level: int) -> float:
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         num_works = len(self._pair_of_work)
@@ -137,7 +141,7 @@ class _Tree:
         for index, pair in enumerate(order):
             entered[self._pairs[pair][1]] = index
         microbatches = np.argsort(entered, kind="stable")
-        schedule = self._evaluator.evaluate(Point(key, ALTERNATE, microbatches))
+        schedule = self._evaluator.evaluate(Point(key, ALTERNATE, microbatches, level))
         self._best_us = min(self._best_us, schedule.makespan_us)
         self._worst_us = max(self._worst_us, schedule.makespan_us)
         return schedule.makespan_us

@@ -32,7 +32,7 @@ def order_one_f_one_b(table: TaskTable, *, split_backward: bool = False) -> Task
 
     Backwards go first, and the oldest microbatch before younger ones.
     """
-    batch = BatchRules.forwards(table, split_backward=split_backward, has_memory_limit=False)
+    batch = BatchRules.forwards(table, split_backward=split_backward, levels=())
     limits = in_flight_limits(table.graph)
     limit = np.array([limits.get(stage, -1) for stage in batch.stages.tolist()], dtype=np.int64)
     oldest_first = np.argsort(np.argsort(batch.microbatch, kind="stable"))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -12,22 +13,25 @@ from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.plan.lowering import lower
 from megatron_dip.plan.plan import Plan, Recompute
 from megatron_dip.plan.validation import validate_plan
-from megatron_dip.planner.dual_queue import default_priority, order_dual_queue
 from megatron_dip.planner.evaluator import Budget
+from megatron_dip.planner.greedy import GreedySchedule
+from megatron_dip.planner.memory import MemoryFitter, layers_to_recompute
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
-from megatron_dip.planner.search import Search, search_schedule
+from megatron_dip.planner.search import Search, check_workers, schedule_by_default, search_schedule
 from megatron_dip.planner.sub_microbatches import form_sub_microbatches
-from megatron_dip.simulator.arrays import TaskOrder
 from megatron_dip.simulator.bounds import lower_bound_us
 from megatron_dip.simulator.simulate import ComputeOrder, Simulation, simulate_order
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
 from megatron_dip.workload import Problem
 
-__all__ = ["Algorithm", "Search", "make_plan", "plan_from_order"]
+__all__ = ["Algorithm", "Search", "WhenInfeasible", "make_plan", "plan_from_order"]
 
 logger = logging.getLogger(__name__)
 
 Algorithm = Literal["dual_queue", "one_f_one_b"]
+
+WhenInfeasible = Literal["raise", "least_memory"]
+"""Where no plan keeps the memory limit: raise, or plan with as much more as is needed and warn."""
 
 
 def make_plan(
@@ -41,13 +45,15 @@ def make_plan(
     evaluations: int | None = None,
     budget_ms: float | None = None,
     seed: int = 0,
+    memory_program: bool = True,
+    workers: int = 1,
+    when_infeasible: WhenInfeasible = "raise",
 ) -> Plan:
     """Plan one batch.
 
-    The dual queue keeps the memory limit; its plan is replaced by 1F1B's on the same
-    sub-microbatches where that keeps the limit too and is faster.  Where no schedule of the dual
-    queue fits, 1F1B is taken with a warning, whatever memory it needs: a late failure on one rank
-    is easier to understand than none of the ranks having a plan.
+    The dual queue keeps the memory limit, by recomputing layers and by holding works back.  Its
+    plan is replaced by 1F1B's on the same sub-microbatches where that is faster and keeps the
+    limit too, with what of it must be recomputed.
 
     Args:
         problem: The batch.
@@ -60,47 +66,109 @@ def make_plan(
         evaluations: How many schedules the search may make; or
         budget_ms: how long it may take.  Without either the default priority is taken.
         seed: Of the search.
+        memory_program: Whether layers may be recomputed.
+        workers: Searches at the same time.
+        when_infeasible: What to do where the dual queue finds nothing that keeps the limit.
 
     Raises:
-        ConfigError: The budget is not above zero, there are two, or 1F1B is to be searched.
+        ConfigError: The budget is not above zero, there are two, 1F1B is to be searched, or there
+            is no worker.
+        InfeasibleError: A microbatch does not fit into the memory of a rank, with
+            ``memory_program`` not even if all of its layers are recomputed.
         PartitionError: The partition does not cover the modules.
         PlanError: ``max_tokens`` is wrong.
     """
+    check_workers(workers)
     has_budget = evaluations is not None or budget_ms is not None
     if has_budget:
-        Budget(evaluations, budget_ms).check()
-        if algorithm == "one_f_one_b":
-            raise ConfigError(
-                "a search budget was given for 1F1B, which has nothing to search (leave it out, or "
-                "plan with dual_queue)"
-            )
+        _check_budget(algorithm, Budget(evaluations, budget_ms))
     sizes = {**partition.sub_microbatch_tokens, **(max_tokens or {})}
-    graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, sizes))
-    table = build_task_table(graph)
-    simulation = simulate_order(table, order_one_f_one_b(table, split_backward=split_backward))
+    subs = form_sub_microbatches(problem, sizes)
+    table = build_task_table(PipelineGraph(problem, partition, subs))
+    if algorithm == "one_f_one_b":
+        return _finish(_one_f_one_b(table, split_backward), ())
 
-    def order_by_dual_queue() -> TaskOrder:
-        if not has_budget:
-            return order_dual_queue(table, default_priority(table), split_backward=split_backward)
-        return search_schedule(
-            table,
+    schedule = partial(
+        schedule_by_default, split_backward=split_backward, memory_program=memory_program
+    )
+    if has_budget:
+        schedule = partial(
+            search_schedule,
             search=search,
             evaluations=evaluations,
             budget_ms=budget_ms,
             seed=seed,
             split_backward=split_backward,
-        ).order
+            memory_program=memory_program,
+            workers=workers,
+        )
+    limited, found = _within_limits(table, schedule, when_infeasible, memory_program)
+    found = _faster(limited, found, split_backward, memory_program)
+    simulation = simulate_order(table.with_recompute(found.num_recomputed), found.order)
+    return _finish(simulation, layers_to_recompute(table, found.num_recomputed))
 
-    if algorithm == "dual_queue":
-        simulation = _dual_queue(table, order_by_dual_queue, simulation)
-    elif not _fits(table, simulation):
+
+def _check_budget(algorithm: Algorithm, budget: Budget) -> None:
+    budget.check()
+    if algorithm == "one_f_one_b":
+        raise ConfigError(
+            "a search budget was given for 1F1B, which has nothing to search (leave it out, or "
+            "plan with dual_queue)"
+        )
+
+
+def _within_limits(
+    table: TaskTable,
+    schedule: Callable[[TaskTable], GreedySchedule],
+    when_infeasible: WhenInfeasible,
+    memory_program: bool,
+) -> tuple[TaskTable, GreedySchedule]:
+    """The schedule, and the batch with the limits that it keeps."""
+    try:
+        return table, schedule(table)
+    except InfeasibleError as error:
+        if when_infeasible == "raise":
+            raise
+        logger.warning("no plan keeps the memory limit, taking one that needs least: %s", error)
+    limited = _with_least_limits(table, memory_program)
+    return limited, schedule(limited)
+
+
+def _one_f_one_b(table: TaskTable, split_backward: bool) -> Simulation:
+    simulation = simulate_order(table, order_one_f_one_b(table, split_backward=split_backward))
+    limits = table.graph.problem.memory_limit_bytes
+    if any(peak > limit for peak, limit in zip(simulation.peak_bytes, limits, strict=True)):
         logger.warning(
             "1F1B needs %s bytes per rank (limits %s): it does not look at memory, the dual queue "
             "does",
             list(simulation.peak_bytes),
-            list(problem.memory_limit_bytes),
+            list(limits),
         )
-    return _finish(simulation, ())
+    return simulation
+
+
+def _faster(
+    table: TaskTable, found: GreedySchedule, split_backward: bool, memory_program: bool
+) -> GreedySchedule:
+    """``found``, or 1F1B where that is faster and keeps the limit."""
+    order = order_one_f_one_b(table, split_backward=split_backward)
+    fitter = MemoryFitter(table, split_backward=split_backward)
+    num_recomputed = fitter.fit(order)
+    if num_recomputed is None or (num_recomputed.any() and not memory_program):
+        return found
+    times = fitter.run(order, num_recomputed)
+    if times.makespan_us >= found.makespan_us:
+        return found
+    return GreedySchedule(order, times.starts_us, times.makespan_us, num_recomputed)
+
+
+def _with_least_limits(table: TaskTable, memory_program: bool) -> TaskTable:
+    """The same batch with limits under which its largest microbatch just fits."""
+    graph = table.graph
+    least = MemoryFitter(table, split_backward=False).least_bytes(memory_program)
+    limits = np.maximum(least, graph.problem.memory_limit_bytes).tolist()
+    problem = graph.problem.model_copy(update={"memory_limit_bytes": tuple(limits)})
+    return build_task_table(PipelineGraph(problem, graph.partition, graph.sub_microbatches))
 
 
 def plan_from_order(
@@ -114,27 +182,6 @@ def plan_from_order(
     layers = {Work(r.stage, r.microbatch, r.sub): r.layers for r in recompute}
     table = build_task_table(graph, layers)
     return _finish(simulate_order(table, compute_order), recompute)
-
-
-def _dual_queue(
-    table: TaskTable,
-    make_order: Callable[[], TaskOrder],
-    fallback: Simulation,
-) -> Simulation:
-    try:
-        order = make_order()
-    except InfeasibleError as error:
-        logger.warning("the dual queue finds no schedule, falling back to 1F1B: %s", error)
-        return fallback
-    simulation = simulate_order(table, order)
-    if _fits(table, fallback) and fallback.makespan_us < simulation.makespan_us:
-        return fallback
-    return simulation
-
-
-def _fits(table: TaskTable, simulation: Simulation) -> bool:
-    limits = table.graph.problem.memory_limit_bytes
-    return all(peak <= limit for peak, limit in zip(simulation.peak_bytes, limits, strict=True))
 
 
 def _finish(simulation: Simulation, recompute: Sequence[Recompute]) -> Plan:

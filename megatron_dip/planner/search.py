@@ -1,21 +1,42 @@
 """Anytime search for the order of a batch: the best schedule that a budget allows.
 
-With a budget in evaluations the result depends on the batch and the seed alone; with one in
-milliseconds also on the machine.  A search may stop early, where the lower bound is reached.
+With a budget in evaluations the result depends on the batch, the seed and the number of workers
+alone; with one in milliseconds also on the machine.  A search may stop early, where the lower bound
+is reached.
 """
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+from megatron_dip.errors import ConfigError
 from megatron_dip.planner.evaluator import Budget, Evaluator
 from megatron_dip.planner.greedy import GreedySchedule
 from megatron_dip.planner.local_search import search_locally
 from megatron_dip.planner.mcts import search_tree
+from megatron_dip.planner.memory import MemoryFitter
+from megatron_dip.planner.memory_program import num_program_rows, solve_memory_program
+from megatron_dip.planner.portfolio import Portfolio
 from megatron_dip.simulator.bounds import lower_bound_us
 from megatron_dip.simulator.tasks import TaskTable
 
-__all__ = ["Search", "search_schedule"]
+__all__ = ["Search", "check_workers", "schedule_by_default", "search_schedule"]
 
 Search = Literal["local", "mcts"]
+
+# What solving the memory program takes per row, and the part of a budget that it may take.  In
+# evaluations rather less than their time would say: so many that it is the same on all machines.
+_PROGRAM_ROW_MS = 0.15
+_PROGRAM_ROW_EVALUATIONS = 0.1
+_PROGRAM_SHARE = 0.4
+# Between the seeds of workers.
+_SEED_STEP = 1_000_003
+
+
+def check_workers(workers: int) -> None:
+    """Raise ConfigError unless there is a worker."""
+    if workers < 1:
+        raise ConfigError(f"{workers} workers (expected 1 or more)")
 
 
 def search_schedule(
@@ -26,6 +47,8 @@ def search_schedule(
     budget_ms: float | None = None,
     seed: int = 0,
     split_backward: bool = False,
+    memory_program: bool = True,
+    workers: int = 1,
 ) -> GreedySchedule:
     """The best schedule found; never worse than the dual queue with its default priority.
 
@@ -37,15 +60,104 @@ def search_schedule(
         budget_ms: how long to search, after the table is made.
         seed: Of the random numbers.
         split_backward: Input and weight gradients apart.
+        memory_program: Recompute layers where not everything fits at once; else works are held
+            back, which takes longer.
+        workers: Searches at the same time, in threads, each with its own random numbers and its
+            share of the evaluations.
 
     Raises:
-        ConfigError: Not exactly one budget is given, or it is not above zero.
-        InfeasibleError: A single microbatch does not fit into the memory of a rank.
+        ConfigError: Not exactly one budget is given, it is not above zero, or there is no worker.
+        InfeasibleError: A single microbatch does not fit into the memory of a rank, with
+            ``memory_program`` not even if all of its layers are recomputed.
     """
-    budget = Budget(evaluations, budget_ms)
+    Budget(evaluations, budget_ms).check()
+    check_workers(workers)
+    started = time.monotonic()
+    share = _program_share(table, split_backward, evaluations, budget_ms) if memory_program else 0.0
     goal_us = lower_bound_us(table, split_backward=split_backward)
-    evaluator = Evaluator(table, budget, split_backward=split_backward, goal_us=goal_us)
     run = search_tree if search == "mcts" else search_locally
-    run(evaluator, seed)
-    assert evaluator.best is not None, "a search evaluates at least one point"
+
+    def work(index: int) -> Evaluator:
+        left = None if evaluations is None else round(evaluations * (1 - share))
+        spent_ms = (time.monotonic() - started) * 1000
+        evaluator = Evaluator(
+            table,
+            Budget(
+                None if left is None else max(1, left // workers + (index < left % workers)),
+                None if budget_ms is None else max(budget_ms * (1 - share) - spent_ms, 1e-3),
+            ),
+            split_backward=split_backward,
+            goal_us=goal_us,
+            can_recompute=memory_program,
+        )
+        run(evaluator, seed + index * _SEED_STEP)
+        return evaluator
+
+    if workers == 1:
+        found = [work(0)]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(work, range(workers)))
+    best = min((evaluator.best for evaluator in found if evaluator.best is not None), key=_time)
+    fitter = found[0].fitter
+    if share == 0.0 or fitter is None or not best.num_recomputed.any():
+        return best
+    left_ms = None if budget_ms is None else budget_ms - (time.monotonic() - started) * 1000
+    return _solve_memory(fitter, best, left_ms)
+
+
+def schedule_by_default(
+    table: TaskTable, *, split_backward: bool = False, memory_program: bool = True
+) -> GreedySchedule:
+    """The dual queue with its default priority; not everything fitting, the best of a few levels
+    of recomputation.
+
+    Raises:
+        InfeasibleError: As :func:`search_schedule`.
+    """
+    # One start at every level is what a search begins with; the budget stands for no search.
+    evaluator = Evaluator(
+        table,
+        Budget(evaluations=1),
+        split_backward=split_backward,
+        goal_us=0.0,
+        can_recompute=memory_program,
+    )
+    portfolio = Portfolio(table, evaluator.forwards)
+    rule, order = next(portfolio.starts())
+    for level in range(len(evaluator.levels)):
+        evaluator.evaluate(portfolio.point(rule, order)._replace(level=level))
+    assert evaluator.best is not None, "there is a level"
     return evaluator.best
+
+
+def _time(schedule: GreedySchedule) -> float:
+    return schedule.makespan_us
+
+
+def _program_share(
+    table: TaskTable, split_backward: bool, evaluations: int | None, budget_ms: float | None
+) -> float:
+    """The part of the budget that the memory program takes; none where that would be too much."""
+    fitter = MemoryFitter(table, split_backward=split_backward)
+    if fitter.fits_at_once:
+        return 0.0
+    rows = num_program_rows(fitter)
+    if evaluations is not None:
+        share = rows * _PROGRAM_ROW_EVALUATIONS / evaluations
+    else:
+        share = rows * _PROGRAM_ROW_MS / (budget_ms or 1.0)
+    return share if share <= _PROGRAM_SHARE else 0.0
+
+
+def _solve_memory(
+    fitter: MemoryFitter, schedule: GreedySchedule, left_ms: float | None
+) -> GreedySchedule:
+    if left_ms is not None and left_ms <= 0:
+        return schedule
+    limit_s = None if left_ms is None else left_ms / 1000
+    chosen = solve_memory_program(fitter, schedule.order, schedule.num_recomputed, limit_s=limit_s)
+    times = fitter.run(schedule.order, chosen)
+    if times.makespan_us >= schedule.makespan_us:
+        return schedule
+    return GreedySchedule(schedule.order, times.starts_us, times.makespan_us, chosen)

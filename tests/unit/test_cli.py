@@ -133,7 +133,8 @@ def test_validate_names_file_and_fault_in_one_line(files, change, message):
 
 def test_a_plan_above_the_memory_limit_does_not_validate(files):
     problem, partition = encoder_case(memory_limit_bytes=[5, 5])
-    save_plan(make_plan(problem, partition), files / "made.json")
+    plan = make_plan(problem, partition, when_infeasible="least_memory")
+    save_plan(plan, files / "made.json")
     result = run("validate", files / "made.json")
     assert result.exit_code == 2
     assert "limit 5" in result.stderr
@@ -146,6 +147,7 @@ def test_a_plan_above_the_memory_limit_does_not_validate(files):
         (("--max-tokens", "visoin=4"), "unknown module 'visoin'"),
         (("--problem", "nowhere.json"), "nowhere.json: cannot be read"),
         (("-o", "/nowhere/plan.json"), "cannot be written"),
+        (("--workers", "0"), "0 workers (expected 1 or more)"),
         (("--evaluations", "0"), "0 evaluations, None ms (expected exactly one"),
         (("--budget-ms", "-5"), "None evaluations, -5.0 ms (expected exactly one"),
         (("--budget-ms", "nan"), "nan ms (expected exactly one"),

@@ -112,16 +112,37 @@ def test_a_microbatch_that_does_not_fit_names_rank_need_and_limit():
         order_dual_queue(table, default_priority(table))
 
 
-def test_an_infeasible_problem_falls_back_to_one_f_one_b_with_a_warning(caplog):
-    problem, partition = chain_case(2, 2, memory_limit_bytes=[100, 9])
-    plan = make_plan(problem, partition)
-    assert plan.actions == make_plan(problem, partition, algorithm="one_f_one_b").actions
-    assert "falling back to 1F1B: rank 1" in caplog.text
+def test_an_infeasible_problem_says_what_is_missing_and_what_helps():
+    problem, partition = chain_case(2, 2, memory_limit_bytes=[100, 3], layer_static_bytes=1)
+    expected = (
+        r"rank 1: microbatch 0 needs 5 bytes with the weights, with all of its layers recomputed "
+        r"\(limit 3, 2 missing: use smaller microbatches, more ranks or a higher limit\)"
+    )
+    with pytest.raises(InfeasibleError, match=expected):
+        make_plan(problem, partition)
+
+
+def test_weights_above_the_limit_are_said_to_be_alone_too_much():
+    problem, partition = chain_case(2, 2, memory_limit_bytes=[100, 6], layer_static_bytes=7)
+    with pytest.raises(
+        InfeasibleError, match=r"rank 1: its weights alone take 7 bytes .*1 missing"
+    ):
+        make_plan(problem, partition)
+
+
+@pytest.mark.parametrize("evaluations", [None, 20])
+def test_training_takes_the_plan_that_needs_least_where_none_fits(caplog, evaluations):
+    problem, partition = chain_case(2, 3, memory_limit_bytes=[100, 3])
+    plan = make_plan(problem, partition, evaluations=evaluations, when_infeasible="least_memory")
+    assert "no plan keeps the memory limit, taking one that needs least: rank 1" in caplog.text
+    assert plan.problem == problem
+    assert simulate(plan).peak_bytes[1] == 4
 
 
 def test_memory_limit_holds_microbatches_back():
     problem, partition = chain_case(4, 8, memory_limit_bytes=[20, 20, 20, 20])
-    plan = make_plan(problem, partition)
+    plan = make_plan(problem, partition, memory_program=False)
+    assert not plan.recompute
     check_memory(plan, simulate(plan).peak_bytes)
     free = make_plan(*chain_case(4, 8))
     assert max(free.estimate.peak_bytes) > 20
@@ -176,7 +197,7 @@ def test_the_engine_and_the_simulator_agree_on_every_start(case, split_backward)
     limits = tightest_limits(make_graph(problem, partition))
     tight = problem.model_copy(update={"memory_limit_bytes": tuple(limits)})
     table = build_task_table(make_graph(tight, partition))
-    batch = BatchRules.forwards(table, split_backward=split_backward, has_memory_limit=True)
+    batch = BatchRules.forwards(table, split_backward=split_backward)
     priority = default_priority(table)
     rules = batch.make(priority_key(priority), ALTERNATE, np.array(priority.microbatch_order))
     schedule = schedule_greedily(batch, rules)

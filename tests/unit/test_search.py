@@ -121,7 +121,7 @@ def test_search_is_never_worse_than_the_dual_queue_and_keeps_the_limit(
     found = search_schedule(
         table, search=search, evaluations=evaluations, split_backward=split_backward
     )
-    simulation = simulate_order(table, found.order)
+    simulation = simulate_order(table.with_recompute(found.num_recomputed), found.order)
     assert simulation.makespan_us == found.makespan_us
     assert found.makespan_us <= simulate_order(table, order).makespan_us
     limits = problem.memory_limit_bytes
@@ -191,7 +191,7 @@ def test_a_search_without_room_for_a_microbatch_says_so():
     problem, partition = chain_case(2, 2, memory_limit_bytes=[100, 9])
     table = build_task_table(make_graph(problem, partition))
     with pytest.raises(InfeasibleError, match="rank 1: microbatch 0 needs 10 bytes"):
-        search_schedule(table, evaluations=3)
+        search_schedule(table, evaluations=3, memory_program=False)
 
 
 def test_a_point_that_comes_again_is_not_scheduled_again():

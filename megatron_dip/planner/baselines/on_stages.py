@@ -66,7 +66,7 @@ def order_as_given(table: TaskTable) -> TaskOrder:
     Raises:
         InfeasibleError: A single microbatch does not fit into the memory of a rank.
     """
-    batch = BatchRules.forwards(table, split_backward=False, has_memory_limit=True)
+    batch = BatchRules.forwards(table, split_backward=False)
     backward = priority_key(default_priority(table))[table.num_works :]
     key = np.concatenate([_oldest_first(table), backward])
     order = np.arange(table.graph.problem.num_microbatches)

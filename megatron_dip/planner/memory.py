@@ -1,0 +1,168 @@
+"""Which layers to recompute, so that an order of a batch keeps the memory limit of every rank.
+
+A work holds its activations from the start of its forward to the end of its backward; each of its
+layers that is recomputed takes bytes off and adds time to its backward.  The layers of a stage cost
+the same, so that a choice is a count per work.  Given an order, the ranks are independent of each
+other, and a rank's choice is a covering problem: at every forward, what is recomputed of the works
+held then must take off what is over the limit, at least cost.  Here is the heuristic, which takes
+less time than making an order; :mod:`megatron_dip.planner.memory_program` solves it exactly.
+
+What recomputation costs depends on where it stands: nothing where the schedule has slack.
+*Weights* say so: from 0 for a work whose backward could end later by all that recomputing would
+add, to 1 for one on a critical path.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_dip.plan.plan import Recompute
+from megatron_dip.planner.memory_kernels import (
+    Savings,
+    cover,
+    latest_ends,
+    new_cover_state,
+    uncover,
+)
+from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskGraph, TaskOrder
+from megatron_dip.simulator.kernels import new_run_state, run_order
+from megatron_dip.simulator.tasks import TaskTable
+
+__all__ = ["MemoryFitter", "RunTimes", "layers_to_recompute"]
+
+# Parts of all layers; between them the best is where holding back and recomputing meet.
+_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
+# Of a layer that costs nothing to recompute, so that no more is recomputed than must be.
+_LEAST_WEIGHT = 0.05
+
+
+class RunTimes(NamedTuple):
+    """When the tasks of an order run."""
+
+    starts_us: FloatArray
+    """[3 N]"""
+    slack_us: FloatArray
+    """[3 N]: by how much later a task could end so that the whole ends at the same time."""
+    makespan_us: float
+
+
+class MemoryFitter:
+    """Recomputation for orders of one batch, whose works start with nothing recomputed.
+
+    Args:
+        table: The batch, nothing recomputed.
+        split_backward: Whether orders have input and weight gradients apart.
+    """
+
+    def __init__(self, table: TaskTable, *, split_backward: bool) -> None:
+        self._table = table
+        self._split_backward = split_backward
+        self.graph = table.split if split_backward else table.whole
+        self.recompute_layer_us = table.recompute_layer_us
+        exists, num_works = self.graph.exists, table.num_works
+        is_last = exists.copy()
+        is_last[:num_works] = False
+        is_last[num_works : 2 * num_works] &= ~exists[2 * num_works :]
+        limits = np.array(table.graph.problem.memory_limit_bytes, dtype=np.int64)
+        self.savings = Savings(
+            stored_bytes=table.stored_bytes,
+            layer_bytes=table.saved_layer_bytes,
+            num_layers=np.where(table.saved_layer_bytes > 0, table.num_layers, 0),
+            is_last=is_last,
+            free_bytes=limits - table.static_bytes,
+        )
+
+    @property
+    def fits_at_once(self) -> bool:
+        """Whether every rank has room for all works of the batch together."""
+        held = np.zeros(len(self.savings.free_bytes), dtype=np.int64)
+        np.add.at(held, self.graph.rank, self.savings.stored_bytes)
+        return bool((held <= self.savings.free_bytes).all())
+
+    def least_bytes(self, can_recompute: bool) -> IntArray:
+        """Per rank, its weights and the microbatch that holds most, by itself."""
+        savings, table = self.savings, self._table
+        held = savings.stored_bytes
+        if can_recompute:
+            held = held - savings.num_layers * savings.layer_bytes
+        needs = np.zeros((table.num_ranks, table.graph.problem.num_microbatches), dtype=np.int64)
+        np.add.at(needs, (table.rank, table.microbatch), held)
+        return table.static_bytes + needs.max(axis=1, initial=0)
+
+    def timed_graph(self, num_recomputed: IntArray) -> TaskGraph:
+        """The batch with the times of backwards that recompute."""
+        table = self._table.with_recompute(num_recomputed)
+        return table.split if self._split_backward else table.whole
+
+    def fit(
+        self,
+        order: TaskOrder,
+        weights: FloatArray | None = None,
+        start: IntArray | None = None,
+    ) -> IntArray | None:
+        """Layers to recompute of every work, [N]; None where not even all of them suffice.
+
+        Args:
+            order: The tasks of every rank.
+            weights: [N] what a microsecond of recomputation counts; the same where it is None.
+            start: [N] layers that are recomputed to begin with; none where it is None.
+        """
+        cost = self.recompute_layer_us if weights is None else self.recompute_layer_us * weights
+        state = new_cover_state(len(cost), len(order.task))
+        if start is not None:
+            state.num_recomputed[:] = start
+        if not cover(order, self.savings, cost, state):
+            return None
+        if state.num_recomputed.any():
+            per_byte = cost / np.maximum(self.savings.layer_bytes, 1)
+            dearest = np.argsort(-per_byte, kind="stable")
+            uncover(order, self.savings, self.graph.rank, dearest, state)
+        return state.num_recomputed
+
+    def run(self, order: TaskOrder, num_recomputed: IntArray) -> RunTimes:
+        """Run an order that is complete and correct."""
+        graph = self.timed_graph(num_recomputed)
+        state = new_run_state(graph, order)
+        num_done, _ = run_order(graph, graph.duration_us, order, state)
+        makespan_us = float(state.ends_us.max(initial=0.0))
+        latest_us = np.empty(len(graph.exists))
+        latest_ends(graph, state, num_done, makespan_us, latest_us)
+        return RunTimes(state.starts_us, latest_us - state.ends_us, makespan_us)
+
+    def weights(self, slack_us: FloatArray) -> FloatArray:
+        """[N]: what recomputation counts where tasks have this slack, see the top of the file."""
+        num_works = len(self.graph.rank)
+        whole_us = self.recompute_layer_us * np.maximum(self.savings.num_layers, 1)
+        slack = slack_us[num_works : 2 * num_works] / np.maximum(whole_us, 1e-9)
+        return np.clip(1.0 - slack, _LEAST_WEIGHT, 1.0)
+
+
+def layers_to_recompute(table: TaskTable, num_recomputed: IntArray) -> tuple[Recompute, ...]:
+    """The choice as a plan has it: the first layers of each stage."""
+    entries = []
+    for number in np.flatnonzero(num_recomputed).tolist():
+        work = table.graph.works[number]
+        layers = table.graph.partition[work.stage].layers[: num_recomputed[number]]
+        entries.append(Recompute(work.stage, work.microbatch, work.sub, tuple(layers)))
+    return tuple(entries)
+
+
+def memory_levels(savings: Savings, rank: IntArray, microbatch: IntArray) -> tuple[IntArray, ...]:
+    """What works are taken to hold when a schedule is made, [N] each, the most first.
+
+    The first is what they hold with nothing recomputed, then less and less.  The less, the more
+    works a schedule has under way at once, and the more must be recomputed in its order afterwards.
+    Levels at which a microbatch does not fit alone are left out, except for the last of all, and
+    so are those that admit no more than the one before.
+    """
+    levels: list[IntArray] = []
+    for part in _LEVELS:
+        saved_bytes = np.floor(savings.num_layers * part * savings.layer_bytes)
+        stored_bytes = savings.stored_bytes - saved_bytes.astype(np.int64)
+        needs = np.zeros((len(savings.free_bytes), int(microbatch.max(initial=0)) + 1), np.int64)
+        np.add.at(needs, (rank, microbatch), stored_bytes)
+        if part == _LEVELS[-1] or (needs <= savings.free_bytes[:, None]).all():
+            levels.append(stored_bytes)
+        if (needs.sum(axis=1) <= savings.free_bytes).all():
+            break
+    return tuple(levels)
