@@ -1,8 +1,9 @@
 """How good a plan is after how long: ratio to the lower bound by budget; times of making plans.
 
 Reads the test problems of a folder (``*-test-*.json``).  Every module but the last is cut into 2
-segments, the last into 4, layers shared out so that all ranks have about the same work, heads
-included; sub-microbatches of at most 8192 tokens.
+segments, a frozen one into 1, and the last into 4, or 7 or 6 equal ones behind a frozen module;
+layers are shared out so that all ranks have about the same work, heads included; sub-microbatches
+of at most 8192 tokens.
 
     python benchmarks/planner_speed.py PROBLEM_FOLDER [--quick]
 """
@@ -63,11 +64,22 @@ def balanced_cut(problem: Problem, module: str, num_segments: int) -> list[list[
     ]
 
 
+def num_segments(problem: Problem, module: str) -> int:
+    """Segments of a module in the cut described above."""
+    last = problem.module_order[-1]
+    if module != last:
+        return 2 if problem.module(module).trainable else 1
+    if all(problem.module(name).trainable for name in problem.module_order):
+        return 4
+    num_layers = problem.module(last).num_layers
+    return next((n for n in (7, 6) if num_layers % (n * problem.num_ranks) == 0), 4)
+
+
 def make_partition(problem: Problem) -> Partition:
     """The partition described above."""
-    last = problem.module_order[-1]
     cuts = {
-        name: balanced_cut(problem, name, 4 if name == last else 2) for name in problem.module_order
+        name: balanced_cut(problem, name, num_segments(problem, name))
+        for name in problem.module_order
     }
     return partition_from_layers(cuts, problem.num_ranks)
 
