@@ -52,6 +52,13 @@ class Form(BaseModel):
             prefix = f"{source}: " if source else ""
             raise error_type(prefix + explain_validation_error(error)) from None
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, without what has been computed from the fields of the original."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in set(copied.__dict__) - set(type(self).model_fields):
+            del copied.__dict__[name]
+        return copied
+
     def digest(self) -> str:
         """SHA-256 of the canonical JSON text: equal records have equal digests."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

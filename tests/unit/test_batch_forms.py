@@ -163,3 +163,13 @@ def test_sums_over_items_do_not_depend_on_their_order(times):
     )
     graph = make_graph(problem, partition_from_layers({"language": [[1]]}, 1), max_tokens=None)
     assert work_costs(graph).forward_us.tolist() == [1e16 + 10]
+
+
+def test_a_changed_copy_does_not_remember_what_the_original_computed():
+    problem, _ = encoder_case()
+    assert problem.item("vision", 0, 0).forward_us == 1.0
+    assert len(problem.items("vision", 0)) == 2
+    swapped = problem.model_copy(update={"microbatches": problem.microbatches[::-1]})
+    assert swapped.items("vision", 0) == ()
+    with pytest.raises(KeyError):
+        swapped.item("vision", 0, 0)
