@@ -6,7 +6,8 @@ First every rule of the portfolio.  Then, until the budget is spent, one of two 
 - *justify*: the best schedule is made anew from its end, every action as late as it can be, and
   again from its start, every action as early as it can be, with its times, slightly disturbed, as
   keys (forward-backward improvement of project scheduling; Valls, Ballestin, Quintanilla,
-  "Justification and RCPSP", EJOR 165, 2005).
+  "Justification and RCPSP", EJOR 165, 2005).  Either every action is disturbed by itself, or a few
+  microbatches as a whole: large items only get past one another together with all that follows.
 
 A move that succeeds more often is tried more often.  What is as good as the best is kept, so that
 the search can drift.
@@ -103,7 +104,7 @@ class _LocalSearch:
 
     def _justify(self) -> None:
         width_us = self._current.makespan_us * self._random.choice(_DISTURBANCES)
-        noise_us = self._random.normal(0.0, width_us, len(self._exists))
+        noise_us = self._noise_us(width_us)
         level = self._next_level()
         schedule = self._rebuild(self._current, noise_us, level)
         while schedule is not None:
@@ -114,6 +115,16 @@ class _LocalSearch:
             if again is None or again.makespan_us >= schedule.makespan_us:
                 return
             schedule = again
+
+    def _noise_us(self, width_us: float) -> FloatArray:
+        """[3 N]: for every action by itself, or for one to four microbatches."""
+        if self._random.random() < 0.5:
+            return self._random.normal(0.0, width_us, len(self._exists))
+        num_microbatches = len(self._portfolio.load_us)
+        shift_us = np.zeros(num_microbatches)
+        shifted = self._random.integers(num_microbatches, size=self._random.integers(1, 5))
+        shift_us[shifted] = self._random.normal(0.0, 3 * width_us, len(shifted))
+        return np.tile(shift_us[self._batch.microbatch], 3)
 
     def _refit(self) -> None:
         """Other layers for the best order: recompute where it has slack, until that ends."""
