@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     script = Path(options.script)
+    arguments = list(options.arguments)
     if not script.is_file():
         raise UnsupportedError(f"there is no script {options.script}: give the path of a file")
 
@@ -113,19 +114,25 @@ def _run(options: argparse.Namespace) -> None:
 
         cpu_mode.enable()
         if options.pin:
-            _pin_to_core()
+            arguments += ["--dip-planner-cores", *map(str, _pin_to_core())]
     hooks.enable()
     # As Python does for a script: its neighbours can be imported, its arguments follow its name.
     sys.path.insert(0, str(script.resolve().parent))
-    sys.argv = [options.script, *options.arguments]
+    sys.argv = [options.script, *arguments]
     runpy.run_path(options.script, run_name="__main__")
 
 
-def _pin_to_core() -> None:
-    """Keep ranks of one machine from moving between cores, which costs them their caches."""
+def _pin_to_core() -> list[int]:
+    """Keep ranks of one machine from moving between cores, which costs them their caches.
+
+    Returns:
+        The cores that are left for planner processes; all where ranks take all.
+    """
     cores = sorted(os.sched_getaffinity(0))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.sched_setaffinity(0, {cores[local_rank % len(cores)]})
+    return cores[num_ranks:] or cores
 
 
 def _exit_with(message: str) -> Never:

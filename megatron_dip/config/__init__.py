@@ -10,6 +10,7 @@ from megatron_dip.config.base import (
     DataForm,
     DipConfig,
     ModuleSchedule,
+    PlanningConfig,
     ScheduleConfig,
     build_partition,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "DipConfig",
     "LavinConfig",
     "ModuleSchedule",
+    "PlanningConfig",
     "ScheduleConfig",
     "T2vConfig",
     "VlmConfig",

@@ -27,6 +27,7 @@ __all__ = [
     "DataForm",
     "DipConfig",
     "ModuleSchedule",
+    "PlanningConfig",
     "Positive",
     "PositiveNumber",
     "ScheduleConfig",
@@ -82,6 +83,21 @@ class ScheduleConfig(Form):
     costs: CostConfig = CostConfig()
 
 
+class PlanningConfig(Form):
+    """How plans are made beside training."""
+
+    look_ahead: Annotated[int, Field(ge=1, le=16)] = 2
+    """Batches that are held while one trains; with fewer than 2 training waits for every plan."""
+    workers: Positive = 1
+    """Planner processes of every pipeline."""
+    wait_limit_ms: Annotated[float, Field(ge=0)] = 1000.0
+    """The longest that training waits for a plan that is late, before it takes a lesser one."""
+    search_limit_ms: PositiveNumber | None = None
+    """The longest that a batch is searched; most of the measured time of a step if not given."""
+    worker_memory_gib: PositiveNumber = 4.0
+    """The most that a planner process may hold."""
+
+
 class DataForm(Form):
     """What the data sets of all families have in common."""
 
@@ -104,6 +120,7 @@ class DipConfig(Form, ABC):
     """
 
     schedule: ScheduleConfig
+    planning: PlanningConfig = PlanningConfig()
     data: DataForm
 
     @abstractmethod

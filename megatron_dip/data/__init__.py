@@ -11,6 +11,7 @@ from megatron_dip.data.index import (
     load_index,
     split_samples,
 )
+from megatron_dip.data.look_ahead import LookAhead
 from megatron_dip.data.microbatch import (
     ImageData,
     LanguageBatch,
@@ -27,6 +28,7 @@ __all__ = [
     "DataSettings",
     "ImageData",
     "LanguageBatch",
+    "LookAhead",
     "Microbatch",
     "PackedSequence",
     "PackingOptions",

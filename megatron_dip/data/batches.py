@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
@@ -41,6 +42,11 @@ class Microbatch(ABC):
     @abstractmethod
     def metadata(self) -> ItemSizes:
         """What planning needs to know; plain numbers, the same on all ranks."""
+
+    @cached_property
+    def item_sizes(self) -> ItemSizes:
+        """The metadata; always the same object, also in a copy: that is how a batch is known."""
+        return self.metadata()
 
     @abstractmethod
     def sub_batch(self, module: str, items: Sequence[int]) -> Any:

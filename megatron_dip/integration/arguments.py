@@ -122,6 +122,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             help="Folder for measured timelines and per-iteration records.",
         )
         group.add_argument(
+            "--dip-planner-cores",
+            metavar="CORE",
+            type=int,
+            nargs="*",
+            default=[],
+            help="Cores for planner processes (default: those of the rank that starts them).",
+        )
+        group.add_argument(
             "--skip-bad-samples",
             action="store_true",
             help="Leave out samples that cannot be used, and count them; "

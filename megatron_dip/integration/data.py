@@ -13,9 +13,7 @@ from megatron.training import get_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_dip.config import load_config
-from megatron_dip.data import (
-    Microbatch,
-)
+from megatron_dip.data import LookAhead, Microbatch
 from megatron_dip.errors import DataError
 from megatron_dip.integration.chunks import StageBatch
 from megatron_dip.integration.families import SampleSet, family_of
@@ -56,7 +54,7 @@ def data_iterators(num_samples: Sequence[int]) -> tuple[Any, Any, Any]:
 data_iterators.is_distributed = True  # type: ignore[attr-defined]
 
 
-def _iterate(dataset: SampleSet, consumed_samples: int) -> Iterator[Microbatch]:
+def _iterate(dataset: SampleSet, consumed_samples: int) -> LookAhead[Microbatch]:
     args = get_args()
     sampler = MegatronPretrainingSampler(
         total_samples=len(dataset),
@@ -70,12 +68,23 @@ def _iterate(dataset: SampleSet, consumed_samples: int) -> Iterator[Microbatch]:
         reporting,
         batch_sampler=sampler,
         num_workers=args.num_workers,
+        # The workers decode a whole step while one trains.
+        prefetch_factor=_prefetch_factor(args) if args.num_workers else None,
         collate_fn=reporting.collate,
         persistent_workers=args.num_workers > 0,
         # Its base seed must not be drawn from the generator that dropout draws from.
         generator=torch.Generator(),
     )
-    return _raise_errors(iter(loader))
+    return LookAhead(_raise_errors(iter(loader)))
+
+
+def _prefetch_factor(args: Any) -> int:
+    """Microbatches that each worker of a loader makes ahead: all of them together those of a step.
+
+    torch's own default is kept as the least.
+    """
+    per_step = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    return max(2, -(-per_step // args.num_workers))
 
 
 class _ErrorsAsItems(torch.utils.data.Dataset[Any]):

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from megatron_dip.data import Microbatch
+from megatron_dip.data import LookAhead, Microbatch
 from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
@@ -56,9 +56,15 @@ def forward_backward_dip(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     microbatches = _pull(data_iterator, num_microbatches)
+    ahead = _Ahead(pipeline, data_iterator, num_microbatches)
+    if not ahead.is_running:
+        # The first step waits for its own plan: the next ones are made meanwhile.
+        ahead.read()
     recorder.record("data", start_us)
     planning_us = recorder.now_us()
-    plan = pipeline.agree_on_plan([microbatch.metadata() for microbatch in microbatches])
+    if not forward_only:
+        pipeline.plans.note_step()
+    plan = pipeline.plans.plan(tuple(microbatch.item_sizes for microbatch in microbatches))
     recorder.record("plan", planning_us, is_wait=not pipeline.is_plan_owner)
     runner = MegatronRunner(
         chunks={get_attr_wrapped_model(chunk, "stage").stage: chunk for chunk in model},
@@ -79,6 +85,11 @@ def forward_backward_dip(
     )
     with _without_gradient_sync(model), _boundaries_in_16_bits(model, plan):
         executor.run(plan, forward_only=forward_only)
+    # Here, because what a GPU still has to do of this step hides it.
+    reading_us = recorder.now_us()
+    ahead.offer()
+    ahead.read()
+    recorder.record("look ahead", reading_us)
     if not forward_only:
         _finalize(model, config, runner, bool(force_all_reduce))
     if config.timers is not None:
@@ -86,6 +97,33 @@ def forward_backward_dip(
     if not forward_only:
         trace_plan(pipeline, plan, recorder, start_us)
     return runner.reports.in_order()
+
+
+class _Ahead:
+    """The batches after this one, on their way from the data to their plans."""
+
+    def __init__(self, pipeline: DipPipeline, data_iterator: Any, num_microbatches: int) -> None:
+        self._pipeline = pipeline
+        self._num_microbatches = num_microbatches
+        # Beneath Megatron's rerun iterator; a script's own iterator has none, and no look-ahead.
+        source = getattr(data_iterator, "iterable", data_iterator)
+        self._source = source if isinstance(source, LookAhead) else None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether batches are held already."""
+        return self._source is not None and self._source.num_held > 0
+
+    def read(self) -> None:
+        """Hold as many batches as are to be held, and request their plans."""
+        if self._source is not None:
+            self._source.hold(self._num_microbatches * self._pipeline.config.planning.look_ahead)
+            self._pipeline.plans.request(self._source.coming(self._num_microbatches))
+
+    def offer(self) -> None:
+        """Pass on the plan of the next batch, if there is one."""
+        source = self._source
+        self._pipeline.plans.offer(source.coming(self._num_microbatches) if source else ())
 
 
 def _pipeline_of(model: Sequence[torch.nn.Module]) -> DipPipeline:

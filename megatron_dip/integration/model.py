@@ -61,6 +61,7 @@ def build_model(
             factory.boundaries(),
             args.dip_timeout_seconds,
             device,
+            planner_cores=args.dip_planner_cores,
         )
         return _build_chunks(factory, pipeline)
     check_rules(args, _STOCK_RULES, "with this model under Megatron's own schedule")

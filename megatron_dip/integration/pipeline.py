@@ -12,18 +12,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dip.config import DipConfig, build_partition
 from megatron_dip.costs import ItemSizes, config_builder
 from megatron_dip.partition import Partition
-from megatron_dip.plan import Plan
-from megatron_dip.planner import make_plan
+from megatron_dip.planner import PlannerSettings
 from megatron_dip.runtime import (
+    Batch,
     BoundaryRules,
     Channels,
-    agree_on_plan,
+    PlanAgreement,
+    PlanAhead,
+    PlannerPool,
+    PlanService,
+    ProcessLimits,
+    ServiceLimits,
     create_channel_groups,
     pipeline_channels,
 )
-from megatron_dip.workload import Problem
 
 __all__ = ["DipPipeline"]
+
+# Above what training has (0), so that a planner gets what training leaves of a shared core.
+_PLANNER_NICE = 10
 
 
 class DipPipeline:
@@ -36,6 +43,7 @@ class DipPipeline:
         transformer_config: Megatron's configuration of the module with the loss.
         boundaries: Shapes of what is received.
         timeout_seconds: Limit of every wait of the executor.
+        planner_cores: Where planner processes run; where this process may run if empty.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class DipPipeline:
         boundaries: BoundaryRules,
         timeout_seconds: float,
         device: torch.device,
+        planner_cores: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.partition: Partition = build_partition(config)
@@ -61,7 +70,11 @@ class DipPipeline:
         channels = pipeline_channels(self.partition, upstream)
         pipelines = _gather_distinct(own_pipeline)
         groups = create_channel_groups(channels, pipelines, timeout_seconds)
-        self._plan_group = _create_plan_group(timeout_seconds)
+        agreement = PlanAgreement(self.partition, _create_plan_group(timeout_seconds))
+        self.is_plan_owner = agreement.is_owner
+        service = self._create_service(planner_cores) if self.is_plan_owner else None
+        self.plans = PlanAhead(self._batch, agreement, service)
+        """The plans of batches to come; the same calls on all ranks."""
         self.channels = Channels(
             rank=self.rank,
             pipeline=own_pipeline,
@@ -70,25 +83,29 @@ class DipPipeline:
             timeout_seconds=timeout_seconds,
         )
 
-    @property
-    def is_plan_owner(self) -> bool:
-        return bool(dist.get_rank(self._plan_group) == 0)
+    def _batch(self, microbatches: tuple[ItemSizes, ...]) -> Batch:
+        return Batch(microbatches, self._problems.build(microbatches))
 
-    def agree_on_plan(self, microbatches: Sequence[ItemSizes]) -> Plan:
-        """The plan of a batch, the same on all ranks of this pipeline; see ``runtime``."""
-        problem = self._problems.build(microbatches)
-        return agree_on_plan(problem, self.partition, self._make_plan, self._plan_group)
-
-    def _make_plan(self, problem: Problem, partition: Partition) -> Plan:
-        schedule = self.config.schedule
-        is_searched = schedule.planner == "dual_queue"
-        return make_plan(
-            problem,
-            partition,
-            algorithm=schedule.planner,
-            evaluations=(schedule.evaluations or None) if is_searched else None,
-            # The batch is there and must be trained: one rank may run out of memory, none waits.
-            when_infeasible="least_memory",
+    def _create_service(self, planner_cores: Sequence[int]) -> PlanService:
+        schedule, planning = self.config.schedule, self.config.planning
+        limits = ProcessLimits(
+            memory_bytes=int(planning.worker_memory_gib * 2**30),
+            nice=_PLANNER_NICE,
+            cores=tuple(planner_cores),
+        )
+        return PlanService(
+            builder=self._problems,
+            partition=self.partition,
+            settings=PlannerSettings(
+                algorithm=schedule.planner,
+                evaluations=schedule.evaluations,
+            ),
+            pool=PlannerPool(planning.workers, limits),
+            limits=ServiceLimits(
+                wait_ms=planning.wait_limit_ms,
+                search_ms=planning.search_limit_ms,
+                steps_ahead=max(1, planning.look_ahead - 1),
+            ),
         )
 
 

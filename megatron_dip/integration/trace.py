@@ -2,7 +2,8 @@
 
 ``--dip-trace-dir DIR`` switches it on.  A line holds the iteration, the rank, the start and end of
 the schedule, and a list of spans ``[action, start, end, is wait]``; times are microseconds of the
-host's monotonic clock.  The plan of every iteration lies beside them.
+host's monotonic clock.  The plan owner's line says where its plan came from.  The plan of every
+iteration lies beside them.
 """
 
 import json
@@ -27,7 +28,9 @@ def trace_plan(pipeline: DipPipeline, plan: Plan, recorder: Recorder, start_us: 
     directory = _directory()
     if directory is None:
         return
-    _write(directory, "dip", recorder, start_us, recorder.now_us())
+    obtained = pipeline.plans.last_obtained
+    planning = {} if obtained is None else {"planning": obtained.summary()}
+    _write(directory, "dip", recorder, start_us, recorder.now_us(), **planning)
     if pipeline.is_plan_owner:
         save_plan(plan, directory / f"plan-replica{_replica()}-{_iteration():06d}.json")
 
@@ -88,9 +91,9 @@ def _replica() -> int:
 
 
 def _write(
-    directory: Path, schedule: str, recorder: Recorder, start_us: float, end_us: float
+    directory: Path, schedule: str, recorder: Recorder, start_us: float, end_us: float, **more: Any
 ) -> None:
-    line = {
+    line = more | {
         "schedule": schedule,
         "iteration": _iteration(),
         "rank": mpu.get_pipeline_model_parallel_rank(),

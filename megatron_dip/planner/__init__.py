@@ -3,12 +3,15 @@
 from megatron_dip.planner.dual_queue import Priority, default_priority, order_dual_queue
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
 from megatron_dip.planner.planner import Algorithm, WhenInfeasible, make_plan, plan_from_order
+from megatron_dip.planner.rounds import PlannerSettings, RoundPlan, plan_in_rounds
 from megatron_dip.planner.search import Search, schedule_by_default, search_schedule
 from megatron_dip.planner.sub_microbatches import form_sub_microbatches
 
 __all__ = [
     "Algorithm",
+    "PlannerSettings",
     "Priority",
+    "RoundPlan",
     "Search",
     "WhenInfeasible",
     "default_priority",
@@ -17,6 +20,7 @@ __all__ = [
     "order_dual_queue",
     "order_one_f_one_b",
     "plan_from_order",
+    "plan_in_rounds",
     "schedule_by_default",
     "search_schedule",
 ]

@@ -1,9 +1,20 @@
 """The executor and what it needs of torch: channels, stage runners, boundaries, measurement."""
 
-from megatron_dip.runtime.agreement import agree_on_plan
+from megatron_dip.runtime.agreement import PlanAgreement
 from megatron_dip.runtime.boundary import BoundaryRule, BoundaryRules, message_shape
 from megatron_dip.runtime.channels import Channels, create_channel_groups, pipeline_channels
 from megatron_dip.runtime.executor import Executor
+from megatron_dip.runtime.plan_ahead import PlanAhead
+from megatron_dip.runtime.plan_service import (
+    Batch,
+    ObtainedPlan,
+    Origin,
+    PlanCounts,
+    PlanService,
+    ServiceLimits,
+)
+from megatron_dip.runtime.planner_pool import PlannerPool
+from megatron_dip.runtime.planner_process import ProcessLimits
 from megatron_dip.runtime.runner import (
     ForwardCall,
     ModuleRunner,
@@ -16,6 +27,7 @@ from megatron_dip.runtime.runner import (
 from megatron_dip.runtime.timeline import MeasuredSpan, Recorder
 
 __all__ = [
+    "Batch",
     "BoundaryRule",
     "BoundaryRules",
     "Channels",
@@ -23,11 +35,19 @@ __all__ = [
     "ForwardCall",
     "MeasuredSpan",
     "ModuleRunner",
+    "ObtainedPlan",
+    "Origin",
+    "PlanAgreement",
+    "PlanAhead",
+    "PlanCounts",
+    "PlanService",
+    "PlannerPool",
+    "ProcessLimits",
     "Recorder",
     "SavedForward",
+    "ServiceLimits",
     "StageInput",
     "StageRunner",
-    "agree_on_plan",
     "backward_inputs",
     "backward_weights",
     "create_channel_groups",

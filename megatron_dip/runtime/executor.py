@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_dip.errors import DipError, ExecutionError, PlanError
+from megatron_dip.errors import DataError, DipError, ExecutionError, PlanError
 from megatron_dip.plan import Action, ActionType, Message, Plan, Work
 from megatron_dip.runtime.boundary import BoundaryRules, message_shape
 from megatron_dip.runtime.channels import Channels, Receive, Send
@@ -208,8 +208,18 @@ class _PlanRun:
 
     def send(self, action: Action) -> None:
         message = Message.of(action)
-        receiver = self.plan.graph.partition[message.target].rank
-        send = self.executor.channels.send(message, receiver, self.outbox.pop(message))
+        graph = self.plan.graph
+        receiver = graph.partition[message.target].rank
+        tensor = self.outbox.pop(message)
+        planned, _ = message_shape(graph, message, self.executor.boundaries)
+        if tensor.shape != planned:
+            # Sent, it would end the receiving process, or be taken for something else.
+            raise DataError(
+                f"{message.send} would send {list(tensor.shape)} but the plan says "
+                f"{list(planned)}: the metadata of microbatch {message.microbatch} is not that of "
+                f"its data (make the data set's index again)"
+            )
+        send = self.executor.channels.send(message, receiver, tensor)
         work = Work(message.source, message.microbatch, message.sub)
         # Without a backward there is nothing that would wait for the end of the send.
         if not message.is_gradient and work in self.stash:

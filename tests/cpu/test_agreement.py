@@ -17,12 +17,30 @@ def test_all_ranks_get_the_plan_that_the_owner_made(cases: Cases) -> None:
     assert other is not None and other.result == owner.result
 
 
+def test_a_plan_that_was_offered_is_used_and_none_is_made(cases: Cases) -> None:
+    owner, other = cases["offered"]
+    assert owner is not None and owner.outcome == "ok" and other is not None
+    num_made, (first, again, long, last) = owner.result
+    # Three are made to be offered, and one because the second did not fit into its message.
+    assert num_made == 4 and other.result[1] == owner.result[1]
+    assert first == again == last != long
+
+
+def test_a_plan_that_was_offered_is_kept_while_an_evaluation_comes_between(cases: Cases) -> None:
+    owner, other = cases["offered out of turn"]
+    assert owner is not None and owner.outcome == "ok" and other is not None
+    num_made, (evaluation, training) = owner.result
+    assert num_made == 2 and evaluation != training and other.result[1] == owner.result[1]
+
+
 @pytest.mark.parametrize(
     ("case", "error", "reason"),
     [
         ("another batch", "PlanDigestError", "rank 1: the plan was made for batch"),
         ("another partition", "PlanDigestError", "rank 1: the plan was made for partition"),
-        ("damaged", "PlanDigestError", "rank 1: the plan arrived damaged"),
+        ("offered to another batch", "PlanDigestError", "rank 1: the plan was made for batch"),
+        ("offered with damage", "PlanDigestError", "rank 1: the plan arrived damaged"),
+        ("differing plan", "PlanDigestError", "rank 1: its bytes differ from the owner's"),
         ("planner refuses", "PlanningError", "ConfigError: no planner for this"),
         ("planner has a bug", "PlanningError", "ZeroDivisionError: a bug"),
     ],

@@ -5,7 +5,7 @@ two sequences come without any image, with few, and with many.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ def write_config(
     sub_microbatch_tokens: tuple[int | None, int | None] = (None, None),
     layers: dict[str, Sequence[Sequence[int]]] | None = None,
     planner: str = "dual_queue",
+    evaluations: int = 64,
+    planning: Mapping[str, float] | None = None,
 ) -> Path:
     """A configuration file.
 
@@ -68,6 +70,7 @@ def write_config(
         num_segments: Of both modules.
         sub_microbatch_tokens: Of vision and language; None leaves microbatches whole.
         layers: Per module, segment and rank; cut evenly where not given.
+        planning: As in a configuration file.
     """
     modules = {
         name: {"num_segments": num_segments}
@@ -95,7 +98,13 @@ def write_config(
                 "seq_length": SEQUENCE_LENGTH,
             },
         },
-        "schedule": {"num_ranks": num_ranks, "planner": planner, "modules": modules},
+        "schedule": {
+            "num_ranks": num_ranks,
+            "planner": planner,
+            "evaluations": evaluations,
+            "modules": modules,
+        },
+        "planning": dict(planning or {}),
         "data": {
             "path": str(data / "samples.json"),
             "image_folder": str(data / "images"),

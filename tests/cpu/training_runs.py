@@ -43,6 +43,8 @@ class TrainingRun:
     seconds: float
     log: str
     """Of the last rank."""
+    owner_log: str
+    """Of the first rank, which plans."""
 
 
 def train(folder: Path, num_ranks: int, *arguments: str, script: Path = SCRIPT) -> TrainingRun:
@@ -88,6 +90,7 @@ def train(folder: Path, num_ranks: int, *arguments: str, script: Path = SCRIPT) 
         num_early_reductions=tuple(len(rank["early_reductions"]) for rank in seen),
         seconds=time.monotonic() - start,
         log=logs[-1].read_text(errors="replace"),
+        owner_log=logs[0].read_text(errors="replace"),
     )
 
 

@@ -1,0 +1,106 @@
+"""Finding the planner processes of runs, watching and ending them."""
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+__all__ = ["Killer", "Watcher", "is_planner", "planner_processes"]
+
+
+def planner_processes(ancestor: int) -> list[int]:
+    """The planner processes that descend from a process; those that have ended are left out."""
+    parents: dict[int, int] = {}
+    planners = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            # It has just ended.
+            continue
+        parents[int(entry.name)] = int(fields[1])
+        if is_planner(int(entry.name)):
+            planners.append(int(entry.name))
+    return [pid for pid in planners if _descends(pid, ancestor, parents)]
+
+
+def is_planner(pid: int) -> bool:
+    """Whether a process is a planner and has not ended."""
+    try:
+        # That of a process that has ended and was not asked for its status is empty.
+        command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return False
+    return "megatron_dip.planner.worker" in command
+
+
+class Watcher:
+    """While in use, remembers the planner processes of the runs of this process."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Watcher":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(0.1):
+            self.seen.update(planner_processes(os.getpid()))
+
+
+def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
+    while pid in parents:
+        pid = parents[pid]
+        if pid == ancestor:
+            return True
+    return False
+
+
+class Killer:
+    """While in use, kills a planner process of the runs of this process now and then.
+
+    Args:
+        mean_seconds: Between two of them.
+        limit: How many, at most.
+    """
+
+    def __init__(self, mean_seconds: float, limit: int, seed: int = 0) -> None:
+        self.num_killed = 0
+        self._mean_seconds = mean_seconds
+        self._limit = limit
+        self._random = random.Random(seed)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Killer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self.num_killed < self._limit:
+            if self._end.wait(self._random.uniform(0, 2 * self._mean_seconds)):
+                return
+            found = planner_processes(os.getpid())
+            if found:
+                self._kill(self._random.choice(found))
+
+    def _kill(self, pid: int) -> None:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self.num_killed += 1
