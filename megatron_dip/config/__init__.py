@@ -16,6 +16,7 @@ from megatron_dip.config.base import (
 )
 from megatron_dip.config.families import FAMILIES, load_config
 from megatron_dip.config.lavin import LavinConfig
+from megatron_dip.config.omni import OmniConfig
 from megatron_dip.config.t2v import T2vConfig
 from megatron_dip.config.vlm import VlmConfig
 
@@ -26,6 +27,7 @@ __all__ = [
     "DipConfig",
     "LavinConfig",
     "ModuleSchedule",
+    "OmniConfig",
     "PlanningConfig",
     "ScheduleConfig",
     "T2vConfig",

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_dip.config.base import DipConfig, build_partition
 from megatron_dip.config.lavin import LavinConfig
+from megatron_dip.config.omni import OmniConfig
 from megatron_dip.config.t2v import T2vConfig
 from megatron_dip.config.vlm import VlmConfig
 from megatron_dip.errors import ConfigError
@@ -17,7 +18,7 @@ __all__ = ["DEFAULT_FAMILY", "FAMILIES", "load_config"]
 
 DEFAULT_FAMILY = "vlm"
 FAMILIES: Mapping[str, type[DipConfig]] = MappingProxyType(
-    {"vlm": VlmConfig, "t2v": T2vConfig, "lavin": LavinConfig}
+    {"vlm": VlmConfig, "t2v": T2vConfig, "omni": OmniConfig, "lavin": LavinConfig}
 )
 """The form of every family, by the name that ``family`` gives in a configuration.
 

@@ -67,11 +67,16 @@ class PackedSequence:
 
     def __post_init__(self) -> None:
         assert sum(self.span_lengths) == len(self.tokens) == len(self.labels) == len(self.loss_mask)
-        assert len(self.image_positions) == sum(image.num_tokens for image in self.images)
+        assert len(self.image_positions) == self.num_media_rows
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def num_media_rows(self) -> int:
+        """Rows of ``tokens`` that features replace."""
+        return sum(image.num_tokens for image in self.images)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,6 +127,8 @@ class LanguageBatch:
     """The numbers of the sequences, in the order of the rows."""
     num_loss_tokens: int
     """Of the WHOLE microbatch, also where this is a part of it."""
+    media: tuple[tuple[str, int], ...] | None = None
+    """Where not only images are read: module and item of all features that fill ``image_rows``."""
 
     @property
     def num_tokens(self) -> int:
@@ -129,7 +136,9 @@ class LanguageBatch:
 
     @property
     def upstream_items(self) -> tuple[tuple[str, int], ...]:
-        """The images, as items of ``vision``."""
+        """The images, as items of ``vision``, or all media."""
+        if self.media is not None:
+            return self.media
         return tuple(("vision", image) for image in self.images)
 
     def to(self, device: torch.device | str) -> "LanguageBatch":

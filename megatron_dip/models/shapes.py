@@ -9,6 +9,7 @@ boundary              shape                                        on tensor-par
 ====================  ===========================================  =========================
 vision, inner         ``[padded_rows(N) / num_shards, 1, H]``      different rows, or equal
 vision, output        ``[N / 4, 1, H_l]``                          equal
+audio                 as vision, N being tokens of two log-mel frames
 language, inner       ``[padded_rows(T) / num_shards, 1, H]``      different rows, or equal
 language, output      ``[T]`` losses                               equal
 text, inner           ``[padded_rows(M) / num_shards, 1, H]``      different rows, or equal

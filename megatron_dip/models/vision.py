@@ -7,32 +7,17 @@ and the rows are gathered after the final norm.  Notation: N patches, p pixels p
 H the hidden size, H_l that of the language module, S the side of the position table.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dip.models.attention import span_params
-from megatron_dip.models.layers import (
-    block_submodules,
-    linear_layers,
-    set_recomputed_layers,
-)
+from megatron_dip.models.encoder import EncoderModel, EncoderStage, build_projection
 from megatron_dip.models.segment_layout import slice_config
 from megatron_dip.models.shapes import PATCHES_PER_TOKEN
-from megatron_dip.models.stage import StageModule, pad_rows
 
 if TYPE_CHECKING:
     from megatron_dip.data.microbatch import VisionBatch
@@ -64,7 +49,7 @@ def _interpolation_matrix(size: int, side: int, like: Tensor) -> Tensor:
     return (1.0 - distances).clamp_min(0.0).to(device=like.device, dtype=like.dtype)
 
 
-class VisionModel(MegatronModule):
+class VisionModel(EncoderModel):
     """Patch embedding and positions (first stage), layers, final norm (last stage)."""
 
     def __init__(
@@ -78,60 +63,30 @@ class VisionModel(MegatronModule):
         position_table_side: int,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        super().__init__(config=config)
-        self.tp_group = pg_collection.tp
+        super().__init__(
+            config, num_layers=num_layers, first=first, last=last, pg_collection=pg_collection
+        )
         if first:
             self.patch_embedding = torch.nn.Linear(
                 3 * patch_size**2, config.hidden_size, dtype=config.params_dtype
             )
             shape = (position_table_side, position_table_side, config.hidden_size)
             self.position_table = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
-        self.decoder = TransformerBlock(
-            config=config,
-            spec=block_submodules(config, num_layers=num_layers, mask_type=AttnMaskType.no_mask),
-            pre_process=first,
-            post_process=last,
-            pg_collection=pg_collection,
-        )
 
-    def embed(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def embed(self, batch: "VisionBatch") -> Tensor:
         """``[N, 3 * p * p]`` to ``[N, H]``."""
-        rows: Tensor = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        if batch.patches is None:
+            raise ValueError("the first vision stage needs patches, but the batch has none")
+        rows: Tensor = self.patch_embedding(batch.patches.to(self.patch_embedding.weight.dtype))
         # 16-bit tables are interpolated in 32 bits: the weights of four points need the precision.
         stored = self.position_table
         table = stored if stored.dtype == torch.float64 else stored.float()
         # Images of the same size share the interpolation.
-        positions = {grid: interpolated_positions(table, grid) for grid in set(grids)}
-        return rows + torch.cat([positions[grid] for grid in grids]).to(rows.dtype)
-
-    def forward(
-        self,
-        hidden: Tensor | None,
-        batch: "VisionBatch",
-        num_rows: int,
-        recompute_layers: Sequence[int] | None,
-    ) -> Tensor:
-        """``[rows of this rank, 1, H]``; ``hidden`` is None on the first stage."""
-        if hidden is None:
-            if batch.patches is None:
-                raise ValueError("the first vision stage needs patches, but the batch has none")
-            hidden = pad_rows(self.embed(batch.patches, batch.grids), num_rows).unsqueeze(1)
-            if self.config.sequence_parallel:
-                hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
-        set_recomputed_layers(self.decoder, recompute_layers)
-        self.decoder.set_input_tensor(hidden)
-        output: Tensor = self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            packed_seq_params=span_params(
-                batch.span_lengths, num_rows=num_rows, device=hidden.device
-            ),
-        )
-        self.decoder.set_input_tensor(None)
-        return output
+        positions = {grid: interpolated_positions(table, grid) for grid in set(batch.grids)}
+        return rows + torch.cat([positions[grid] for grid in batch.grids]).to(rows.dtype)
 
 
-class VisionStage(StageModule):
+class VisionStage(EncoderStage):
     """Layers ``[first_layer, first_layer + num_layers)`` of the vision tower.
 
     The first stage embeds patches, the last one joins groups of patches and projects them to the
@@ -175,47 +130,16 @@ class VisionStage(StageModule):
             pg_collection=self.pg_collection,
         )
         if last:
-            self.vision_projection = _build_projection(
+            self.vision_projection = build_projection(
                 projection_config, PATCHES_PER_TOKEN * config.hidden_size, self.pg_collection
             )
 
-    def forward(
-        self,
-        hidden: Tensor | None,
-        batch: "VisionBatch",
-        upstream: Tensor | None = None,
-        recompute_layers: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Inner boundary rows, or ``[N / 4, 1, H_l]`` on the last stage (see ``shapes``).
+    @property
+    def model(self) -> VisionModel:
+        """See :class:`EncoderStage`."""
+        return self.vision_model
 
-        Raises:
-            ValueError: Patches or hidden states that do not fit the batch's images.
-        """
-        assert upstream is None, "nothing is upstream of the vision module"
-        hidden = self._take_input(hidden)
-        num_patches = sum(batch.span_lengths)
-        if hidden is not None:
-            self._check_rows(hidden, num_patches)
-        num_rows = self._num_rows(num_patches)
-        output: Tensor = self.vision_model(hidden, batch, num_rows, recompute_layers)
-        return self._project(output, num_patches) if self.post_process else output
-
-    def _project(self, hidden: Tensor, num_patches: int) -> Tensor:
-        if self.config.sequence_parallel:
-            # Every rank projects all rows, and the projector adds up its ranks' input gradients
-            # itself: the gradient that arrives here is complete and only has to be split.
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.tp_group
-            )
-        joined = hidden[:num_patches].reshape(num_patches // PATCHES_PER_TOKEN, 1, -1)
-        features: Tensor = self.vision_projection(joined)
-        return features
-
-
-def _build_projection(
-    config: TransformerConfig, input_size: int, pg_collection: ProcessGroupCollection
-) -> MultimodalProjector:
-    assert not config.sequence_parallel, "the projector runs on all rows; see configs"
-    column, row = linear_layers(config)
-    submodules = MLPSubmodules(linear_fc1=column, linear_fc2=row)
-    return MultimodalProjector(config, submodules, "mlp", input_size, tp_group=pg_collection.tp)
+    @property
+    def projection(self) -> MultimodalProjector:
+        """See :class:`EncoderStage`."""
+        return self.vision_projection

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from megatron_dip.config import DipConfig, LavinConfig, T2vConfig, VlmConfig
+from megatron_dip.config import DipConfig, LavinConfig, OmniConfig, T2vConfig, VlmConfig
 from megatron_dip.integration.families.base import ModelFamily, SampleSet, StageFactory
 from megatron_dip.integration.families.lavin import LavinFamily
+from megatron_dip.integration.families.omni import OmniFamily
 from megatron_dip.integration.families.t2v import T2vFamily
 from megatron_dip.integration.families.vlm import VlmFamily
 
@@ -16,6 +17,7 @@ def family_of(config: DipConfig) -> ModelFamily[Any]:
     families: dict[type[DipConfig], ModelFamily[Any]] = {
         VlmConfig: VlmFamily(),
         T2vConfig: T2vFamily(),
+        OmniConfig: OmniFamily(),
         LavinConfig: LavinFamily(),
     }
     return families[type(config)]

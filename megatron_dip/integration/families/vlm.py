@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_viewless_tensor
 from megatron.training import get_args
 
-from megatron_dip.config import VlmConfig
+from megatron_dip.config import OmniConfig, VlmConfig
 from megatron_dip.data import (
     DataSettings,
     LanguageBatch,
@@ -46,13 +46,13 @@ from megatron_dip.models.stage import StageModule
 from megatron_dip.models.vision import VisionStage
 from megatron_dip.runtime import BoundaryRules
 
-__all__ = ["StockVlm", "VlmFamily", "VlmStages"]
+__all__ = ["StockVlm", "VlmFamily", "VlmStages", "measured_image", "measured_sequence"]
 
 
 class VlmStages(StageFactory):
     """Stages of the vision tower and of the language backbone."""
 
-    def __init__(self, config: VlmConfig, base: TransformerConfig, seed: int) -> None:
+    def __init__(self, config: VlmConfig | OmniConfig, base: TransformerConfig, seed: int) -> None:
         super().__init__(config, seed)
         vision, language = config.model.vision, config.model.language
         self._model = config.model
@@ -191,6 +191,33 @@ class StockVlm(StockModel):
         return [stage for stage in (self.vision, self.language) if stage is not None]
 
 
+def measured_image(num_patches: int, patch_size: int) -> VisionBatch:
+    """One image without meaning, near to a square."""
+    groups = num_patches // PATCHES_PER_TOKEN
+    rows = max(n for n in range(1, isqrt(groups) + 1) if groups % n == 0)
+    return VisionBatch(
+        patches=torch.zeros(num_patches, 3 * patch_size**2),
+        grids=((2 * rows, 2 * groups // rows),),
+        items=(0,),
+    )
+
+
+def measured_sequence(num_tokens: int) -> LanguageBatch:
+    """One sequence of one span without images."""
+    zeros = torch.zeros(num_tokens, dtype=torch.int64)
+    return LanguageBatch(
+        tokens=zeros,
+        labels=zeros,
+        position_ids=torch.arange(num_tokens),
+        loss_mask=torch.ones(num_tokens),
+        span_lengths=(num_tokens,),
+        image_rows=torch.zeros(0, dtype=torch.int64),
+        images=(),
+        items=(0,),
+        num_loss_tokens=num_tokens,
+    )
+
+
 class VlmFamily(ModelFamily[VlmConfig]):
     """Vision-language models over image-text data."""
 
@@ -210,25 +237,8 @@ class VlmFamily(ModelFamily[VlmConfig]):
     ) -> VisionBatch | LanguageBatch:
         """One image, near to a square, or one sequence without images."""
         if module == "vision":
-            groups = num_tokens // PATCHES_PER_TOKEN
-            rows = max(n for n in range(1, isqrt(groups) + 1) if groups % n == 0)
-            return VisionBatch(
-                patches=torch.zeros(num_tokens, 3 * config.model.vision.patch_size**2),
-                grids=((2 * rows, 2 * groups // rows),),
-                items=(0,),
-            )
-        zeros = torch.zeros(num_tokens, dtype=torch.int64)
-        return LanguageBatch(
-            tokens=zeros,
-            labels=zeros,
-            position_ids=torch.arange(num_tokens),
-            loss_mask=torch.ones(num_tokens),
-            span_lengths=(num_tokens,),
-            image_rows=torch.zeros(0, dtype=torch.int64),
-            images=(),
-            items=(0,),
-            num_loss_tokens=num_tokens,
-        )
+            return measured_image(num_tokens, config.model.vision.patch_size)
+        return measured_sequence(num_tokens)
 
     def data_sets(
         self, config: VlmConfig, num_samples: Sequence[int]

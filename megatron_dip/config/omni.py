@@ -1,0 +1,78 @@
+"""The configuration of models that see and hear; see ``configs/omni_tiny.yaml``."""
+
+from pathlib import Path
+from typing import Literal
+
+from megatron_dip.config.base import DataForm, DipConfig, Positive
+from megatron_dip.config.modules import LanguageConfig, TransformerForm, VisionConfig
+from megatron_dip.costs.shapes import ModelShape, ModuleShape, ProjectorShape
+from megatron_dip.forms import Form
+
+__all__ = ["AudioConfig", "OmniConfig", "OmniDataConfig", "OmniModelConfig"]
+
+
+class AudioConfig(TransformerForm):
+    """An encoder of log-mel frames, after Whisper."""
+
+    num_mels: Positive = 80
+
+    def shape(self, name: str, output_size: int) -> ModuleShape:
+        """What its cost depends on; ``output_size`` is the width of the module that reads it.
+
+        The two convolutions have the weights of one embedding of so many values.
+        """
+        return ModuleShape(
+            name=name,
+            kind="vit",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            trainable=self.trainable,
+            patch_values=3 * self.num_mels + 3 * self.hidden_size + 1,
+            projector=ProjectorShape(
+                intermediate_size=4 * self.hidden_size, output_size=output_size
+            ),
+        )
+
+
+class OmniModelConfig(Form):
+    """Two encoders before one backbone."""
+
+    vision: VisionConfig
+    audio: AudioConfig
+    language: LanguageConfig
+
+
+class OmniDataConfig(DataForm):
+    """Questions about images and sounds: ``path`` is as ``megatron_dip.data.omni`` has it."""
+
+    media_folder: Path
+    min_image_tokens: Positive = 4
+    max_image_tokens: Positive = 256
+    audio_rate: Positive = 16000
+    """Samples per second of all audio files."""
+
+
+class OmniConfig(DipConfig):
+    """A model that sees and hears, its schedule and its data."""
+
+    family: Literal["omni"]
+    model: OmniModelConfig
+    data: OmniDataConfig
+
+    def model_shape(self) -> ModelShape:
+        """Two encoders that do not know of each other, and the backbone that reads both."""
+        vision, audio, language = self.model.vision, self.model.audio, self.model.language
+        return ModelShape(
+            name="omni",
+            modules=(
+                vision.shape("vision", language.hidden_size),
+                audio.shape("audio", language.hidden_size),
+                language.shape("language", ("vision", "audio")),
+            ),
+        )
+
+    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+        """See :class:`DipConfig`."""
+        return self.model.language.megatron_arguments()

@@ -1,0 +1,210 @@
+"""Models that see and hear: a vision tower and an audio encoder before one language backbone.
+
+The stages of vision and language, and their configurations, are those of vision-language models.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import get_args
+
+from megatron_dip.config import OmniConfig
+from megatron_dip.data import LanguageBatch, VisionBatch, split_samples
+from megatron_dip.data.images import PATCHES_PER_TOKEN, ImageLimits
+from megatron_dip.data.omni import (
+    AudioBatch,
+    OmniDataset,
+    OmniSettings,
+    WholeOmni,
+    build_omni_index,
+    load_omni_index,
+)
+from megatron_dip.integration.chunks import UpstreamRows, order_features
+from megatron_dip.integration.families.base import ModelFamily
+from megatron_dip.integration.families.common import (
+    check_vocabulary,
+    make_on_first_rank,
+    row_rule,
+)
+from megatron_dip.integration.families.vlm import (
+    StockVlm,
+    VlmStages,
+    measured_image,
+    measured_sequence,
+)
+from megatron_dip.models.audio import AudioStage
+from megatron_dip.models.configs import make_projection_config, make_vision_config
+from megatron_dip.models.language import LanguageStage
+from megatron_dip.models.stage import StageModule
+from megatron_dip.models.vision import VisionStage
+from megatron_dip.runtime import BoundaryRules
+
+__all__ = ["OmniFamily", "OmniStages", "StockOmni"]
+
+
+class OmniStages(VlmStages):
+    """Stages of the three modules."""
+
+    def __init__(self, config: OmniConfig, base: TransformerConfig, seed: int) -> None:
+        super().__init__(config, base, seed)
+        self._audio = audio = config.model.audio
+        self._audio_config = make_vision_config(
+            base,
+            num_layers=audio.num_layers,
+            hidden_size=audio.hidden_size,
+            ffn_hidden_size=audio.ffn_hidden_size,
+            num_attention_heads=audio.num_attention_heads,
+        )
+        self._audio_projection = make_projection_config(
+            base,
+            hidden_size=config.model.language.hidden_size,
+            ffn_hidden_size=4 * audio.hidden_size,
+        )
+
+    def boundaries(self) -> BoundaryRules:
+        """As for vision and language; audio joins groups of four tokens likewise."""
+        plain = super().boundaries()
+        inner = row_rule(self._audio_config, self._audio.hidden_size)
+        return BoundaryRules(
+            inner={**plain.inner, "audio": inner},
+            outer={**plain.outer, "audio": plain.outer["vision"]},
+        )
+
+    def construct(
+        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
+    ) -> VisionStage | LanguageStage | AudioStage:
+        """See :class:`StageFactory`."""
+        if module != "audio":
+            return super().construct(module, first_layer, num_layers, first=first, last=last)
+        return AudioStage(
+            self._audio_config,
+            self._audio_projection,
+            first_layer=first_layer,
+            num_layers=num_layers,
+            first=first,
+            last=last,
+            num_mels=self._audio.num_mels,
+        )
+
+    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> "StockOmni":
+        """See :class:`StageFactory`."""
+        return StockOmni(
+            self,
+            num_audio_layers=self._audio.num_layers,
+            num_vision_layers=self._model.vision.num_layers,
+            pre_process=pre_process,
+            post_process=post_process,
+            sequences=sequences,
+        )
+
+
+class StockOmni(StockVlm):
+    """What one rank holds under Megatron's own schedule: both encoders on the first rank."""
+
+    def __init__(
+        self,
+        factory: OmniStages,
+        *,
+        num_audio_layers: int,
+        num_vision_layers: int,
+        pre_process: bool,
+        post_process: bool,
+        sequences: int,
+    ) -> None:
+        super().__init__(
+            factory,
+            num_vision_layers=num_vision_layers,
+            pre_process=pre_process,
+            post_process=post_process,
+            sequences=sequences,
+        )
+        self.audio = (
+            factory.build("audio", 0, num_audio_layers, first=True, last=True)
+            if pre_process
+            else None
+        )
+
+    def features(self, batch: WholeOmni) -> torch.Tensor | None:  # type: ignore[override]
+        """Of images and sounds, in the order in which the sequences read them."""
+        outputs, rows = [], []
+        for stage, data, name in (
+            (self.vision, batch.vision, "vision"),
+            (self.audio, batch.audio, "audio"),
+        ):
+            if stage is not None and data.items:
+                outputs.append(stage(None, data))
+                lengths = tuple(length // PATCHES_PER_TOKEN for length in data.span_lengths)
+                rows.append(UpstreamRows(module=name, items=data.items, num_rows=lengths))
+        return order_features(outputs, rows, batch.language.upstream_items)
+
+    def stages(self) -> list[StageModule]:
+        """See :class:`StockModel`."""
+        return [*([self.audio] if self.audio is not None else []), *super().stages()]
+
+
+class OmniFamily(ModelFamily[OmniConfig]):
+    """Models that see and hear, over questions about images and sounds."""
+
+    def stage_factory(self, config: OmniConfig, base: TransformerConfig, seed: int) -> OmniStages:
+        """See :class:`ModelFamily`."""
+        return OmniStages(config, base, seed)
+
+    def item_tokens(self, config: OmniConfig, module: str) -> range:
+        """Patches of an image or tokens of a clip, in groups that are merged; of a sequence."""
+        if module == "language":
+            return range(1, config.model.language.seq_length + 1)
+        rows = config.model.language.seq_length
+        if module == "vision":
+            rows = config.data.max_image_tokens
+        return range(PATCHES_PER_TOKEN, PATCHES_PER_TOKEN * rows + 1, PATCHES_PER_TOKEN)
+
+    def measured_data(
+        self, config: OmniConfig, module: str, num_tokens: int
+    ) -> VisionBatch | LanguageBatch | AudioBatch:
+        """One image, one clip or one sequence without either."""
+        if module == "vision":
+            return measured_image(num_tokens, config.model.vision.patch_size)
+        if module == "language":
+            return measured_sequence(num_tokens)
+        mels = torch.zeros(2 * num_tokens, config.model.audio.num_mels)
+        return AudioBatch(mels=mels, span_lengths=(num_tokens,), items=(0,))
+
+    def data_sets(
+        self, config: OmniConfig, num_samples: Sequence[int]
+    ) -> tuple[OmniDataset, OmniDataset | None]:
+        """Sequences; only ranks that hold the encoders' first stages read pixels and sounds."""
+        args, data = get_args(), config.data
+        settings = OmniSettings(
+            samples=data.path,
+            media_folder=data.media_folder,
+            tokenizer=data.tokenizer,
+            seq_length=config.model.language.seq_length,
+            limits=ImageLimits(
+                config.model.vision.patch_size, data.min_image_tokens, data.max_image_tokens
+            ),
+            audio_rate=data.audio_rate,
+            num_mels=config.model.audio.num_mels,
+        )
+        check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
+        folder = data.cache_folder or data.path.parent
+        index = load_omni_index(
+            make_on_first_rank(lambda: build_omni_index(settings, folder), folder)
+        )
+        train, valid = split_samples(
+            range(len(index.samples)), valid_share=data.valid_share, seed=args.seed
+        )
+        make = partial(
+            OmniDataset,
+            settings,
+            index,
+            seed=args.seed,
+            decode_media=mpu.is_pipeline_first_stage(),
+            skip_bad_samples=data.skip_bad_samples or args.skip_bad_samples,
+        )
+        return (
+            make(num_samples=num_samples[0], subset=train),
+            make(num_samples=num_samples[1], subset=valid) if num_samples[1] else None,
+        )
