@@ -5,7 +5,7 @@ limit is set to a part of what that plan takes, weights included, and the batch 
 with the memory program, which recomputes layers, and without it, by holding works back alone.  The
 cut is that of ``planner_speed.py``.  Plans above a limit end the run.
 
-    python benchmarks/memory_limit.py PROBLEM_FOLDER [--part 0.6] [--budget-ms 1000] [--workers 1]
+    python benchmarks/memory_limit.py FOLDER [--part 0.6] [--budget-ms 1000 | --evaluations N]
 """
 
 import argparse
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from megatron_dip.errors import InfeasibleError
 from megatron_dip.planner import search_schedule
+from megatron_dip.planner.evaluator import Budget
 from megatron_dip.simulator import TaskTable, simulate_order
 from megatron_dip.workload import Problem, load_problem
 
@@ -41,10 +42,14 @@ def with_limits(problem: Problem, limits: Sequence[int]) -> Problem:
     return problem.model_copy(update={"memory_limit_bytes": tuple(limits)})
 
 
-def plan(table: TaskTable, budget_ms: float, workers: int, memory_program: bool) -> Found:
+def plan(table: TaskTable, budget: Budget, workers: int, memory_program: bool) -> Found:
     """The best schedule found, checked against the limits."""
     found = search_schedule(
-        table, budget_ms=budget_ms, workers=workers, memory_program=memory_program
+        table,
+        evaluations=budget.evaluations,
+        budget_ms=budget.milliseconds,
+        workers=workers,
+        memory_program=memory_program,
     )
     simulation = simulate_order(table.with_recompute(found.num_recomputed), found.order)
     limits = table.graph.problem.memory_limit_bytes
@@ -62,8 +67,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder with *-test-*.json problems")
     parser.add_argument("--part", type=float, default=0.6, help="of what the plan takes unlimited")
     parser.add_argument("--budget-ms", type=float, default=1000.0, help="per plan")
+    parser.add_argument("--evaluations", type=int, help="per plan, instead of a time")
     parser.add_argument("--workers", type=int, default=1, help="searches at the same time")
     arguments = parser.parse_args()
+    budget = Budget(milliseconds=arguments.budget_ms)
+    if arguments.evaluations is not None:
+        budget = Budget(evaluations=arguments.evaluations)
     paths = sorted(arguments.folder.glob("*-test-*.json"))
     if not paths:
         parser.error(f"{arguments.folder} holds no *-test-*.json problems")
@@ -77,14 +86,14 @@ def main() -> None:
     for path in paths:
         problem = load_problem(path)
         free = make_table(with_limits(problem, [UNLIMITED_BYTES] * problem.num_ranks))
-        unlimited = plan(free, arguments.budget_ms, arguments.workers, True)
+        unlimited = plan(free, budget, arguments.workers, True)
         limits = [int(arguments.part * peak) for peak in unlimited.peak_bytes]
         table = make_table(with_limits(problem, limits))
         row = [path.stem, f"{min(limits) / 1e9:.1f} - {max(limits) / 1e9:.1f}"]
         ratios = []
         for memory_program in (True, False):
             try:
-                found = plan(table, arguments.budget_ms, arguments.workers, memory_program)
+                found = plan(table, budget, arguments.workers, memory_program)
             except InfeasibleError as error:
                 row.append(str(error))
                 continue

@@ -22,12 +22,12 @@ from megatron_dip.plan import pack_plan
 from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner import make_plan, order_one_f_one_b, search_schedule
 from megatron_dip.planner.memory import MemoryFitter
-from megatron_dip.planner.memory_program import solve_memory_program
+from megatron_dip.planner.memory_program import num_program_rows, solve_memory_program
 from megatron_dip.simulator import TaskTable, build_task_table, simulate, simulate_order
 from megatron_dip.simulator.arrays import TaskOrder
 
-TIMES = [3.0, 1.0, 4.0, 1.5, 5.0, 2.0]
-BYTES = [9, 30, 11, 24, 14, 17]
+KINDS = [(3.0, 9), (1.0, 30), (4.0, 11), (1.5, 24), (5.0, 14), (2.0, 17)]
+"""Times and bytes of microbatches."""
 
 
 def uneven_table(limits: list[int], num_microbatches: int = 3, num_layers: int = 4) -> TaskTable:
@@ -37,7 +37,7 @@ def uneven_table(limits: list[int], num_microbatches: int = 3, num_layers: int =
         {"language": num_layers},
         [
             {"language": [make_item(0, time, activation_bytes=size, boundary_bytes=2)]}
-            for time, size in zip(TIMES[:num_microbatches], BYTES, strict=False)
+            for time, size in itertools.islice(itertools.cycle(KINDS), num_microbatches)
         ],
         num_ranks=2,
         memory_limit_bytes=limits,
@@ -104,6 +104,17 @@ def test_the_memory_program_beats_the_heuristic_somewhere():
             gains.append(before.makespan_us - after.makespan_us)
     assert min(gains) >= 0
     assert max(gains) > 0
+
+
+def test_a_large_program_ends_with_its_relaxation_and_still_gains():
+    table = uneven_table([900, 900], num_microbatches=110)
+    order = forwards_first(table)
+    fitter = MemoryFitter(table, split_backward=False)
+    assert num_program_rows(fitter) > 500
+    start = fitter.fit(order)
+    chosen = solve_memory_program(fitter, order, start)
+    assert is_within(table, peaks_of(table, order, chosen))
+    assert fitter.run(order, chosen).makespan_us < fitter.run(order, start).makespan_us
 
 
 @given(case=cases(), split_backward=st.booleans(), part=st.floats(0.0, 1.0))
