@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["Form", "explain_validation_error", "read_json"]
+__all__ = ["Form", "digest_of", "explain_validation_error", "read_json"]
 
 
 def explain_validation_error(error: ValidationError) -> str:
@@ -32,6 +32,12 @@ def read_json(path: str | Path, error_type: type[ValueError]) -> Any:
         raise error_type(f"{path}: cannot be read ({error.strerror})") from error
     except json.JSONDecodeError as error:
         raise error_type(f"{path}: not JSON ({error})") from error
+
+
+def digest_of(data: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON text of ``data``."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Form(BaseModel):
@@ -61,5 +67,4 @@ class Form(BaseModel):
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON text: equal records have equal digests."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of(self.model_dump(mode="json"))

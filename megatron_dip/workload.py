@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from megatron_dip.errors import ProblemError
-from megatron_dip.forms import Form, read_json
+from megatron_dip.forms import Form, digest_of, read_json
 
 __all__ = [
     "Item",
     "LayerExtra",
     "Module",
     "Problem",
+    "StageFactor",
     "SubMicrobatch",
     "TransferCost",
     "load_problem",
@@ -31,6 +32,7 @@ __all__ = [
 
 Time = Annotated[float, Field(ge=0)]
 Bytes = Annotated[int, Field(ge=0)]
+Factor = Annotated[float, Field(gt=0)]
 
 
 class Item(Form):
@@ -55,12 +57,18 @@ class Item(Form):
     last_extra_forward_us: Time = 0.0
     last_extra_input_grad_us: Time = 0.0
     last_extra_weight_grad_us: Time = 0.0
+    first_extra_activation_bytes: Bytes = 0
+    """Kept by what sits before the first layer, whether layers are recomputed or not."""
+    last_extra_activation_bytes: Bytes = 0
     needs: dict[str, tuple[int, ...]] | None = None
     """Upstream items that this one reads, per module; a module not named: all of the microbatch."""
 
     @property
     def effective_recompute_us(self) -> float:
         return self.forward_us if self.recompute_us is None else self.recompute_us
+
+
+_LATER_ITEM_FIELDS = ("first_extra_activation_bytes", "last_extra_activation_bytes")
 
 
 class LayerExtra(Form):
@@ -105,6 +113,14 @@ class SubMicrobatch(NamedTuple):
     items: tuple[int, ...]
 
 
+class StageFactor(NamedTuple):
+    """Measured over stated time of one stage."""
+
+    forward: Factor = 1.0
+    backward: Factor = 1.0
+    """Of input and weight gradients, and of recomputation."""
+
+
 class Problem(Form):
     """One batch, to be planned."""
 
@@ -116,6 +132,9 @@ class Problem(Form):
     transfer: TransferCost
     modules: tuple[Module, ...]
     microbatches: tuple[dict[str, tuple[Item, ...]], ...]
+    stage_factors: dict[Annotated[int, Field(ge=0)], StageFactor] | None = None
+    """By what the forwards and the backwards of a stage take longer than its items say, as measured
+    on the rank that it is on; 1 where a stage is not named."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -206,6 +225,20 @@ class Problem(Form):
         return all(
             peak <= limit for peak, limit in zip(peak_bytes, self.memory_limit_bytes, strict=True)
         )
+
+    def digest(self) -> str:
+        """As of every form; fields that were added later do not count where they say nothing, so
+        that digests in older files stay true."""
+        data = self.model_dump(mode="json")
+        if self.stage_factors is None:
+            del data["stage_factors"]
+        for microbatch in data["microbatches"]:
+            for items in microbatch.values():
+                for item in items:
+                    for name in _LATER_ITEM_FIELDS:
+                        if not item[name]:
+                            del item[name]
+        return digest_of(data)
 
     def batch_digest(self) -> str:
         """SHA-256 of the items without their costs: equal where two ranks read the same batch."""

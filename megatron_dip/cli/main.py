@@ -12,6 +12,7 @@ from megatron_dip.cli.output import write_file
 from megatron_dip.cli.partition import make_partition
 from megatron_dip.cli.profile import measure_layers
 from megatron_dip.cli.rehearse import rehearse_plan
+from megatron_dip.cli.report import report_run
 from megatron_dip.cli.simulate import simulate_plans
 from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_profile
 from megatron_dip.errors import ConfigError, DipError
@@ -166,6 +167,7 @@ app.command("partition")(make_partition)
 app.command("simulate")(simulate_plans)
 app.command("profile")(measure_layers)
 app.command("rehearse")(rehearse_plan)
+app.command("report")(report_run)
 
 
 def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:

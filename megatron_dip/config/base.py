@@ -64,6 +64,9 @@ class CostConfig(Form):
     layer_overhead_us: Annotated[float, Field(ge=0)] = 60.0
     transfer_latency_us: Annotated[float, Field(ge=0)] = 20.0
     transfer_bytes_per_us: PositiveNumber = 40000.0
+    feedback: bool = True
+    """Correct times by what steps measure, per stage. Plans then follow the machine, and two runs
+    on the same data may plan differently; the log tells the error of predictions either way."""
 
 
 class ScheduleConfig(Form):

@@ -14,6 +14,7 @@ from megatron_dip.costs.layers import (
     layer_operations,
     trains,
 )
+from megatron_dip.costs.memory import StoredPart
 from megatron_dip.costs.shapes import ModuleShape
 
 __all__ = ["AnalyticTimes", "LayerTimes", "PhaseTimes"]
@@ -42,7 +43,7 @@ class LayerTimes(Protocol):
         """One item in one layer, forward again in its backward; None: as long as its forward."""
         ...
 
-    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: str) -> int | None:
+    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int | None:
         """Bytes that one item leaves for its backward in a ``part``: one layer (``linear``),
         ``first_extra`` or ``last_extra``; None: the memory model's."""
         ...
@@ -108,7 +109,7 @@ class AnalyticTimes:
         """As long as the forward."""
         return None
 
-    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: str) -> int | None:
+    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int | None:
         """Left to the memory model."""
         return None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_dip.costs.analytic import LayerTimes, PhaseTimes
 from megatron_dip.costs.layers import ItemSize
-from megatron_dip.costs.memory import MemoryModel
+from megatron_dip.costs.memory import MemoryModel, StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ProblemError
 from megatron_dip.workload import (
@@ -13,6 +13,7 @@ from megatron_dip.workload import (
     LayerExtra,
     Module,
     Problem,
+    StageFactor,
     TransferCost,
 )
 
@@ -40,6 +41,8 @@ class ProblemBuilder:
     memory_limit_bytes: int
     """Per rank, weights included."""
     transfer: TransferCost
+    stage_factors: Mapping[int, StageFactor] | None = None
+    """Measured over stated times, see ``megatron_dip.feedback``."""
 
     def build(self, microbatches: Sequence[ItemSizes]) -> Problem:
         """The problem of one batch; modules without items in a microbatch are left out of it.
@@ -58,6 +61,7 @@ class ProblemBuilder:
             num_ranks=self.num_ranks,
             memory_limit_bytes=(self.memory_limit_bytes,) * self.num_ranks,
             transfer=self.transfer,
+            stage_factors=None if self.stage_factors is None else dict(self.stage_factors),
             modules=tuple(self._module(module) for module in self.model.modules),
             microbatches=tuple(
                 {
@@ -98,8 +102,10 @@ class ProblemBuilder:
         )
         if not passes_on:
             first = first._replace(input_grad_us=0.0)
-        measured = self.times.activation_bytes(module, size, "linear")
-        stored = self.memory.activation_bytes(module, size) if measured is None else measured
+        stored, first_stored, last_stored = (
+            self._stored_bytes(module, size, part) if has_backward else 0
+            for part in ("linear", "first_extra", "last_extra")
+        )
         return Item(
             item=number,
             tokens=size.tokens,
@@ -107,7 +113,9 @@ class ProblemBuilder:
             recompute_us=self.times.recompute_us(module, size) if has_backward else None,
             input_grad_us=layer.input_grad_us,
             weight_grad_us=layer.weight_grad_us,
-            activation_bytes=stored if has_backward else 0,
+            activation_bytes=stored,
+            first_extra_activation_bytes=first_stored,
+            last_extra_activation_bytes=last_stored,
             boundary_bytes=self.memory.boundary_bytes(module, size),
             first_extra_forward_us=first.forward_us,
             first_extra_input_grad_us=first.input_grad_us,
@@ -117,6 +125,10 @@ class ProblemBuilder:
             last_extra_weight_grad_us=last.weight_grad_us,
             needs=dict(size.needs) or None,
         )
+
+    def _stored_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int:
+        measured = self.times.activation_bytes(module, size, part)
+        return self.memory.stored_bytes(module, size, part) if measured is None else measured
 
 
 @dataclass(frozen=True)

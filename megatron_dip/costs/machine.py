@@ -173,7 +173,12 @@ def _check_division(module: ModuleShape, tensor: int) -> None:
 
 
 def config_builder(
-    config: DipConfig, *, is_fp32: bool, num_tensor_ranks: int = 1, sequence_parallel: bool = False
+    config: DipConfig,
+    *,
+    is_fp32: bool,
+    is_unfused: bool = False,
+    num_tensor_ranks: int = 1,
+    sequence_parallel: bool = False,
 ) -> ProblemBuilder:
     """Problems of a run: at the times of ``schedule.costs.profile``, or at constant rates.
 
@@ -182,7 +187,7 @@ def config_builder(
     """
     schedule = config.schedule
     parallel = Parallelism(tensor=num_tensor_ranks, sequence_parallel=sequence_parallel)
-    memory = MemoryModel(parallel=parallel, is_fp32=is_fp32)
+    memory = MemoryModel(parallel=parallel, is_fp32=is_fp32, is_unfused=is_unfused)
     times: LayerTimes
     if schedule.costs.profile is not None:
         profile = load_profile(schedule.costs.profile)

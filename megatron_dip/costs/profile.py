@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 
 from megatron_dip.costs.analytic import PhaseTimes
 from megatron_dip.costs.layers import ItemSize, Parallelism
+from megatron_dip.costs.memory import StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form, read_json
@@ -202,7 +203,7 @@ class ProfiledTimes:
         again = max(0.0, linear.at("recompute_us", size.tokens) - self.overhead_us(module))
         return again + sum(attention.at("forward_us", span) for span in size.spans)
 
-    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: str) -> int | None:
+    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int | None:
         """Kept by one item in one layer (``linear``) or in an extra; None if not measured."""
         curve = self._curves.get((module.name, part))
         if curve is None or not curve.has("activation_bytes"):

@@ -7,7 +7,10 @@ With L the layers of the stage and sums over the items of the sub-microbatch:
   + recomputed layers x (overhead + sum(recompute))
 - weight gradient: L x sum(weight_grad) + extras
 - stored from the start of the forward to the end of the backward: per item ``activation_bytes``
-  for each stored and ``boundary_bytes`` for each recomputed layer; nothing without a backward.
+  for each stored and ``boundary_bytes`` for each recomputed layer, and the bytes of extras; nothing
+  without a backward.
+
+Times of a stage that ``stage_factors`` names are multiplied by its factors at the end.
 
 Extras are what sits before a module's first layer (in its first stage) or after its last layer
 (in its last stage).
@@ -21,7 +24,7 @@ from megatron_dip.compiled import compiled
 from megatron_dip.partition import Partition
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.plan.wiring import FloatArray, IntArray
-from megatron_dip.workload import Problem
+from megatron_dip.workload import Problem, StageFactor
 
 __all__ = ["WorkCosts", "static_bytes", "work_costs"]
 
@@ -55,7 +58,12 @@ _TIMES = (
     "last_extra_input_grad_us",
     "last_extra_weight_grad_us",
 )
-_BYTES = ("activation_bytes", "boundary_bytes")
+_BYTES = (
+    "activation_bytes",
+    "boundary_bytes",
+    "first_extra_activation_bytes",
+    "last_extra_activation_bytes",
+)
 
 
 def work_costs(graph: PipelineGraph) -> WorkCosts:
@@ -69,31 +77,39 @@ def work_costs(graph: PipelineGraph) -> WorkCosts:
     forward_us = layers * (overhead_us + times_us[0])
     input_grad_us = layers * (overhead_us + times_us[1])
     weight_grad_us = layers * times_us[2]
+    activation_bytes, boundary_bytes, first_bytes, last_bytes = num_bytes
+    kept_bytes = layers * activation_bytes
+    first_extras = [module.first_layer_extra for module in modules]
+    last_extras = [module.last_layer_extra for module in modules]
     ends = (
-        (graph.partition.first_stage, [m.first_layer_extra for m in modules], times_us[4:7]),
-        (graph.partition.last_stage, [m.last_layer_extra for m in modules], times_us[7:]),
+        (graph.partition.first_stage, first_extras, times_us[4:7], first_bytes),
+        (graph.partition.last_stage, last_extras, times_us[7:], last_bytes),
     )
-    for end_of, extras, (extra_forward_us, extra_input_grad_us, extra_weight_grad_us) in ends:
+    for end_of, extras, extra_us, extra_bytes in ends:
+        extra_forward_us, extra_input_grad_us, extra_weight_grad_us = extra_us
         is_end = np.array([end_of(stage.module) is stage for stage in stages])[wiring.place]
         fixed_us = np.array([extra.forward_us for extra in extras])[wiring.place]
         forward_us += is_end * fixed_us
         forward_us += is_end * extra_forward_us
         input_grad_us += is_end * extra_input_grad_us
         weight_grad_us += is_end * extra_weight_grad_us
-    activation_bytes, boundary_bytes = num_bytes
+        kept_bytes += is_end * extra_bytes
+    factors = graph.problem.stage_factors or {}
+    by_stage = [factors.get(stage.stage, StageFactor()) for stage in stages]
+    forward_factor, backward_factor = np.array(by_stage, dtype=np.float64)[wiring.place].T
     return WorkCosts(
-        forward_us=forward_us,
-        input_grad_us=wiring.has_backward * input_grad_us,
-        weight_grad_us=wiring.has_weight_grad * weight_grad_us,
-        recompute_layer_us=wiring.has_backward * (overhead_us + times_us[3]),
-        stored_bytes=wiring.has_backward * layers * activation_bytes,
+        forward_us=forward_factor * forward_us,
+        input_grad_us=wiring.has_backward * backward_factor * input_grad_us,
+        weight_grad_us=wiring.has_weight_grad * backward_factor * weight_grad_us,
+        recompute_layer_us=wiring.has_backward * backward_factor * (overhead_us + times_us[3]),
+        stored_bytes=wiring.has_backward * kept_bytes,
         saved_layer_bytes=wiring.has_backward * (activation_bytes - boundary_bytes),
         boundary_bytes=boundary_bytes,
     )
 
 
 def _sums(graph: PipelineGraph) -> tuple[FloatArray, IntArray]:
-    """[10, G] times and [2, G] bytes of all sub-microbatches, in the order of their names above."""
+    """[10, G] times and [4, G] bytes of all sub-microbatches, in the order of their names above."""
     groups = graph.sub_microbatches
     items = [
         graph.problem.item(group.module, group.microbatch, number)

@@ -130,6 +130,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             help="Cores for planner processes (default: those of the rank that starts them).",
         )
         group.add_argument(
+            "--dip-trace-interval",
+            metavar="N",
+            type=int,
+            default=20,
+            help="After the first 20 iterations, timelines of every N-th (default: 20).",
+        )
+        group.add_argument(
             "--skip-bad-samples",
             action="store_true",
             help="Leave out samples that cannot be used, and count them; "

@@ -17,11 +17,12 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_dip.data import LookAhead, Microbatch
 from megatron_dip.errors import DataError, UnsupportedError
+from megatron_dip.integration.feedback import MeasuredStep
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
-from megatron_dip.integration.trace import trace_plan
+from megatron_dip.integration.trace import iteration_number, trace_folder, trace_step
 from megatron_dip.plan import Plan
-from megatron_dip.runtime import Executor, Recorder
+from megatron_dip.runtime import Executor, create_recorder
 
 __all__ = ["forward_backward_dip"]
 
@@ -49,9 +50,11 @@ def forward_backward_dip(
         DataError: The iterator yields something else than microbatches.
         ExecutionError: An action of the plan failed.
     """
-    recorder = Recorder()
-    start_us = recorder.now_us()
     pipeline = _pipeline_of(model)
+    recorder = create_recorder(pipeline.channels.device)
+    start_us = recorder.now_us()
+    if not forward_only:
+        pipeline.feedback.begin_step()
     config = get_model_config(model[0])
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
@@ -61,18 +64,17 @@ def forward_backward_dip(
         # The first step waits for its own plan: the next ones are made meanwhile.
         ahead.read()
     recorder.record("data", start_us)
-    planning_us = recorder.now_us()
+    data_end_us = recorder.now_us()
     if not forward_only:
         pipeline.plans.note_step()
     plan = pipeline.plans.plan(tuple(microbatch.item_sizes for microbatch in microbatches))
-    recorder.record("plan", planning_us, is_wait=not pipeline.is_plan_owner)
-    runner = MegatronRunner(
-        chunks={get_attr_wrapped_model(chunk, "stage").stage: chunk for chunk in model},
-        config=config,
-        forward_step=forward_step_func,
-        microbatches=microbatches,
-        context_parallel_size=mpu.get_context_parallel_world_size(),
-        reduces_early=_reduces_early(model) and not forward_only,
+    recorder.record("plan", data_end_us, is_wait=not pipeline.is_plan_owner)
+    plan_end_us = recorder.now_us()
+    runner = _runner(
+        model,
+        forward_step_func,
+        microbatches,
+        forward_only=forward_only,
         first_microbatch=schedules.check_first_val_step(first_val_step, forward_only, True),
         collect_non_loss_data=collect_non_loss_data,
     )
@@ -95,8 +97,41 @@ def forward_backward_dip(
     if config.timers is not None:
         config.timers("forward-backward").stop()
     if not forward_only:
-        trace_plan(pipeline, plan, recorder, start_us)
+        step = MeasuredStep(
+            iteration=iteration_number(),
+            plan=plan,
+            recorder=recorder,
+            start_us=start_us,
+            data_end_us=data_end_us,
+            plan_end_us=plan_end_us,
+            stored_bytes=runner.stored.peak if runner.stored else 0,
+            planning=pipeline.plans.summary(),
+        )
+        trace_step(pipeline, step)
+        pipeline.follow(step)
     return runner.reports.in_order()
+
+
+def _runner(
+    model: Sequence[torch.nn.Module],
+    forward_step: Any,
+    microbatches: Sequence[Microbatch],
+    *,
+    forward_only: bool,
+    first_microbatch: bool,
+    collect_non_loss_data: bool,
+) -> MegatronRunner:
+    return MegatronRunner(
+        chunks={get_attr_wrapped_model(chunk, "stage").stage: chunk for chunk in model},
+        config=get_model_config(model[0]),
+        forward_step=forward_step,
+        microbatches=microbatches,
+        context_parallel_size=mpu.get_context_parallel_world_size(),
+        reduces_early=_reduces_early(model) and not forward_only,
+        first_microbatch=first_microbatch,
+        collect_non_loss_data=collect_non_loss_data,
+        counts_stored_bytes=trace_folder() is not None and not forward_only,
+    )
 
 
 class _Ahead:

@@ -1,6 +1,7 @@
 """What a rank needs to run plans under Megatron: configuration, groups, channels, boundaries."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -8,11 +9,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import get_args
 
 from megatron_dip.config import DipConfig, build_partition
 from megatron_dip.costs import ItemSizes, config_builder
+from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
+from megatron_dip.integration.trace import write_record
 from megatron_dip.partition import Partition
 from megatron_dip.planner import PlannerSettings
+from megatron_dip.report.steps import StepRecord
 from megatron_dip.runtime import (
     Batch,
     BoundaryRules,
@@ -61,6 +66,7 @@ class DipPipeline:
         self._problems = config_builder(
             config,
             is_fp32=transformer_config.params_dtype == torch.float32,
+            is_unfused=transformer_config.transformer_impl == "local",
             num_tensor_ranks=mpu.get_tensor_model_parallel_world_size(),
             sequence_parallel=transformer_config.sequence_parallel,
         )
@@ -70,11 +76,14 @@ class DipPipeline:
         channels = pipeline_channels(self.partition, upstream)
         pipelines = _gather_distinct(own_pipeline)
         groups = create_channel_groups(channels, pipelines, timeout_seconds)
-        agreement = PlanAgreement(self.partition, _create_plan_group(timeout_seconds))
+        agreement = PlanAgreement(self.partition, _create_plan_group(timeout_seconds, "plans"))
         self.is_plan_owner = agreement.is_owner
         service = self._create_service(planner_cores) if self.is_plan_owner else None
         self.plans = PlanAhead(self._batch, agreement, service)
         """The plans of batches to come; the same calls on all ranks."""
+        self.feedback = StepFeedback(
+            self.partition, _create_plan_group(timeout_seconds, "times"), self.rank
+        )
         self.channels = Channels(
             rank=self.rank,
             pipeline=own_pipeline,
@@ -85,6 +94,25 @@ class DipPipeline:
 
     def _batch(self, microbatches: tuple[ItemSizes, ...]) -> Batch:
         return Batch(microbatches, self._problems.build(microbatches))
+
+    def follow(self, step: MeasuredStep) -> None:
+        """Use and record what the step before this one has measured; the last one's own, too."""
+        record, factors = self.feedback.end_step(step)
+        if factors is not None and self.config.schedule.costs.feedback:
+            self._problems = replace(self._problems, stage_factors=factors)
+            if self.plans.service is not None:
+                self.plans.service.set_builder(self._problems)
+        self._record(record)
+        if step.iteration == get_args().train_iters:
+            self._record(self.feedback.last_step())
+
+    def _record(self, record: StepRecord | None) -> None:
+        if record is None:
+            return
+        if mpu.get_data_parallel_rank() == mpu.get_data_parallel_world_size() - 1:
+            log_step(record)
+        if self.is_plan_owner:
+            write_record(record)
 
     def _create_service(self, planner_cores: Sequence[int]) -> PlanService:
         schedule, planning = self.config.schedule, self.config.planning
@@ -116,7 +144,7 @@ def _gather_distinct(ranks: Sequence[int]) -> list[list[int]]:
     return [list(ranks) for ranks in sorted({tuple(ranks) for ranks in gathered})]
 
 
-def _create_plan_group(timeout_seconds: float) -> dist.ProcessGroup:
+def _create_plan_group(timeout_seconds: float, use: str) -> dist.ProcessGroup:
     """A CPU group of all ranks that run one plan: the tensor and pipeline peers of a replica."""
     own = dist.get_process_group_ranks(mpu.get_model_parallel_group())
     result: dist.ProcessGroup | None = None
@@ -125,7 +153,7 @@ def _create_plan_group(timeout_seconds: float) -> dist.ProcessGroup:
             members,
             timeout=timedelta(seconds=timeout_seconds),
             backend="gloo",
-            group_desc="dip: plans",
+            group_desc=f"dip: {use}",
         )
         if dist.get_rank() in members:
             assert isinstance(group, dist.ProcessGroup)

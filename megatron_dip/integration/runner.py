@@ -6,6 +6,7 @@ what it means under Megatron's own schedule.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron_dip.integration.chunks import StageBatch, UpstreamRows
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
 from megatron_dip.partition import Stage
 from megatron_dip.runtime import ForwardCall, SavedForward, backward_inputs, backward_weights
+from megatron_dip.runtime.measure import StoredBytes
 from megatron_dip.workload import SubMicrobatch
 
 __all__ = ["MegatronRunner"]
@@ -35,6 +37,8 @@ class MegatronRunner:
         reduces_early: Whether a stage's gradients are reduced while others still compute.
         first_microbatch: False where cached fp8 weights stay valid (validation after its first).
         collect_non_loss_data: As in Megatron's schedules.
+        counts_stored_bytes: Whether to count what autograd keeps, see ``stored``; a microsecond
+            or two for every tensor.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class MegatronRunner:
         reduces_early: bool,
         first_microbatch: bool = True,
         collect_non_loss_data: bool = False,
+        counts_stored_bytes: bool = False,
     ) -> None:
         self._chunks = dict(chunks)
         self._config = config
@@ -60,9 +65,17 @@ class MegatronRunner:
         self._fresh_chunks = set(self._chunks) if first_microbatch else set()
         self._data: dict[SubMicrobatch, StageData] = {}
         self.reports = LossReports()
+        self.stored: StoredBytes | None = None
+        if counts_stored_bytes:
+            parameters = [p for chunk in self._chunks.values() for p in chunk.parameters()]
+            self.stored = StoredBytes(parameters)
         self.num_tokens = torch.zeros([], dtype=torch.int, device=self._device)
 
     def forward(self, call: ForwardCall) -> torch.Tensor:
+        with self.stored.counting() if self.stored else nullcontext():
+            return self._forward(call)
+
+    def _forward(self, call: ForwardCall) -> torch.Tensor:
         batch = self._stage_batch(call)
         store: list[Any] = []
         number = call.work.microbatch

@@ -24,7 +24,7 @@ from megatron_dip.runtime.runner import (
     backward_inputs,
     backward_weights,
 )
-from megatron_dip.runtime.timeline import MeasuredSpan, Recorder
+from megatron_dip.runtime.timeline import MeasuredSpan, Recorder, create_recorder
 
 __all__ = [
     "Batch",
@@ -51,6 +51,7 @@ __all__ = [
     "backward_inputs",
     "backward_weights",
     "create_channel_groups",
+    "create_recorder",
     "message_shape",
     "pipeline_channels",
 ]

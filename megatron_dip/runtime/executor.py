@@ -157,7 +157,7 @@ class _PlanRun:
             recompute_layers=self.plan.recomputed_layers.get(work, ()),
             is_loss=graph.is_loss_stage(work.stage),
         )
-        start = self.executor.recorder.now_us()
+        start = self.executor.recorder.begin()
         with torch.set_grad_enabled(keeps_graph):
             output = self.executor.runner.forward(call)
         self.executor.recorder.record(action, start)
@@ -171,7 +171,7 @@ class _PlanRun:
         work = _work_of(action)
         output_grad = self._output_grad(work, action)
         saved = self._unstash(work)
-        start = self.executor.recorder.now_us()
+        start = self.executor.recorder.begin()
         grads = []
         if saved.call.is_loss or output_grad is not None:
             grads = self.executor.runner.backward(saved, output_grad)
@@ -187,7 +187,7 @@ class _PlanRun:
         saved = self.stash[work]
         saved.output_grad = self._output_grad(work, action)
         self._end_sends(work)
-        start = self.executor.recorder.now_us()
+        start = self.executor.recorder.begin()
         grads = []
         if saved.call.is_loss or saved.output_grad is not None:
             grads = self.executor.runner.input_grad(saved, saved.output_grad)
@@ -196,7 +196,7 @@ class _PlanRun:
 
     def weight_grad(self, action: Action) -> None:
         saved = self.stash.pop(_work_of(action))
-        start = self.executor.recorder.now_us()
+        start = self.executor.recorder.begin()
         if saved.call.is_loss or saved.output_grad is not None:
             self.executor.runner.weight_grad(saved)
         self.executor.recorder.record(action, start)
@@ -237,7 +237,7 @@ class _PlanRun:
         if message not in self.inbox:
             if message not in self.receives:
                 raise PlanError(f"{message.receive} was never posted")
-            start = self.executor.recorder.now_us()
+            start = self.executor.recorder.begin()
             self.inbox[message] = self.executor.channels.wait_receive(self.receives.pop(message))
             self.executor.recorder.record(reader, start, is_wait=True)
         left = self.unread.get(message, len(self.plan.graph.readers(message))) - 1

@@ -40,6 +40,10 @@ class PlanAhead:
         self.last_obtained: ObtainedPlan | None = None
         """Where the last plan came from; on the plan owner, None where a step was run again."""
 
+    def summary(self) -> dict[str, str | float]:
+        """Where the last plan came from, for records of a run; empty where that is not known."""
+        return {} if self.last_obtained is None else self.last_obtained.summary()
+
     def note_step(self) -> None:
         """A training step begins."""
         if self.service is not None:

@@ -1,9 +1,14 @@
 """What a rank did when: the measured counterpart of a simulated timeline."""
 
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-__all__ = ["MeasuredSpan", "Recorder"]
+import torch
+
+from megatron_dip.plan import Action
+
+__all__ = ["DeviceRecorder", "MeasuredSpan", "Recorder", "create_recorder"]
 
 
 class MeasuredSpan(NamedTuple):
@@ -17,7 +22,7 @@ class MeasuredSpan(NamedTuple):
 
 
 class Recorder:
-    """Collects the spans of one iteration.
+    """Collects the spans of one iteration, by the host's clock.
 
     The clock is shared by all processes of a host, so that their spans can be laid side by side.
     """
@@ -29,6 +34,72 @@ class Recorder:
     def now_us() -> float:
         return time.perf_counter_ns() / 1000.0
 
-    def record(self, label: object, start_us: float, *, is_wait: bool = False) -> None:
+    def begin(self) -> Any:
+        """The begin of something that a rank does, for :meth:`record`."""
+        return self.now_us()
+
+    def record(self, label: object, begin: Any, *, is_wait: bool = False) -> None:
         """Add a span that ends now."""
-        self.spans.append(MeasuredSpan(label, start_us, self.now_us(), is_wait))
+        self.spans.append(MeasuredSpan(label, begin, self.now_us(), is_wait))
+
+    def finish(self) -> None:
+        """Complete ``spans``; the device must have done all that was recorded, or is waited for."""
+
+    def action_durations_us(self) -> Iterator[tuple[Action, float]]:
+        """What every compute action took, from the end of what was before it on this rank.
+
+        So the host's part of an action belongs to it, and its wait does not.
+        """
+        before_us: float | None = None
+        for span in self.spans:
+            if isinstance(span.label, Action) and not span.is_wait:
+                begin_us = span.start_us if before_us is None else before_us
+                yield span.label, span.end_us - begin_us
+            before_us = span.end_us
+
+
+class DeviceRecorder(Recorder):
+    """The same by events on a GPU's stream, where the host only launches.
+
+    Spans that begin with a time of the host (a number) stay the host's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pending: list[tuple[object, torch.cuda.Event, torch.cuda.Event, bool]] = []
+        self._anchor = self._event()
+        self._anchor_us = self.now_us()
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> Any:
+        """See :class:`Recorder`."""
+        return self._event()
+
+    def record(self, label: object, begin: Any, *, is_wait: bool = False) -> None:
+        """See :class:`Recorder`."""
+        if isinstance(begin, float):
+            super().record(label, begin, is_wait=is_wait)
+        else:
+            self._pending.append((label, begin, self._event(), is_wait))
+
+    def finish(self) -> None:
+        """See :class:`Recorder`."""
+        for label, begin, end, is_wait in self._pending:
+            end.synchronize()
+            start_us, end_us = (
+                self._anchor_us + 1000.0 * self._anchor.elapsed_time(event)
+                for event in (begin, end)
+            )
+            self.spans.append(MeasuredSpan(label, start_us, end_us, is_wait))
+        self._pending = []
+        self.spans.sort(key=lambda span: span.start_us)
+
+
+def create_recorder(device: torch.device) -> Recorder:
+    """The recorder for stages that compute on ``device``."""
+    return DeviceRecorder() if device.type == "cuda" else Recorder()

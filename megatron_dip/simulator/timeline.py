@@ -19,12 +19,15 @@ from megatron_dip.simulator.simulate import Simulation, simulate
 from megatron_dip.simulator.tasks import build_task_table
 
 __all__ = [
+    "COLOURS",
     "Panel",
     "Span",
     "SpanKind",
     "idle_fractions",
     "module_colours",
     "plan_panel",
+    "timeline_data",
+    "timeline_template",
     "write_timeline",
 ]
 
@@ -32,7 +35,7 @@ SpanKind = Literal["F", "B", "I", "W", "other", "wait"]
 
 _KINDS: tuple[SpanKind, ...] = ("F", "B", "I", "W", "other", "wait")
 # Told apart by people who do not see red or green, and readable under white text.
-_COLOURS = ("#2f7fc1", "#d9822b", "#2a9d7f", "#9b5fb5", "#c2506b", "#7d7a3a", "#4f5fa8", "#8a6a52")
+COLOURS = ("#2f7fc1", "#d9822b", "#2a9d7f", "#9b5fb5", "#c2506b", "#7d7a3a", "#4f5fa8", "#8a6a52")
 
 
 class Span(NamedTuple):
@@ -79,7 +82,7 @@ def module_colours(panels: Sequence[Panel]) -> dict[str, str]:
         for panel in panels
         for span in sorted(panel.spans, key=lambda span: span.start_us)
     )
-    return {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
 
 
 def plan_panel(plan: Plan, title: str, simulation: Simulation | None = None) -> Panel:
@@ -126,17 +129,26 @@ def _memory_curves(plan: Plan, simulation: Simulation) -> dict[int, list[tuple[f
 
 def write_timeline(path: str | Path, title: str, panels: Sequence[Panel]) -> None:
     """Write ``panels`` under one another into one self-contained HTML file."""
+    # In JSON "<" only occurs inside strings; escaped, no string can end the script element.
+    text = json.dumps(timeline_data(panels), separators=(",", ":")).replace("<", "\\u003c")
+    page = timeline_template().replace("__TITLE__", html.escape(title))
+    Path(path).write_text(page.replace("__DATA__", text), encoding="utf-8")
+
+
+def timeline_template() -> str:
+    """The page, with ``__TITLE__`` and ``__DATA__`` (JSON without "<") to be filled in."""
+    template = resources.files("megatron_dip.simulator").joinpath("timeline.html")
+    return template.read_text(encoding="utf-8")
+
+
+def timeline_data(panels: Sequence[Panel]) -> dict[str, Any]:
+    """What the page draws."""
     colours = module_colours(panels)
-    data = {
+    return {
         "modules": list(colours),
         "colours": list(colours.values()),
         "panels": [_panel_data(panel, list(colours)) for panel in panels],
     }
-    template = resources.files("megatron_dip.simulator").joinpath("timeline.html")
-    # In JSON "<" only occurs inside strings; escaped, no string can end the script element.
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = template.read_text(encoding="utf-8").replace("__TITLE__", html.escape(title))
-    Path(path).write_text(page.replace("__DATA__", text), encoding="utf-8")
 
 
 def _panel_data(panel: Panel, modules: list[str]) -> dict[str, Any]:

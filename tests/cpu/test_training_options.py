@@ -9,7 +9,7 @@ import pytest
 from failing_runs import run_vlm
 from tiny_vlm import make_tiny_data, write_config
 
-from megatron_dip.report import read_traces
+from megatron_dip.report import read_records, read_traces, write_report
 
 NUM_MICROBATCHES = 4
 
@@ -56,8 +56,32 @@ def test_megatrons_own_schedule_keeps_its_own_placement_of_layers(folder: Path, 
     assert uneven.num_parameters[0] < stock.num_parameters[0]
 
 
-def test_both_schedules_write_traces_of_all_their_actions(folder: Path, stock: Run) -> None:
-    train(folder, "dip", "--dip-schedule")
+@pytest.fixture(scope="module")
+def planned(folder: Path) -> Run:
+    return train(folder, "dip", "--dip-schedule")
+
+
+def test_every_step_is_recorded_with_the_memory_that_its_plan_foresaw(
+    folder: Path, planned: Run, tmp_path: Path
+) -> None:
+    records = read_records(folder / "dip")
+    assert [record.iteration for record in records] == [1, 2]
+    for record in records:
+        assert record.step_us > record.measured_us > 0.0
+        assert record.predicted_us > 0.0 and record.num_microbatches == NUM_MICROBATCHES
+        for rank in record.ranks:
+            assert 0.0 < rank.busy_us <= record.measured_us
+            # Bytes that autograd holds, against the cost model's: tokens differ, bytes do not.
+            assert rank.stored_bytes == pytest.approx(rank.predicted_bytes, rel=0.02)
+    page = tmp_path / "report.html"
+    assert write_report(folder / "dip", page) == 2
+    assert '"iterations":[1,2]' in page.read_text()
+    assert page.read_text().count('"title":"measured"') == 2
+
+
+def test_both_schedules_write_traces_of_all_their_actions(
+    folder: Path, stock: Run, planned: Run
+) -> None:
     for name in ("stock", "dip"):
         traces = read_traces(folder / name)
         assert [(trace.schedule, trace.iteration) for trace in traces] == [(name, 1), (name, 2)]

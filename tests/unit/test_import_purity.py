@@ -14,6 +14,7 @@ PLANNING = (
     "config",
     "costs",
     "errors",
+    "feedback",
     "forms",
     "mixtures",
     "partition",

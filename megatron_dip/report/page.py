@@ -1,0 +1,185 @@
+"""The page about a run: records of all steps as curves, and timelines of those that have one."""
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megatron_dip.errors import DataError
+from megatron_dip.plan import load_plan
+from megatron_dip.report.panels import measured_panel
+from megatron_dip.report.steps import StepRecord, read_records
+from megatron_dip.report.traces import read_traces
+from megatron_dip.simulator.timeline import (
+    COLOURS,
+    plan_panel,
+    timeline_data,
+    timeline_template,
+)
+
+__all__ = ["write_report"]
+
+_MIB = 2**20
+_NO_TIMELINES = "No iteration of this run has both a measured timeline and its plan."
+
+
+def write_report(folder: str | Path, output: str | Path, replica: int = 0) -> int:
+    """Write the page about the run whose records lie in ``folder``, or in its folder ``trace``.
+
+    Returns:
+        Number of iterations that it shows.
+
+    Raises:
+        DataError: There are no records, or they cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / "trace").is_dir():
+        folder = folder / "trace"
+    records = read_records(folder, replica)
+    data = {
+        "iterations": [record.iteration for record in records],
+        "tiles": _tiles(records),
+        "charts": _charts(records),
+        "timeline_page": timeline_template(),
+        "timelines": _timelines(folder, records, replica),
+        "no_timelines": _NO_TIMELINES,
+    }
+    template = resources.files("megatron_dip.report").joinpath("page.html")
+    # In JSON "<" only occurs inside strings; escaped, no string can end the script element.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    title = html.escape(f"{folder.resolve()}, replica {replica}")
+    page = template.read_text(encoding="utf-8").replace("__TITLE__", title, 2)
+    Path(output).write_text(page.replace("__DATA__", text, 1), encoding="utf-8")
+    return len(records)
+
+
+def _throughput(record: StepRecord) -> float:
+    """Tokens of the module with the loss, which is the last, per second."""
+    return list(record.tokens.values())[-1] / record.step_us * 1e6
+
+
+def _waited_ms(record: StepRecord) -> float:
+    """For the plan alone where that is known; with the agreement of the ranks otherwise."""
+    found = record.planning.get("waited_ms")
+    if isinstance(found, int | float):
+        return float(found)
+    return max(rank.plan_us for rank in record.ranks) / 1000
+
+
+def _planning_ms(record: StepRecord) -> float | None:
+    found = record.planning.get("planning_ms")
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _tiles(records: Sequence[StepRecord]) -> list[tuple[str, str]]:
+    """Value and meaning."""
+    settled = records[len(records) // 4 :]
+    idle = median(max(record.idle_fractions) for record in settled)
+    peak = max(rank.stored_bytes for record in records for rank in record.ranks)
+    waited = sum(_waited_ms(record) for record in settled)
+    total = sum(record.step_us for record in settled) / 1000
+    return [
+        (f"{median(map(_throughput, settled)):,.0f}", "tokens per second, median"),
+        (f"{median(record.step_us for record in settled) / 1000:,.0f} ms", "per step, median"),
+        (f"{idle:.1%}", "idle on the most idle rank, median"),
+        (f"{waited / total:.1%}", "of the time until a plan was at hand"),
+        (f"{median(abs(record.error) for record in settled):.1%}", "error of the makespan, median"),
+        (f"{median(r.action_error for r in settled):.1%}", "error of single actions, median"),
+        (f"{peak / _MIB:,.0f} MiB" if peak else "-", "activations held, largest peak measured"),
+    ]
+
+
+def _charts(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    ranks = range(max(len(record.ranks) for record in records))
+
+    def series(
+        name: str, colour: int, value: Callable[[StepRecord], float | None], dashed: bool = False
+    ) -> dict[str, Any]:
+        values = [value(record) for record in records]
+        return {
+            "name": name,
+            "colour": COLOURS[colour % len(COLOURS)],
+            "dashed": dashed,
+            "values": [None if one is None else round(one, 4) for one in values],
+        }
+
+    def memory(rank: int, measured: bool) -> dict[str, Any]:
+        def value(record: StepRecord) -> float | None:
+            one = record.ranks[rank]
+            held = one.stored_bytes if measured else one.predicted_bytes
+            return held / _MIB if held else None
+
+        name = f"rank {rank} {'measured' if measured else 'predicted'}"
+        return series(name, rank, value, dashed=not measured)
+
+    idle = [
+        series(f"rank {rank}", rank, lambda r, rank=rank: 100 * r.idle_fractions[rank])  # type: ignore[misc]
+        for rank in ranks
+    ]
+    charts: list[dict[str, Any]] = [
+        {
+            "title": "Throughput, tokens per second",
+            "unit": "",
+            "series": [series("tokens/s", 0, _throughput)],
+        },
+        {
+            "title": "Makespan and step",
+            "unit": " ms",
+            "series": [
+                series("measured", 0, lambda r: r.measured_us / 1000),
+                series("predicted", 1, lambda r: r.predicted_us / 1000, True),
+                series("whole step", 2, lambda r: r.step_us / 1000),
+            ],
+        },
+        {
+            "title": "Error of prediction",
+            "unit": " %",
+            "series": [
+                series("makespan", 0, lambda r: 100 * r.error),
+                series("single actions, median", 1, lambda r: 100 * r.action_error),
+            ],
+        },
+        {"title": "Idle", "unit": " %", "series": idle},
+        {
+            "title": "Plan: what it took, and what training waited until it was at hand",
+            "unit": " ms",
+            "series": [
+                series("waited", 1, _waited_ms),
+                series("planning", 0, _planning_ms, True),
+            ],
+        },
+        {
+            "title": "Activations held, peak of each step",
+            "unit": " MiB",
+            "series": [memory(rank, measured) for rank in ranks for measured in (True, False)],
+        },
+    ]
+    for chart in charts:
+        shown = [one for one in chart["series"] if any(v is not None for v in one["values"])]
+        chart["series"] = shown
+    return charts
+
+
+def _timelines(folder: Path, records: Sequence[StepRecord], replica: int) -> list[dict[str, Any]]:
+    """Measured above predicted, where both were written."""
+    known = {record.iteration: record for record in records}
+    try:
+        traces = read_traces(folder)
+    except DataError:
+        # Records alone are a report as well.
+        return []
+    timelines = []
+    for trace in traces:
+        path = folder / f"plan-replica{replica}-{trace.iteration:06d}.json"
+        if trace.iteration not in known or not path.is_file():
+            continue
+        plan = load_plan(path)
+        panels = [
+            measured_panel(trace, "measured", plan.partition),
+            plan_panel(plan, "predicted"),
+        ]
+        timelines.append({"iteration": trace.iteration, "data": timeline_data(panels)})
+    return timelines
