@@ -3,7 +3,7 @@
 Every test problem of a folder (``*-test-*.json``) is planned without a limit.  Then every rank's
 limit is set to a part of what that plan takes, weights included, and the batch is planned again:
 with the memory program, which recomputes layers, and without it, by holding works back alone.  The
-cut is that of ``planner_speed.py``.  Plans above a limit end the run.
+cut is the one kept in ``configs/partitions``.  Plans above a limit end the run.
 
     python benchmarks/memory_limit.py FOLDER [--part 0.6] [--budget-ms 1000 | --evaluations N]
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from planner_speed import make_table
+from planner_speed import chosen_table
 from rich.console import Console
 from rich.table import Table
 
@@ -82,13 +82,15 @@ def main() -> None:
     means: dict[str, list[list[float]]] = defaultdict(list)
     # Compiling, or reading what was compiled, is no part of the budget.
     first = load_problem(paths[0])
-    search_schedule(make_table(with_limits(first, [1 << 34] * first.num_ranks)), evaluations=90)
+    table = chosen_table(paths[0].stem, with_limits(first, [1 << 34] * first.num_ranks))
+    search_schedule(table, evaluations=90)
     for path in paths:
         problem = load_problem(path)
-        free = make_table(with_limits(problem, [UNLIMITED_BYTES] * problem.num_ranks))
+        unlimited_problem = with_limits(problem, [UNLIMITED_BYTES] * problem.num_ranks)
+        free = chosen_table(path.stem, unlimited_problem)
         unlimited = plan(free, budget, arguments.workers, True)
         limits = [int(arguments.part * peak) for peak in unlimited.peak_bytes]
-        table = make_table(with_limits(problem, limits))
+        table = chosen_table(path.stem, with_limits(problem, limits))
         row = [path.stem, f"{min(limits) / 1e9:.1f} - {max(limits) / 1e9:.1f}"]
         ratios = []
         for memory_program in (True, False):

@@ -1,9 +1,10 @@
 """How good a plan is after how long: ratio to the lower bound by budget; times of making plans.
 
-Reads the test problems of a folder (``*-test-*.json``).  Every module but the last is cut into 2
-segments, a frozen one into 1, and the last into 4, or 7 or 6 equal ones behind a frozen module;
-layers are shared out so that all ranks have about the same work, heads included; sub-microbatches
-of at most 8192 tokens.
+Reads the test problems of a folder (``*-test-*.json``).  The ratios are those on the partitions in
+``configs/partitions``.  The times are for batches of many sizes: every module but the last is cut
+into 2 segments, a frozen one into 1, and the last into 4, or 7 or 6 equal ones behind a frozen
+module; layers are shared out so that all ranks have about the same work, heads included;
+sub-microbatches of at most 8192 tokens.
 
     python benchmarks/planner_speed.py PROBLEM_FOLDER [--quick]
 """
@@ -19,7 +20,8 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dip.partition import Partition, partition_from_layers
+from megatron_dip.partition import Partition, load_partition, partition_from_layers
+from megatron_dip.partition.cuts import balanced_layers
 from megatron_dip.plan import PipelineGraph, Plan
 from megatron_dip.plan.lowering import lower
 from megatron_dip.plan.validation import validate_plan
@@ -32,36 +34,12 @@ from megatron_dip.simulator import (
     lower_bound_us,
     simulate_order,
 )
-from megatron_dip.workload import Item, Problem, load_problem, parse_problem
+from megatron_dip.workload import Problem, load_problem, parse_problem
 
 BUDGETS_MS = (50.0, 100.0, 1000.0, 10000.0)
 SIZES = ((8, 16), (8, 32), (8, 64), (8, 128), (16, 128), (16, 256))
 MAX_TOKENS = 8192
-
-
-def item_us(item: Item, part: str = "") -> float:
-    """Forward and backward of an item in one layer, or in the extras named by ``part``."""
-    kinds = ("forward_us", "input_grad_us", "weight_grad_us")
-    return sum(getattr(item, part + kind) for kind in kinds)
-
-
-def balanced_cut(problem: Problem, module: str, num_segments: int) -> list[list[int]]:
-    """Layers per segment and rank; a rank that carries the head gets fewer."""
-    num_ranks = problem.num_ranks
-    items = [i for n in range(problem.num_microbatches) for i in problem.items(module, n)]
-    layer_us = sum(item_us(item) for item in items)
-    load_us = [0.0] * num_ranks
-    load_us[0] += sum(item_us(item, "first_extra_") for item in items)
-    load_us[-1] += sum(item_us(item, "last_extra_") for item in items)
-    counts = [0] * num_ranks
-    for _ in range(problem.module(module).num_layers):
-        rank = min(range(num_ranks), key=lambda rank: (load_us[rank], rank))
-        load_us[rank] += layer_us
-        counts[rank] += 1
-    return [
-        [count // num_segments + (segment < count % num_segments) for count in counts]
-        for segment in range(num_segments)
-    ]
+PARTITIONS = Path(__file__).parents[1] / "configs" / "partitions"
 
 
 def num_segments(problem: Problem, module: str) -> int:
@@ -76,9 +54,9 @@ def num_segments(problem: Problem, module: str) -> int:
 
 
 def make_partition(problem: Problem) -> Partition:
-    """The partition described above."""
+    """The partition for times of any size described above."""
     cuts = {
-        name: balanced_cut(problem, name, num_segments(problem, name))
+        name: balanced_layers([problem], name, num_segments(problem, name))
         for name in problem.module_order
     }
     return partition_from_layers(cuts, problem.num_ranks)
@@ -93,6 +71,19 @@ def make_graph(problem: Problem, partition: Partition) -> PipelineGraph:
 def make_table(problem: Problem) -> TaskTable:
     """The batch on the partition described above."""
     return build_task_table(make_graph(problem, make_partition(problem)))
+
+
+def chosen_table(name: str, problem: Problem) -> TaskTable:
+    """The batch on the partition kept for the model that ``name`` starts with, as ``vlm-s-test-0``.
+
+    Where none is kept, on the partition described above.
+    """
+    path = PARTITIONS / f"{name.split('-test')[0].replace('-', '_')}.json"
+    if not path.exists():
+        return make_table(problem)
+    partition = load_partition(path)
+    groups = form_sub_microbatches(problem, partition.sub_microbatch_tokens)
+    return build_task_table(PipelineGraph(problem, partition, groups))
 
 
 def resized(problem: Problem, num_ranks: int, num_microbatches: int) -> Problem:
@@ -114,7 +105,7 @@ def quality_table(problems: dict[str, Problem], budgets_ms: tuple[float, ...]) -
     """Mean ratio of the lower bound to the makespan, per model, search and budget."""
     found: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     for name, problem in problems.items():
-        table = make_table(problem)
+        table = chosen_table(name, problem)
         bound_us = lower_bound_us(table)
         for search in get_args(Search):
             ratios = [

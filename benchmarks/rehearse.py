@@ -15,11 +15,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from planner_speed import MAX_TOKENS, balanced_cut, resized
+from planner_speed import MAX_TOKENS, resized
 from rich.console import Console
 from rich.table import Table
 
 from megatron_dip.partition import partition_from_layers
+from megatron_dip.partition.cuts import balanced_layers
 from megatron_dip.plan import Plan
 from megatron_dip.planner import make_plan
 from megatron_dip.rehearsal import rehearsal_json, rehearse
@@ -36,7 +37,8 @@ def plan_batch(problem: Problem, num_ranks: int, num_microbatches: int) -> Plan:
     batch = resized(problem, num_ranks, num_microbatches)
     last = batch.module_order[-1]
     cuts = {
-        name: balanced_cut(batch, name, 4 if name == last else 2) for name in batch.module_order
+        name: balanced_layers([batch], name, 4 if name == last else 2)
+        for name in batch.module_order
     }
     return make_plan(
         batch,
