@@ -215,6 +215,20 @@ def test_a_planner_that_raises_means_an_unsearched_plan_and_says_why(run, caplog
         assert one.service.obtain(one.batch(1)).origin is Origin.SEARCHED
 
 
+def test_a_batch_that_fits_no_plan_is_planned_with_least_memory_and_a_warning(run, caplog) -> None:
+    with planning(run) as one:
+        one.until_ready()
+        one.builder = replace(one.builder, memory_limit_bytes=1000)
+        one.service.set_builder(one.builder)
+        batch = one.batch(0)
+        obtained = one.service.obtain(batch)
+        assert obtained.origin is Origin.SEARCHED
+        plan = unpack_plan(obtained.packed, batch.problem, one.partition)
+        assert plan.estimate is not None and max(plan.estimate.peak_bytes) > 1000
+        assert "no plan keeps the memory limit" in caplog.text
+        assert one.service.counts.planned_by_owner == 0
+
+
 class Broken(PlannerSettings):
     """With a mistake in the planner."""
 
