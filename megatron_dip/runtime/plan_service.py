@@ -11,6 +11,7 @@ from it.
 import logging
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -115,6 +116,7 @@ class _Job:
     number: int
     batch: Batch
     best: Planned | None = None
+    fallback: bytes = b""
     failure: str = ""
 
     @property
@@ -180,12 +182,22 @@ class PlanService:
             self._drop(next(iter(self._jobs.values())))
 
     def take_ready(self, batch: Batch) -> ObtainedPlan | None:
-        """The plan of ``batch`` if its planning is over; without waiting."""
+        """The plan of ``batch`` if its planning is over; without waiting.
+
+        If it is not, a plan without a search is made in case that nothing better comes in time:
+        here it delays the end of a step, where a GPU is still at work, and not the next one.
+        """
         self._poll()
         job = self._jobs.get(batch.digest)
-        if job is None or job.best is None or not job.best.is_last:
+        if job is None:
             return None
-        return self._obtained(job, waited_ms=0.0)
+        if job.best is not None and job.best.is_last:
+            return self._obtained(job, waited_ms=0.0)
+        if job.best is None and not job.fallback:
+            # Where even this fails, all ranks hear of it when they need the plan.
+            with suppress(PlanningError):
+                job.fallback = self._plan_fallback(job)
+        return None
 
     def obtain(self, batch: Batch) -> ObtainedPlan:
         """The best plan that there is for ``batch`` within the wait limit.
@@ -275,12 +287,7 @@ class PlanService:
 
     def _fallback(self, job: _Job, waited_ms: float) -> ObtainedPlan:
         started = time.monotonic()
-        try:
-            packed = pack_plan(self._settings.fallback(job.batch.problem, self._partition))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            also = f"; before that: {job.failure}" if job.failure else ""
-            raise PlanningError(f"not even 1F1B can be planned: {reason}{also}") from error
+        packed = job.fallback or self._plan_fallback(job)
         planning_ms = (time.monotonic() - started) * 1000
         return ObtainedPlan(
             packed=packed,
@@ -288,6 +295,14 @@ class PlanService:
             planning_ms=planning_ms,
             waited_ms=waited_ms + planning_ms,
         )
+
+    def _plan_fallback(self, job: _Job) -> bytes:
+        try:
+            return pack_plan(self._settings.fallback(job.batch.problem, self._partition))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            also = f"; before that: {job.failure}" if job.failure else ""
+            raise PlanningError(f"not even 1F1B can be planned: {reason}{also}") from error
 
     def _say_lesser(self, job: _Job, obtained: ObtainedPlan) -> None:
         """At the first, second, fourth, eighth ... of them: often enough to be seen."""

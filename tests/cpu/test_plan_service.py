@@ -201,6 +201,19 @@ def test_a_process_that_is_stuck_means_an_unsearched_plan_after_the_limit_and_is
         assert one.service.obtain(one.batch(2)).packed == one.searched(one.batch(2))
 
 
+def test_a_plan_in_case_of_need_is_made_before_it_is_needed(run) -> None:
+    with planning(run, wait_ms=0.0) as one:
+        one.until_ready()
+        os.kill(one.pool.process_ids[0], signal.SIGSTOP)
+        batch = one.batch(0)
+        one.service.request(batch)
+        assert one.service.take_ready(batch) is None
+        one.service._settings = Broken(algorithm="dual_queue", evaluations=EVALUATIONS)
+        obtained = one.service.obtain(batch)
+        assert obtained.packed == pack_plan(make_plan(batch.problem, one.partition))
+        assert obtained.origin is Origin.FALLBACK
+
+
 def test_a_planner_that_raises_means_an_unsearched_plan_and_says_why(run, caplog) -> None:
     with planning(run) as one:
         one.until_ready()
