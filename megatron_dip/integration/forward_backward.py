@@ -22,7 +22,7 @@ from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
 from megatron_dip.integration.trace import iteration_number, trace_folder, trace_step
 from megatron_dip.plan import Plan
-from megatron_dip.runtime import Executor, create_recorder
+from megatron_dip.runtime import Executor, Recorder, create_recorder
 
 __all__ = ["forward_backward_dip"]
 
@@ -97,19 +97,32 @@ def forward_backward_dip(
     if config.timers is not None:
         config.timers("forward-backward").stop()
     if not forward_only:
-        step = MeasuredStep(
-            iteration=iteration_number(),
-            plan=plan,
-            recorder=recorder,
-            start_us=start_us,
-            data_end_us=data_end_us,
-            plan_end_us=plan_end_us,
-            stored_bytes=runner.stored.peak if runner.stored else 0,
-            planning=pipeline.plans.summary(),
-        )
-        trace_step(pipeline, step)
-        pipeline.follow(step)
+        times = (start_us, data_end_us, plan_end_us)
+        _follow(pipeline, plan, recorder, times, runner.stored.peak if runner.stored else 0)
     return runner.reports.in_order()
+
+
+def _follow(
+    pipeline: DipPipeline,
+    plan: Plan,
+    recorder: Recorder,
+    times_us: tuple[float, float, float],
+    stored_bytes: int,
+) -> None:
+    """Write and use what a training step has measured; its begin, and when data and plan came."""
+    start_us, data_end_us, plan_end_us = times_us
+    step = MeasuredStep(
+        iteration=iteration_number(),
+        plan=plan,
+        recorder=recorder,
+        start_us=start_us,
+        data_end_us=data_end_us,
+        plan_end_us=plan_end_us,
+        stored_bytes=stored_bytes,
+        planning=pipeline.plans.summary(),
+    )
+    trace_step(pipeline, step)
+    pipeline.follow(step)
 
 
 def _runner(
