@@ -57,6 +57,8 @@ setup(
         "data": ["scikit-image", "scipy"],
         # Decoding of videos, and trained latent encoders.
         "video": ["av", "diffusers"],
+        # Webdataset shards; one major version, because the reader uses names inside.
+        "energon": ["megatron-energon>=7.4,<8"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",
@@ -70,6 +72,7 @@ setup(
             "scipy",
             "av",
             "diffusers",
+            "megatron-energon>=7.4,<8",
         ],
     },
     entry_points={"console_scripts": ["megatron-dip = megatron_dip.cli.main:app"]},

@@ -21,9 +21,13 @@ class VlmModelConfig(Form):
 
 
 class VlmDataConfig(DataForm):
-    """A data set in LLaVA's form: ``path`` is a JSON list of conversations."""
+    """Conversations with images: ``path`` is a JSON list of them, or a folder of shards."""
 
-    image_folder: Path
+    format: Literal["llava", "energon"] = "llava"
+    """``llava``: a JSON list and a folder of images; ``energon``: webdataset shards that
+    megatron-energon has prepared, read in their order."""
+    image_folder: Path | None = None
+    """The folder that image names are relative to; only of ``llava``, where it must be given."""
     min_image_tokens: Positive = 4
     """Least language tokens that an image stands for, after the 2x2 merge."""
     max_image_tokens: Positive = 256
@@ -33,6 +37,12 @@ class VlmDataConfig(DataForm):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if (self.format == "llava") != (self.image_folder is not None):
+            raise ValueError(
+                "image_folder is missing (expected the folder of the images)"
+                if self.format == "llava"
+                else "image_folder is given (expected none: the shards of energon hold the images)"
+            )
         if self.min_image_tokens > self.max_image_tokens:
             raise ValueError(
                 f"min_image_tokens {self.min_image_tokens} is above max_image_tokens "

@@ -4,12 +4,12 @@ from megatron_dip.data.batches import Microbatch, StageData
 from megatron_dip.data.dataset import VlmDataset
 from megatron_dip.data.index import (
     DataIndex,
-    DataSettings,
     build_index,
     index_digest,
     index_path,
     load_index,
     split_samples,
+    split_source,
 )
 from megatron_dip.data.look_ahead import LookAhead
 from megatron_dip.data.microbatch import (
@@ -21,6 +21,7 @@ from megatron_dip.data.microbatch import (
     VlmWholeBatch,
 )
 from megatron_dip.data.packing import PackingOptions
+from megatron_dip.data.sources import DataSettings, SampleSource, open_source
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Microbatch",
     "PackedSequence",
     "PackingOptions",
+    "SampleSource",
     "StageData",
     "VisionBatch",
     "VlmDataset",
@@ -43,5 +45,7 @@ __all__ = [
     "index_path",
     "load_index",
     "load_tokenizer",
+    "open_source",
     "split_samples",
+    "split_source",
 ]

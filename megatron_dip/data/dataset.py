@@ -14,11 +14,12 @@ from functools import partial
 import torch
 from torch.utils.data import Dataset
 
-from megatron_dip.data.images import NUM_CHANNELS, decode_image, image_patches, num_image_tokens
-from megatron_dip.data.index import DataIndex, DataSettings, ImageRecord, usable_samples
+from megatron_dip.data.images import NUM_CHANNELS, image_patches, num_image_tokens
+from megatron_dip.data.index import DataIndex, ImageRecord, usable_samples
 from megatron_dip.data.microbatch import ImageData, PackedSequence, VlmMicrobatch
 from megatron_dip.data.packing import PackingOptions, pack_epoch
-from megatron_dip.data.samples import EncodedText, encode_text, parse_sample, read_samples
+from megatron_dip.data.samples import EncodedText, encode_text
+from megatron_dip.data.sources import DataSettings, SampleSource, open_source
 from megatron_dip.data.tokenizer import load_tokenizer
 from megatron_dip.errors import DataError
 
@@ -72,6 +73,7 @@ class VlmDataset(Dataset[PackedSequence]):
         skip_bad_samples: bool = False,
         packing: PackingOptions | None = None,
         subset: Sequence[int] | None = None,
+        source: SampleSource | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +81,7 @@ class VlmDataset(Dataset[PackedSequence]):
             decode_images: Whether this rank needs pixels; grids are known without.
             skip_bad_samples: Leave bad samples out instead of refusing the data set.
             subset: Numbers of the samples to use, e.g. from ``split_samples``; default all.
+            source: What ``settings`` name, where it is open already.
 
         Raises:
             DataError: The files cannot be read, do not belong to the index, or hold bad samples.
@@ -90,10 +93,10 @@ class VlmDataset(Dataset[PackedSequence]):
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self._num_samples = num_samples
         self._packing = packing or PackingOptions()
-        self._raw_samples = read_samples(settings.samples)
-        if len(self._raw_samples) != len(index.samples):
+        self._source = source or open_source(settings)
+        if len(self._source) != len(index.samples):
             raise DataError(
-                f"{settings.samples} holds {len(self._raw_samples)} samples, its index "
+                f"{settings.samples} holds {len(self._source)} samples, its index "
                 f"{len(index.samples)}; make the index again with build_index"
             )
         usable = usable_samples(index, skip_bad_samples=skip_bad_samples)
@@ -152,7 +155,10 @@ class VlmDataset(Dataset[PackedSequence]):
         return self._packed[epoch]
 
     def _load(self, number: int) -> tuple[EncodedText, list[ImageData]]:
-        sample = parse_sample(self._raw_samples[number], number)
+        try:
+            sample = self._source.sample(number)
+        except DataError as error:
+            raise DataError(f"{self.index.source}: {error}") from error
         records = self.index.samples[number].images
         try:
             images = [self._image(n, r) for n, r in zip(sample.images, records, strict=True)]
@@ -165,11 +171,10 @@ class VlmDataset(Dataset[PackedSequence]):
     def _image(self, name: str, record: ImageRecord) -> ImageData:
         if not self.decode_images:
             return ImageData(grid=record.grid, pixels=None)
-        path = self.settings.image_folder / name
-        image = decode_image(path)
+        image = self._source.image(name)
         if image.size != (record.width, record.height):
             raise DataError(
-                f"image {path} is {image.width}x{image.height}, but was "
+                f"image {name} is {image.width}x{image.height}, but was "
                 f"{record.width}x{record.height} when the index was made; start again"
             )
         pixels = image_patches(image, record.grid, self.settings.patch_size)

@@ -10,6 +10,7 @@ The values of a patch are ordered (channel, row, column), as a flattened convolu
 """
 
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,15 +124,18 @@ def read_image_size(path: str | Path) -> tuple[int, int]:
     return width, height
 
 
-def decode_image(path: str | Path) -> Image.Image:
+def decode_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """The image as RGB, turned as its EXIF orientation says, transparent parts on white.
+
+    Args:
+        content: Of the file, where it is no file of its own; ``path`` is then only its name.
 
     Raises:
         DataError: The file is missing, broken or cut short; the message names it.
     """
     path = Path(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else BytesIO(content)) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Decoders of broken files raise whatever they trip over.
         raise _explain(path, error) from error

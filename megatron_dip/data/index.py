@@ -11,9 +11,8 @@ No process groups here: the caller knows which rank makes the index and which ra
 import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,15 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from megatron_dip.data.files import write_atomically
-from megatron_dip.data.images import ImageLimits, choose_grid, decode_image, num_image_tokens
+from megatron_dip.data.images import choose_grid, num_image_tokens
 from megatron_dip.data.progress import map_with_progress
-from megatron_dip.data.samples import (
-    Sample,
-    check_length,
-    encode_text,
-    parse_sample,
-    read_samples,
-)
+from megatron_dip.data.samples import Sample, check_length, encode_text
+from megatron_dip.data.sources import DataSettings, SampleSource, open_source
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.errors import DataError
 from megatron_dip.forms import read_json
@@ -38,7 +32,6 @@ __all__ = [
     "CheckedSample",
     "CheckedSamples",
     "DataIndex",
-    "DataSettings",
     "ImageRecord",
     "SampleRecord",
     "build_index",
@@ -46,6 +39,7 @@ __all__ = [
     "index_path",
     "load_index",
     "split_samples",
+    "split_source",
     "usable_samples",
 ]
 
@@ -55,27 +49,6 @@ _POLL_S = 0.2
 _NUM_SHOWN = 3
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """A data set and how it is read."""
-
-    samples: Path
-    """The JSON list of samples."""
-    image_folder: Path
-    """The folder that image names are relative to."""
-    tokenizer: Path
-    """The JSON file of the tokenizer."""
-    seq_length: int
-    """Most tokens of a sample, and of a packed sequence."""
-    patch_size: int
-    min_image_tokens: int
-    max_image_tokens: int
-
-    @property
-    def limits(self) -> ImageLimits:
-        return ImageLimits(self.patch_size, self.min_image_tokens, self.max_image_tokens)
 
 
 class ImageRecord(NamedTuple):
@@ -129,41 +102,23 @@ class DataIndex:
         )
 
 
-def _image_names(raw_samples: Iterable[Any]) -> list[str]:
-    """Names of all images of samples that can be parsed, each once, sorted."""
-    names: set[str] = set()
-    for number, raw in enumerate(raw_samples):
-        try:
-            names.update(parse_sample(raw, number).images)
-        except DataError:  # Reported when the index is made; here it has no images to look at.
-            continue
-    return sorted(names)
-
-
-def _digest(settings: DataSettings, names: Sequence[str], tokenizer: VlmTokenizer) -> str:
+def _digest(settings: DataSettings, source: SampleSource, tokenizer: VlmTokenizer) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {_VERSION}".encode())
     numbers = {key: value for key, value in asdict(settings).items() if isinstance(value, int)}
     digest.update(json.dumps(numbers, sort_keys=True).encode())
     digest.update(tokenizer.digest.encode())
-    digest.update(hashlib.sha256(settings.samples.read_bytes()).digest())
-    for name in names:
-        try:
-            status = os.stat(settings.image_folder / name)
-            facts = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
-        except OSError:
-            facts = f"{name}\0missing\n"
-        digest.update(facts.encode())
+    for fact in source.facts():
+        digest.update(fact)
     return digest.hexdigest()
 
 
 def index_digest(settings: DataSettings) -> str:
-    """SHA-256 over samples, tokenizer, settings, and name, size and time of every image.
+    """SHA-256 over samples, tokenizer, settings, and name, size and time of every image or shard.
 
     Raises:
         DataError: The samples or the tokenizer cannot be read.
     """
-    tokenizer = load_tokenizer(settings.tokenizer)
-    return _digest(settings, _image_names(read_samples(settings.samples)), tokenizer)
+    return _digest(settings, open_source(settings), load_tokenizer(settings.tokenizer))
 
 
 def index_path(digest: str, folder: str | Path) -> Path:
@@ -186,13 +141,12 @@ def build_index(
         The index and its file, which other processes pass to ``load_index``.
 
     Raises:
-        DataError: The file of the samples or the tokenizer cannot be used at all.
+        DataError: The samples or the tokenizer cannot be used at all.
     """
     settings.limits.check()
-    raw_samples = read_samples(settings.samples)
+    source = open_source(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
-    names = _image_names(raw_samples)
-    digest = _digest(settings, names, tokenizer)
+    digest = _digest(settings, source, tokenizer)
     path = index_path(digest, folder)
     if path.exists():
         try:
@@ -200,11 +154,11 @@ def build_index(
         except DataError as error:
             logger.warning("the index is made again: %s", error)
     started = time.monotonic()
-    images = _decode_all(settings, names, show_progress, num_threads)
-    records = tuple(
-        _record(raw, number, images, tokenizer, settings.seq_length)
-        for number, raw in enumerate(raw_samples)
-    )
+    samples = [_sample_or_error(source, number) for number in range(len(source))]
+    parsed = [sample for sample in samples if isinstance(sample, Sample)]
+    names = sorted({name for sample in parsed for name in sample.images})
+    images = _decode_all(settings, source, names, show_progress, num_threads)
+    records = tuple(_record(sample, images, tokenizer, settings.seq_length) for sample in samples)
     index = DataIndex(digest=digest, source=str(settings.samples), samples=records)
     write_atomically(path, index.to_json())
     logger.info(
@@ -217,14 +171,25 @@ def build_index(
     return index, path
 
 
+def _sample_or_error(source: SampleSource, number: int) -> Sample | DataError:
+    try:
+        return source.sample(number)
+    except DataError as error:
+        return error
+
+
 def _decode_all(
-    settings: DataSettings, names: Sequence[str], show_progress: bool, num_threads: int
+    settings: DataSettings,
+    source: SampleSource,
+    names: Sequence[str],
+    show_progress: bool,
+    num_threads: int,
 ) -> dict[str, ImageRecord | DataError]:
     """Decode every image once; broken ones are kept as their error."""
 
     def decode(name: str) -> ImageRecord | DataError:
         try:
-            width, height = decode_image(settings.image_folder / name).size
+            width, height = source.image(name).size
         except DataError as error:
             return error
         return ImageRecord(width, height, *choose_grid(width, height, settings.limits))
@@ -240,14 +205,15 @@ def _decode_all(
 
 
 def _record(
-    raw: Any,
-    number: int,
+    sample: Sample | DataError,
     images: dict[str, ImageRecord | DataError],
     tokenizer: VlmTokenizer,
     seq_length: int,
 ) -> SampleRecord:
+    if isinstance(sample, DataError):
+        return SampleRecord(0, (), str(sample))
     try:
-        return _good_record(parse_sample(raw, number), images, tokenizer, seq_length)
+        return _good_record(sample, images, tokenizer, seq_length)
     except DataError as error:
         return SampleRecord(0, (), str(error))
 
@@ -365,3 +331,17 @@ def split_samples(
     held_out = sorted(numbers[place] for place in order[:count])
     rest = sorted(numbers[place] for place in order[count:])
     return tuple(rest), tuple(held_out)
+
+
+def split_source(
+    source: SampleSource, valid_share: float, seed: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """As ``split_samples``, unless the data set says itself what is kept for validation.
+
+    Raises:
+        DataError: One of the two would be empty.
+    """
+    if not source.valid_numbers:
+        return split_samples(range(len(source)), valid_share=valid_share, seed=seed)
+    held_out = set(source.valid_numbers)
+    return tuple(n for n in range(len(source)) if n not in held_out), source.valid_numbers

@@ -15,7 +15,7 @@ from megatron_dip.data import (
     load_index,
     split_samples,
 )
-from megatron_dip.data import index as index_module
+from megatron_dip.data import sources as sources_module
 from megatron_dip.data.images import choose_grid, num_image_tokens, read_image_size
 from megatron_dip.data.index import usable_samples
 from megatron_dip.errors import DataError
@@ -53,7 +53,7 @@ def test_the_index_is_made_once(settings, tmp_path, monkeypatch):
     def no_decoding(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(index_module, "decode_image", no_decoding)
+    monkeypatch.setattr(sources_module, "decode_image", no_decoding)
     assert build(settings, tmp_path) == first
     with pytest.raises(AssertionError, match="decoded again"):
         build(replace(settings, max_image_tokens=8), tmp_path)

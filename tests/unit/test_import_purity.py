@@ -24,6 +24,8 @@ PLANNING = (
     "workload",
 )
 MAY_IMPORT_MEGATRON = {"integration", "models"}
+# A library of data sets, which shares the name of Megatron's package and nothing else.
+MAY_IMPORT_ENERGON_IN_FUNCTIONS = {"data"}
 MAY_IMPORT_TORCH = {"data", "integration", "launch", "models", "rehearsal", "runtime"}
 # The command line loads them only in the verbs that need them.
 MAY_IMPORT_TORCH_IN_FUNCTIONS = {"cli"}
@@ -63,10 +65,11 @@ def imported_names(node: ast.AST) -> list[str]:
 
 
 def walk_imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, int, bool]]:
-    """Yield (top-level package, line, whether inside a function) for every import of a file."""
+    """Yield (package, line, whether inside a function) for every import of a file."""
     for child in ast.iter_child_nodes(tree):
         for name in imported_names(child):
-            yield name.split(".")[0], child.lineno, inside_function
+            top = "megatron.energon" if f"{name}.".startswith("megatron.energon.") else None
+            yield top or name.split(".")[0], child.lineno, inside_function
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from walk_imports(child, inside_function or is_function)
 
@@ -77,6 +80,10 @@ def forbidden_imports(text: str, part: str) -> list[str]:
     for package, line, inside_function in walk_imports(ast.parse(text)):
         if package == "megatron" and part not in MAY_IMPORT_MEGATRON:
             found.append(f"line {line}: megatron")
+        if package == "megatron.energon" and not (
+            inside_function and part in MAY_IMPORT_ENERGON_IN_FUNCTIONS
+        ):
+            found.append(f"line {line}: megatron.energon")
         may_import_torch = part in MAY_IMPORT_TORCH or (
             inside_function and part in MAY_IMPORT_TORCH_IN_FUNCTIONS
         )
@@ -122,6 +129,10 @@ def test_no_file_imports_what_its_package_must_not_know():
         ("from megatron.core import mpu", "runtime", ["line 1: megatron"]),
         ("from megatron.core import mpu", "integration", []),
         ("from megatron_dip.plan import Plan", "planner", []),
+        ("def f():\n    import megatron.energon", "data", []),
+        ("def f():\n    from megatron import core", "data", ["line 2: megatron"]),
+        ("import megatron.energon", "data", ["line 1: megatron.energon"]),
+        ("def f():\n    import megatron.energon", "runtime", ["line 2: megatron.energon"]),
         ("import numpy\ndef f():\n    import torch", "planner", ["line 3: torch"]),
         ("def f():\n    import torch", "cli", []),
         ("import torch", "cli", ["line 1: torch"]),

@@ -26,7 +26,8 @@ from megatron_dip.data import (
     VlmWholeBatch,
     build_index,
     load_index,
-    split_samples,
+    open_source,
+    split_source,
 )
 from megatron_dip.integration.families.base import ModelFamily, StageFactory
 from megatron_dip.integration.families.common import (
@@ -249,13 +250,13 @@ class VlmFamily(ModelFamily[VlmConfig]):
         folder = config.data.cache_folder or config.data.path.parent
         index = load_index(make_on_first_rank(lambda: build_index(settings, folder)[1], folder))
         check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
-        train, valid = split_samples(
-            range(len(index.samples)), valid_share=config.data.valid_share, seed=args.seed
-        )
+        source = open_source(settings)
+        train, valid = split_source(source, config.data.valid_share, args.seed)
         make = partial(
             VlmDataset,
             settings,
             index,
+            source=source,
             seed=args.seed,
             decode_images=mpu.get_pipeline_model_parallel_rank() == 0,
             skip_bad_samples=config.data.skip_bad_samples or args.skip_bad_samples,
@@ -269,6 +270,7 @@ class VlmFamily(ModelFamily[VlmConfig]):
 
 def _settings(config: VlmConfig) -> DataSettings:
     return DataSettings(
+        format=config.data.format,
         samples=config.data.path,
         image_folder=config.data.image_folder,
         tokenizer=config.data.tokenizer,
