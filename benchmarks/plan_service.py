@@ -114,7 +114,7 @@ class Runs:
             *("--train-iters", str(iterations), "--eval-iters", "0", "--eval-interval", "100000"),
             *("--lr", "1e-3", "--min-lr", "1e-4", "--ckpt-format", "torch_dist"),
             *("--hidden-dropout", "0", "--attention-dropout", "0"),
-            *("--dip-trace-dir", str(folder / "trace")),
+            *("--dip-trace-dir", str(folder / "trace"), "--dip-trace-interval", "1"),
         ]
         killer = Killer(mean_seconds, kills) if kills else None
         with Watcher() as watcher, killer or nullcontext():
@@ -170,6 +170,8 @@ def write_config(
     """The configuration of the small model, changed; paths in it become absolute."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     config["schedule"] |= {"num_ranks": num_ranks} | dict(schedule)
+    # Costs that follow what is measured make other plans in every run, and other last digits.
+    config["schedule"].setdefault("costs", {})["feedback"] = False
     for name, counts in layers.items():
         config["schedule"]["modules"][name]["layers"] = counts
     config["planning"] = config.get("planning", {}) | dict(planning)

@@ -60,9 +60,7 @@ def forward_backward_dip(
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     microbatches = _pull(data_iterator, num_microbatches)
     ahead = _Ahead(pipeline, data_iterator, num_microbatches)
-    if not ahead.is_running:
-        # The first step waits for its own plan: the next ones are made meanwhile.
-        ahead.read()
+    ahead.start()
     recorder.record("data", start_us)
     data_end_us = recorder.now_us()
     if not forward_only:
@@ -87,11 +85,7 @@ def forward_backward_dip(
     )
     with _without_gradient_sync(model), _boundaries_in_16_bits(model, plan):
         executor.run(plan, forward_only=forward_only)
-    # Here, because what a GPU still has to do of this step hides it.
-    reading_us = recorder.now_us()
-    ahead.offer()
-    ahead.read()
-    recorder.record("look ahead", reading_us)
+    ahead.go_on(recorder)
     if not forward_only:
         _finalize(model, config, runner, bool(force_all_reduce))
     if config.timers is not None:
@@ -157,21 +151,26 @@ class _Ahead:
         source = getattr(data_iterator, "iterable", data_iterator)
         self._source = source if isinstance(source, LookAhead) else None
 
-    @property
-    def is_running(self) -> bool:
-        """Whether batches are held already."""
-        return self._source is not None and self._source.num_held > 0
+    def start(self) -> None:
+        """Read ahead in the first step, which waits for its own plan: others are made meanwhile."""
+        if self._source is not None and not self._source.num_held:
+            self._read()
 
-    def read(self) -> None:
-        """Hold as many batches as are to be held, and request their plans."""
+    def go_on(self, recorder: Recorder) -> None:
+        """Pass on the next plan, if there is one, read on, and request the plans that follow.
+
+        After the last action, because what a GPU still has to do of this step hides it.
+        """
+        start_us = recorder.now_us()
+        source = self._source
+        self._pipeline.plans.offer(source.coming(self._num_microbatches) if source else ())
+        self._read()
+        recorder.record("look ahead", start_us)
+
+    def _read(self) -> None:
         if self._source is not None:
             self._source.hold(self._num_microbatches * self._pipeline.config.planning.look_ahead)
             self._pipeline.plans.request(self._source.coming(self._num_microbatches))
-
-    def offer(self) -> None:
-        """Pass on the plan of the next batch, if there is one."""
-        source = self._source
-        self._pipeline.plans.offer(source.coming(self._num_microbatches) if source else ())
 
 
 def _pipeline_of(model: Sequence[torch.nn.Module]) -> DipPipeline:

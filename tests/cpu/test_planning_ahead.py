@@ -81,6 +81,7 @@ def run(
         sub_microbatch_tokens=(90, 96),
         evaluations=evaluations,
         planning=planning or PATIENT,
+        feedback=False,
     )
     trace = folder / name / "trace"
     flags = [

@@ -62,6 +62,7 @@ def write_config(
     planner: str = "dual_queue",
     evaluations: int = 64,
     planning: Mapping[str, float] | None = None,
+    feedback: bool = True,
 ) -> Path:
     """A configuration file.
 
@@ -71,6 +72,7 @@ def write_config(
         sub_microbatch_tokens: Of vision and language; None leaves microbatches whole.
         layers: Per module, segment and rank; cut evenly where not given.
         planning: As in a configuration file.
+        feedback: Whether costs follow what is measured, so that plans differ from run to run.
     """
     modules = {
         name: {"num_segments": num_segments}
@@ -103,6 +105,7 @@ def write_config(
             "planner": planner,
             "evaluations": evaluations,
             "modules": modules,
+            "costs": {"feedback": feedback},
         },
         "planning": dict(planning or {}),
         "data": {
