@@ -9,13 +9,14 @@ which only one loads data, would silently differ.
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import dataloader
 
-__all__ = ["HostGenerator", "split_generators"]
+__all__ = ["HostGenerator", "is_about_something_else", "split_generators"]
 
 # Host and device start from different streams, as they do where they are different generators.
 _HOST_SEED_OFFSET = 0x5EED
@@ -64,6 +65,15 @@ def split_generators() -> None:
     torch.cuda.default_generators = (torch.default_generator,)
     # What tensor_parallel/random.py calls in the end, by way of torch.cuda._lazy_call.
     torch._C._cuda_setRNGState = _set_state  # type: ignore[attr-defined]
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(is_about_something_else)
+
+
+def is_about_something_else(record: logging.LogRecord) -> bool:
+    """False for Megatron's warning that device code drew from the host's generator.
+
+    Here the two are one, so that it would come with every dropout.
+    """
+    return "CPU RNG state changed" not in record.getMessage()
 
 
 def _wrap_manual_seed(host: HostGenerator) -> None:
