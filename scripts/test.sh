@@ -7,7 +7,8 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$root/.venv/bin/python"
 check_limit_s=300
-pytest_limit_s=1200
+# A guard against a hang, about twice what the tests take on two busy cores.
+pytest_limit_s=2700
 failed=()
 child=""
 
