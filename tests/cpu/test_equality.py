@@ -142,12 +142,10 @@ def test_runs_start_from_the_checkpoint_and_learn(runs: Runs) -> None:
     ("layout", "cut"),
     [
         (PP2, WHOLE_1),
-        (PP2, WHOLE_2),
         (PP2, SPLIT_1),
         (PP2, SPLIT_2),
         (PP4, WHOLE_1),
         (PP4, SPLIT_2),
-        (TP2_PP2, WHOLE_1),
         (TP2_PP2, SPLIT_2),
     ],
     ids=identify,
@@ -166,7 +164,7 @@ def test_plans_train_as_the_stock_schedule_with_sgd_and_the_mean_of_microbatches
         (PP2, WHOLE_2),
         (PP2, SPLIT_1_FALLBACK),
         (PP4, SPLIT_1),
-        (TP2_PP2, SPLIT_1),
+        (TP2_PP2, WHOLE_1),
     ],
     ids=identify,
 )
