@@ -1,7 +1,7 @@
 """What the microbatches of all model families offer: to planning, to stages, to the loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol, Self
 
@@ -9,7 +9,23 @@ import torch
 
 from megatron_dip.costs import ItemSizes
 
-__all__ = ["Microbatch", "StageData"]
+__all__ = ["Microbatch", "StageData", "check_items"]
+
+
+def check_items(module: str, items: Sequence[int], counts: Mapping[str, int]) -> None:
+    """Check the items asked of a microbatch against ``counts``, which it has of each module.
+
+    Raises:
+        ValueError: No such module, or an item number that the microbatch does not have.
+    """
+    if module not in counts:
+        expected = " or ".join(map(repr, counts))
+        raise ValueError(f"unknown module {module!r}; expected {expected}")
+    wrong = [item for item in items if not 0 <= item < counts[module]]
+    if wrong:
+        raise ValueError(
+            f"no {module} item {wrong[0]}: the microbatch has {counts[module]} of them"
+        )
 
 
 class StageData(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.data.batches import Microbatch
+from megatron_dip.data.batches import Microbatch, check_items
 
 __all__ = ["Clip", "ClipMicrobatch", "DitBatch", "TextBatch", "WholeClips"]
 
@@ -152,13 +152,7 @@ class ClipMicrobatch(Microbatch):
 
     def sub_batch(self, module: str, items: Sequence[int]) -> TextBatch | DitBatch:
         """See :class:`Microbatch`."""
-        if module not in ("text", "dit"):
-            raise ValueError(f"unknown module {module!r}; expected 'text' or 'dit'")
-        wrong = [item for item in items if not 0 <= item < len(self.clips)]
-        if wrong:
-            raise ValueError(
-                f"no {module} item {wrong[0]}: the microbatch has {len(self.clips)} of them"
-            )
+        check_items(module, items, {"text": len(self.clips), "dit": len(self.clips)})
         return self._text(items) if module == "text" else self._dit(items)
 
     def whole(self, seq_length: int) -> WholeClips:

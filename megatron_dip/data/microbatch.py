@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.data.batches import Microbatch
+from megatron_dip.data.batches import Microbatch, check_items
 from megatron_dip.data.images import num_image_tokens
 
 __all__ = [
@@ -245,13 +245,7 @@ class VlmMicrobatch(Microbatch):
             ValueError: No such module, or an item number that the microbatch does not have.
         """
         counts = {"vision": len(self.images), "language": len(self.sequences)}
-        if module not in counts:
-            raise ValueError(f"unknown module {module!r}; expected 'vision' or 'language'")
-        wrong = [item for item in items if not 0 <= item < counts[module]]
-        if wrong:
-            raise ValueError(
-                f"no {module} item {wrong[0]}: the microbatch has {counts[module]} of them"
-            )
+        check_items(module, items, counts)
         if module == "vision":
             return self._vision_batch(items)
         return self._join([self._one_sequence(item) for item in items])

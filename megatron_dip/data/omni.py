@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.data.audio import log_mel, num_audio_tokens, read_wav, read_wav_length
+from megatron_dip.data.batches import check_items
 from megatron_dip.data.files import write_atomically
 from megatron_dip.data.images import (
     NUM_CHANNELS,
@@ -174,9 +175,7 @@ class OmniMicrobatch(VlmMicrobatch):
         if module != "audio":
             return super().sub_batch(module, items)
         audios = self.audios
-        wrong = [item for item in items if not 0 <= item < len(audios)]
-        if wrong:
-            raise ValueError(f"no audio item {wrong[0]}: the microbatch has {len(audios)} of them")
+        check_items(module, items, {"audio": len(audios)})
         mels = [audio.mels for item in items if (audio := audios[item]).mels is not None]
         assert len(mels) in (0, len(items)), "a rank reads all of its files or none"
         return AudioBatch(
