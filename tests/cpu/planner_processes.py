@@ -72,10 +72,15 @@ class Killer:
     Args:
         mean_seconds: Between two of them.
         limit: How many, at most.
+        tally: A file that grows by one byte with every one of them, if given: for runs that go no
+            further before enough have been killed.
     """
 
-    def __init__(self, mean_seconds: float, limit: int, seed: int = 0) -> None:
+    def __init__(
+        self, mean_seconds: float, limit: int, seed: int = 0, tally: Path | None = None
+    ) -> None:
         self.num_killed = 0
+        self._tally = tally
         self._mean_seconds = mean_seconds
         self._limit = limit
         self._random = random.Random(seed)
@@ -104,3 +109,5 @@ class Killer:
         except ProcessLookupError:
             return
         self.num_killed += 1
+        if self._tally is not None:
+            self._tally.write_text("." * self.num_killed)

@@ -119,11 +119,28 @@ def test_training_waits_for_no_plan_that_is_made_in_time(undisturbed: Traced) ->
 
 
 def test_planner_processes_that_are_killed_change_no_loss_and_lose_no_step(
-    folder: Path, undisturbed: Traced
+    tmp_path: Path, folder: Path, undisturbed: Traced
 ) -> None:
-    with Watcher() as watcher, Killer(mean_seconds=0.2, limit=100) as killer:
-        disturbed = run(folder, "killed", planning=PATIENT | {"workers": 2})
-    assert killer.num_killed >= 5, "too few to show anything"
+    """Training waits for the killer, so that a fast machine sees as many deaths as a slow one."""
+    tally = tmp_path / "killed"
+    tally.touch()
+    changes = f"""
+from pathlib import Path
+forward_step = example.forward_step
+
+def waiting(data_iterator, model):
+    deadline = time.monotonic() + 30
+    while Path({str(tally)!r}).stat().st_size < get_args().curr_iteration // 2:
+        assert time.monotonic() < deadline, "no planner process was killed"
+        time.sleep(0.02)
+    return forward_step(data_iterator, model)
+
+example.forward_step = waiting
+"""
+    script = write_script(tmp_path, changes)
+    with Watcher() as watcher, Killer(mean_seconds=0.2, limit=100, tally=tally) as killer:
+        disturbed = run(folder, "killed", planning=PATIENT | {"workers": 2}, script=script)
+    assert killer.num_killed >= (NUM_ITERATIONS - 1) // 2
     assert disturbed.run.losses == undisturbed.run.losses
     assert disturbed.run.grad_norms == undisturbed.run.grad_norms
     assert len(disturbed.run.losses) == NUM_ITERATIONS
