@@ -182,10 +182,7 @@ class LavinConfig(DipConfig):
                 ModuleShape(
                     name="vision",
                     kind="vit",
-                    num_layers=vision.num_layers,
-                    hidden_size=vision.hidden_size,
-                    ffn_hidden_size=vision.ffn_hidden_size,
-                    num_attention_heads=vision.num_attention_heads,
+                    **vision.sizes(),
                     patch_values=3 * vision.patch_size**2,
                     num_positions=vision.rows_per_image,
                     adapter=shape,

@@ -1,6 +1,6 @@
 """Forms of the modules that several families are made of."""
 
-from typing import Self
+from typing import Self, TypedDict
 
 from pydantic import model_validator
 
@@ -8,7 +8,16 @@ from megatron_dip.config.base import Positive
 from megatron_dip.costs.shapes import ModuleShape, ProjectorShape
 from megatron_dip.forms import Form
 
-__all__ = ["LanguageConfig", "TransformerForm", "VisionConfig"]
+__all__ = ["LanguageConfig", "TransformerForm", "TransformerSizes", "VisionConfig"]
+
+
+class TransformerSizes(TypedDict):
+    """What the size of all transformers is made of."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
 
 
 class TransformerForm(Form):
@@ -19,6 +28,15 @@ class TransformerForm(Form):
     ffn_hidden_size: Positive
     num_attention_heads: Positive
     trainable: bool = True
+
+    def sizes(self) -> TransformerSizes:
+        """Under the names that Megatron, too, has for them."""
+        return TransformerSizes(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+        )
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -42,10 +60,7 @@ class VisionConfig(TransformerForm):
         return ModuleShape(
             name=name,
             kind="vit",
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_attention_heads,
+            **self.sizes(),
             trainable=self.trainable,
             patch_values=3 * self.patch_size**2,
             num_positions=self.position_grid**2,
@@ -81,10 +96,7 @@ class LanguageConfig(TransformerForm):
         return ModuleShape(
             name=name,
             kind="causal",
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_attention_heads,
+            **self.sizes(),
             num_query_groups=self.num_query_groups,
             upstream=upstream,
             trainable=self.trainable,

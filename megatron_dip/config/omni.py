@@ -24,10 +24,7 @@ class AudioConfig(TransformerForm):
         return ModuleShape(
             name=name,
             kind="vit",
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_attention_heads,
+            **self.sizes(),
             trainable=self.trainable,
             patch_values=3 * self.num_mels + 3 * self.hidden_size + 1,
             projector=ProjectorShape(

@@ -85,10 +85,7 @@ class T2vConfig(DipConfig):
                 ModuleShape(
                     name="dit",
                     kind="dit",
-                    num_layers=dit.num_layers,
-                    hidden_size=dit.hidden_size,
-                    ffn_hidden_size=dit.ffn_hidden_size,
-                    num_attention_heads=dit.num_attention_heads,
+                    **dit.sizes(),
                     upstream=("text",),
                     trainable=dit.trainable,
                     patch_values=dit.patch_values,

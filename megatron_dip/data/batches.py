@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
 
@@ -9,7 +10,7 @@ import torch
 
 from megatron_dip.costs import ItemSizes
 
-__all__ = ["Microbatch", "StageData", "check_items"]
+__all__ = ["Microbatch", "Movable", "StageData", "check_items"]
 
 
 def check_items(module: str, items: Sequence[int], counts: Mapping[str, int]) -> None:
@@ -26,6 +27,22 @@ def check_items(module: str, items: Sequence[int], counts: Mapping[str, int]) ->
         raise ValueError(
             f"no {module} item {wrong[0]}: the microbatch has {counts[module]} of them"
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Movable:
+    """Base of data classes that hold tensors, or others like themselves."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
+            elif isinstance(value, Movable):
+                moved[field.name] = value.to(device)
+        return replace(self, **moved)
 
 
 class StageData(Protocol):

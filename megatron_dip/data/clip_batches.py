@@ -5,13 +5,13 @@ patches and M tokens of text in C clips, V values of a patch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.data.batches import Microbatch, check_items
+from megatron_dip.data.batches import Microbatch, Movable, check_items
 
 __all__ = ["Clip", "ClipMicrobatch", "DitBatch", "TextBatch", "WholeClips"]
 
@@ -38,7 +38,7 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TextBatch:
+class TextBatch(Movable):
     """Some captions of a microbatch."""
 
     tokens: Tensor
@@ -53,17 +53,9 @@ class TextBatch:
         """Nothing is upstream of the text encoder."""
         return ()
 
-    def to(self, device: torch.device | str) -> "TextBatch":
-        """The same on another device."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-        )
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DitBatch:
+class DitBatch(Movable):
     """Some clips of a microbatch."""
 
     inputs: Tensor | None
@@ -89,20 +81,9 @@ class DitBatch:
         """The captions, as items of ``text``."""
         return tuple(("text", item) for item in self.items)
 
-    def to(self, device: torch.device | str) -> "DitBatch":
-        """The same on another device."""
-        inputs, targets = self.inputs, self.targets
-        return replace(
-            self,
-            inputs=None if inputs is None else inputs.to(device, non_blocking=True),
-            targets=None if targets is None else targets.to(device, non_blocking=True),
-            times=self.times.to(device, non_blocking=True),
-            loss_mask=self.loss_mask.to(device, non_blocking=True),
-        )
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class WholeClips:
+class WholeClips(Movable):
     """A microbatch for Megatron's own schedule."""
 
     text: TextBatch
@@ -112,10 +93,6 @@ class WholeClips:
     def loss_mask(self) -> Tensor:
         """``[N]`` float32."""
         return self.dit.loss_mask
-
-    def to(self, device: torch.device | str) -> "WholeClips":
-        """The same on another device."""
-        return WholeClips(text=self.text.to(device), dit=self.dit.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

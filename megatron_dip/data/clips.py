@@ -10,7 +10,6 @@ for each clip, under a digest of all that they depend on.
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,15 +22,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_dip.data.clip_batches import Clip, ClipMicrobatch
-from megatron_dip.data.files import write_atomically
-from megatron_dip.data.index import usable_samples
+from megatron_dip.data.files import file_facts
+from megatron_dip.data.index import kept_index, read_index, shuffled, usable_samples, write_index
 from megatron_dip.data.latents import PATCH_SIDE, LatentEncoder, make_encoder, patches_of
 from megatron_dip.data.progress import map_with_progress
 from megatron_dip.data.samples import read_samples, sample_name
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.data.videos import ClipLimits, read_clip
 from megatron_dip.errors import DataError
-from megatron_dip.forms import read_json
 
 __all__ = [
     "ClipDataset",
@@ -44,7 +42,6 @@ __all__ = [
 ]
 
 _FORMAT = "megatron-dip/clip-index"
-_VERSION = 1
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +116,8 @@ def build_clip_index(
     encoder = make_encoder(settings.latent_channels, settings.vae)
     digest = _digest(settings, raw_samples, tokenizer, encoder)
     path = folder / f"clip-index-{digest[:16]}.json"
-    if path.exists():
-        try:
-            return load_clip_index(path), path
-        except DataError as error:
-            logger.warning("the index is made again: %s", error)
+    if (kept := kept_index(path, load_clip_index)) is not None:
+        return kept, path
     started = time.monotonic()
     latents_folder = path.with_suffix("")
     latents_folder.mkdir(parents=True, exist_ok=True)
@@ -142,17 +136,9 @@ def build_clip_index(
         show_progress=show_progress,
         num_threads=num_threads,
     )
-    text = json.dumps(
-        {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "digest": digest,
-            "source": str(settings.samples),
-            "samples": [one.error or [one.tokens, one.grid] for one in records],
-        }
-    )
     # Written last: an index that is there has all of its latents.
-    write_atomically(path, text)
+    forms = [one.error or [one.tokens, one.grid] for one in records]
+    write_index(path, _FORMAT, settings.samples, forms, digest=digest)
     seconds = time.monotonic() - started
     logger.info("index and latents of %d clips made in %.1f s: %s", len(records), seconds, path)
     return load_clip_index(path), path
@@ -195,17 +181,13 @@ def _digest(
     tokenizer: VlmTokenizer,
     encoder: LatentEncoder,
 ) -> str:
-    facts: list[Any] = [_FORMAT, _VERSION, settings.max_text_tokens, asdict(settings.limits)]
+    facts: list[Any] = [_FORMAT, settings.max_text_tokens, asdict(settings.limits)]
     facts += [tokenizer.digest, encoder.digest]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(settings.samples.read_bytes())
     for raw in raw_samples:
         name = raw.get("video") if isinstance(raw, Mapping) else None
-        try:
-            status = os.stat(settings.video_folder / str(name))
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        except OSError:
-            digest.update(f"{name}\0missing\n".encode())
+        digest.update(file_facts(settings.video_folder, str(name)))
     return digest.hexdigest()
 
 
@@ -215,20 +197,16 @@ def load_clip_index(path: Path) -> ClipIndex:
     Raises:
         DataError: The file cannot be read or is no index of this version.
     """
-    data = read_json(path, DataError)
-    remedy = f"{path}: not an index of version {_VERSION}; delete it, it is made again"
-    try:
-        if data["format"] != _FORMAT or data["version"] != _VERSION:
-            raise DataError(remedy)
-        samples = tuple(_parse_record(record) for record in data["samples"])
+
+    def parse(data: Any) -> ClipIndex:
         return ClipIndex(
             digest=data["digest"],
             source=data["source"],
             folder=path.with_suffix(""),
-            samples=samples,
+            samples=tuple(_parse_record(record) for record in data["samples"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(remedy) from error
+
+    return read_index(path, _FORMAT, parse)
 
 
 def _parse_record(data: Any) -> ClipRecord:
@@ -278,10 +256,7 @@ class ClipDataset(Dataset[Clip]):
         load_latents: bool = True,
         skip_bad_samples: bool = False,
     ) -> None:
-        usable = usable_samples(index, skip_bad_samples=skip_bad_samples)
-        self._numbers = sorted(set(usable).intersection(subset))
-        if not self._numbers:
-            raise DataError(f"{index.source}: no usable sample in the given subset")
+        self._numbers = usable_samples(index, skip_bad_samples=skip_bad_samples, subset=subset)
         self._index = index
         self._num_samples = num_samples
         self._seed = seed
@@ -313,9 +288,7 @@ class ClipDataset(Dataset[Clip]):
         """The sample at place ``i``, as its place in the file."""
         if not 0 <= i < self._num_samples:
             raise IndexError(f"no clip {i}: the data set has {self._num_samples}")
-        epoch, place = divmod(i, len(self._numbers))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._numbers))
-        return self._numbers[order[place]]
+        return shuffled(self._numbers, i, self._seed)
 
     def collate_fn(self, clips: Sequence[Clip]) -> ClipMicrobatch:
         """The clips of one microbatch together."""

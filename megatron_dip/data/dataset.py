@@ -7,7 +7,6 @@ Megatron's ``build_pretraining_data_loader`` (0.19) gives its ``DataLoader`` no 
 so the caller sets ``loader.collate_fn = dataset.collate_fn`` before it is first iterated.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from megatron_dip.data.images import NUM_CHANNELS, image_patches, num_image_tokens
 from megatron_dip.data.index import DataIndex, ImageRecord, usable_samples
 from megatron_dip.data.microbatch import ImageData, PackedSequence, VlmMicrobatch
-from megatron_dip.data.packing import PackingOptions, pack_epoch
+from megatron_dip.data.packing import PackedEpochs, PackingOptions, pack_epoch
 from megatron_dip.data.samples import EncodedText, encode_text
 from megatron_dip.data.sources import DataSettings, SampleSource, open_source
 from megatron_dip.data.tokenizer import load_tokenizer
@@ -99,15 +98,11 @@ class VlmDataset(Dataset[PackedSequence]):
                 f"{settings.samples} holds {len(self._source)} samples, its index "
                 f"{len(index.samples)}; make the index again with build_index"
             )
-        usable = usable_samples(index, skip_bad_samples=skip_bad_samples)
-        chosen = usable if subset is None else sorted(set(usable).intersection(subset))
-        if not chosen:
-            raise DataError(f"{settings.samples}: no usable sample in the given subset")
-        self._numbers = tuple(chosen)
-        self._lengths = [index.samples[number].num_tokens for number in chosen]
-        self._has_images = [bool(index.samples[number].images) for number in chosen]
-        self._epoch_ends: list[int] = []
-        self._packed: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._numbers = usable_samples(index, skip_bad_samples=skip_bad_samples, subset=subset)
+        chosen = [index.samples[number] for number in self._numbers]
+        self._lengths = [sample.num_tokens for sample in chosen]
+        self._has_images = [bool(sample.images) for sample in chosen]
+        self._epochs = PackedEpochs(self._pack)
         values_per_patch = NUM_CHANNELS * settings.patch_size**2
         self.collate_fn = partial(collate, values_per_patch=values_per_patch)
         """Puts the sequences of a microbatch together: give it to the data loader."""
@@ -128,12 +123,8 @@ class VlmDataset(Dataset[PackedSequence]):
         """The samples in sequence ``i``, as their places in the file; no image is read."""
         if not 0 <= i < self._num_samples:
             raise IndexError(f"no packed sequence {i}: the data set has {self._num_samples}")
-        while not self._epoch_ends or self._epoch_ends[-1] <= i:
-            packs = self._pack(len(self._epoch_ends))
-            self._epoch_ends.append(len(packs) + (self._epoch_ends[-1] if self._epoch_ends else 0))
-        epoch = bisect_right(self._epoch_ends, i)
-        start = self._epoch_ends[epoch - 1] if epoch else 0
-        return tuple(self._numbers[place] for place in self._pack(epoch)[i - start])
+        _, places = self._epochs.place(i)
+        return tuple(self._numbers[place] for place in places)
 
     def grids(self, i: int) -> tuple[tuple[int, int], ...]:
         """The grids of the images of sequence ``i``; no image is read."""
@@ -141,18 +132,14 @@ class VlmDataset(Dataset[PackedSequence]):
         return tuple(image.grid for n in numbers for image in self.index.samples[n].images)
 
     def _pack(self, epoch: int) -> tuple[tuple[int, ...], ...]:
-        if epoch not in self._packed:
-            # Two epochs are in use at a time at most: where one ends and the next begins.
-            self._packed = {e: p for e, p in self._packed.items() if abs(e - epoch) <= 1}
-            self._packed[epoch] = pack_epoch(
-                self._lengths,
-                self._has_images,
-                seq_length=self.settings.seq_length,
-                seed=self.seed,
-                epoch=epoch,
-                options=self._packing,
-            )
-        return self._packed[epoch]
+        return pack_epoch(
+            self._lengths,
+            self._has_images,
+            seq_length=self.settings.seq_length,
+            seed=self.seed,
+            epoch=epoch,
+            options=self._packing,
+        )
 
     def _load(self, number: int) -> tuple[EncodedText, list[ImageData]]:
         try:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from megatron_dip.data.files import file_facts
 from megatron_dip.data.images import decode_image
 from megatron_dip.data.samples import Sample, parse_sample, read_samples, sample_name
 from megatron_dip.errors import DataError
@@ -120,11 +121,7 @@ class EnergonShards:
         meta = self._folder / _META_FOLDER
         shards = sorted({entry.shard for entry in self._entries})
         for path in (meta / "index.sqlite", *(self._folder / shard for shard in shards)):
-            try:
-                status = path.stat()
-                yield f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
-            except OSError:
-                yield f"{path.name}\0missing\n".encode()
+            yield file_facts(path.parent, path.name)
         yield repr((len(self), self.valid_numbers)).encode()
 
     def _read_text(self, entry: _Entry) -> dict[str, Any]:

@@ -1,10 +1,19 @@
-"""Writing files that other processes wait for."""
+"""Files that other processes wait for, and files that an index depends on."""
 
 import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["file_facts", "write_atomically"]
+
+
+def file_facts(folder: Path, name: str) -> bytes:
+    """Name, size and time of a file in ``folder``, for a digest; also of one that is missing."""
+    try:
+        status = os.stat(folder / name)
+        return f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
+    except OSError:
+        return f"{name}\0missing\n".encode()
 
 
 def write_atomically(path: Path, text: str) -> None:

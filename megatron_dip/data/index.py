@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,12 +35,17 @@ __all__ = [
     "ImageRecord",
     "SampleRecord",
     "build_index",
+    "check_bad_samples",
     "index_digest",
     "index_path",
+    "kept_index",
     "load_index",
+    "read_index",
+    "shuffled",
     "split_samples",
     "split_source",
     "usable_samples",
+    "write_index",
 ]
 
 _FORMAT = "megatron-dip/data-index"
@@ -86,20 +91,40 @@ class DataIndex:
     """The file of the samples, for messages."""
     samples: tuple[SampleRecord, ...]
 
-    def to_json(self) -> str:
-        """The text of the index file: a sample is ``[text tokens, [images]]`` or the reason."""
-        samples = [
-            s.error or [s.num_text_tokens, [list(i) for i in s.images]] for s in self.samples
-        ]
-        return json.dumps(
-            {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "digest": self.digest,
-                "source": self.source,
-                "samples": samples,
-            }
-        )
+
+def write_index(
+    path: Path, index_format: str, source: Path, samples: Sequence[Any], **more: Any
+) -> None:
+    """Write the file of an index of any kind, with the form of every sample."""
+    head = {"format": index_format, "version": _VERSION, "source": str(source)}
+    write_atomically(path, json.dumps(head | more | {"samples": samples}))
+
+
+def read_index[IndexT](path: Path, index_format: str, parse: Callable[[Any], IndexT]) -> IndexT:
+    """What ``parse`` makes of a file that :func:`write_index` wrote.
+
+    Raises:
+        DataError: The file cannot be read or is no index of this version.
+    """
+    data = read_json(path, DataError)
+    remedy = f"{path}: not an index of version {_VERSION}; delete it, it is made again"
+    try:
+        if data["format"] != index_format or data["version"] != _VERSION:
+            raise DataError(remedy)
+        return parse(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(remedy) from error
+
+
+def kept_index[IndexT](path: Path, load: Callable[[Path], IndexT]) -> IndexT | None:
+    """The index in ``path``; None where there is none yet, or none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        return load(path)
+    except DataError as error:
+        logger.warning("the index is made again: %s", error)
+        return None
 
 
 def _digest(settings: DataSettings, source: SampleSource, tokenizer: VlmTokenizer) -> str:
@@ -148,11 +173,8 @@ def build_index(
     tokenizer = load_tokenizer(settings.tokenizer)
     digest = _digest(settings, source, tokenizer)
     path = index_path(digest, folder)
-    if path.exists():
-        try:
-            return load_index(path), path
-        except DataError as error:
-            logger.warning("the index is made again: %s", error)
+    if (kept := kept_index(path, load_index)) is not None:
+        return kept, path
     started = time.monotonic()
     samples = [_sample_or_error(source, number) for number in range(len(source))]
     parsed = [sample for sample in samples if isinstance(sample, Sample)]
@@ -160,7 +182,8 @@ def build_index(
     images = _decode_all(settings, source, names, show_progress, num_threads)
     records = tuple(_record(sample, images, tokenizer, settings.seq_length) for sample in samples)
     index = DataIndex(digest=digest, source=str(settings.samples), samples=records)
-    write_atomically(path, index.to_json())
+    forms = [s.error or [s.num_text_tokens, [list(i) for i in s.images]] for s in records]
+    write_index(path, _FORMAT, settings.samples, forms, digest=digest)
     logger.info(
         "index of %d samples and %d images made in %.1f s: %s",
         len(records),
@@ -242,15 +265,12 @@ def load_index(path: str | Path) -> DataIndex:
     Raises:
         DataError: The file cannot be read or is no index of this version.
     """
-    data = read_json(path, DataError)
-    remedy = f"{path}: not an index of version {_VERSION}; delete it, it is made again"
-    try:
-        if data["format"] != _FORMAT or data["version"] != _VERSION:
-            raise DataError(remedy)
+
+    def parse(data: Any) -> DataIndex:
         samples = tuple(_parse_record(record) for record in data["samples"])
         return DataIndex(digest=data["digest"], source=data["source"], samples=samples)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(remedy) from error
+
+    return read_index(Path(path), _FORMAT, parse)
 
 
 def _parse_record(data: Any) -> SampleRecord:
@@ -283,34 +303,52 @@ class CheckedSamples(Protocol):
         ...
 
 
-def usable_samples(index: CheckedSamples, *, skip_bad_samples: bool) -> tuple[int, ...]:
-    """The numbers of the samples to train on.
+def usable_samples(
+    index: CheckedSamples, *, skip_bad_samples: bool, subset: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The numbers of the samples to train on, ascending; those of ``subset``, where it is given.
 
     Raises:
-        DataError: A sample is bad and bad samples are not to be skipped, or all are bad.
+        DataError: A sample is bad and bad samples are not to be skipped, or none is left.
     """
-    bad = [number for number, record in enumerate(index.samples) if record.error]
     good = tuple(number for number, record in enumerate(index.samples) if not record.error)
-    if bad and not skip_bad_samples:
-        more = f" (and {len(bad) - 1} more bad samples)" if len(bad) > 1 else ""
-        raise DataError(f"{index.source}: {index.samples[bad[0]].error}{more}")
-    if not good:
-        raise DataError(
-            f"{index.source}: all {len(bad)} samples are bad; the first: "
-            f"{index.samples[bad[0]].error}"
-        )
-    if bad:
-        shown = "; ".join(str(index.samples[number].error) for number in bad[:_NUM_SHOWN])
-        more = "; ..." if len(bad) > _NUM_SHOWN else ""
-        logger.warning(
-            "%s: left out %d bad of %d samples: %s%s",
-            index.source,
-            len(bad),
-            len(index.samples),
-            shown,
-            more,
-        )
+    errors = [record.error for record in index.samples if record.error]
+    check_bad_samples(index.source, errors, len(good), skip_bad_samples=skip_bad_samples)
+    if subset is not None:
+        good = tuple(sorted(set(good).intersection(subset)))
+        if not good:
+            raise DataError(f"{index.source}: no usable sample in the given subset")
     return good
+
+
+def check_bad_samples(
+    source: str, errors: Sequence[str], num_good: int, *, skip_bad_samples: bool
+) -> None:
+    """Refuse a data set, or log what is left out of it, for the ``errors`` of its bad samples.
+
+    Raises:
+        DataError: A sample is bad and bad samples are not to be skipped, or none is good.
+    """
+    if errors and not skip_bad_samples:
+        more = f" (and {len(errors) - 1} more bad samples)" if len(errors) > 1 else ""
+        raise DataError(f"{source}: {errors[0]}{more}")
+    if not num_good:
+        reason = (
+            f"all {len(errors)} samples are bad; the first: {errors[0]}"
+            if errors
+            else "holds no samples"
+        )
+        raise DataError(f"{source}: {reason}")
+    if errors:
+        shown = "; ".join(errors[:_NUM_SHOWN]) + ("; ..." if len(errors) > _NUM_SHOWN else "")
+        total = len(errors) + num_good
+        logger.warning("%s: left out %d bad of %d samples: %s", source, len(errors), total, shown)
+
+
+def shuffled(numbers: Sequence[int], i: int, seed: int) -> int:
+    """Which of ``numbers`` comes at place ``i``, where every epoch has an order of its own."""
+    epoch, place = divmod(i, len(numbers))
+    return numbers[np.random.default_rng([seed, epoch]).permutation(len(numbers))[place]]
 
 
 def split_samples(

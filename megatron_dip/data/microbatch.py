@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.data.batches import Microbatch, check_items
+from megatron_dip.data.batches import Microbatch, Movable, check_items
 from megatron_dip.data.images import num_image_tokens
 
 __all__ = [
@@ -80,7 +80,7 @@ class PackedSequence:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class VisionBatch:
+class VisionBatch(Movable):
     """Some images of a microbatch."""
 
     patches: Tensor | None
@@ -99,15 +99,9 @@ class VisionBatch:
         """Nothing is upstream of the vision tower."""
         return ()
 
-    def to(self, device: torch.device | str) -> "VisionBatch":
-        """The same on another device."""
-        if self.patches is None:
-            return self
-        return replace(self, patches=self.patches.to(device, non_blocking=True))
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LanguageBatch:
+class LanguageBatch(Movable):
     """Some sequences of a microbatch, one after another."""
 
     tokens: Tensor
@@ -141,12 +135,6 @@ class LanguageBatch:
             return self.media
         return tuple(("vision", image) for image in self.images)
 
-    def to(self, device: torch.device | str) -> "LanguageBatch":
-        """The same on another device."""
-        names = ("tokens", "labels", "position_ids", "loss_mask", "image_rows")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
-
     def padded_to(self, num_tokens: int) -> "LanguageBatch":
         """The same with one more span without loss, so that there are ``num_tokens`` rows."""
         missing = num_tokens - self.num_tokens
@@ -167,7 +155,7 @@ class LanguageBatch:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class VlmWholeBatch:
+class VlmWholeBatch(Movable):
     """A microbatch for Megatron's own schedule: all images, and sequences of one fixed length."""
 
     vision: VisionBatch
@@ -177,10 +165,6 @@ class VlmWholeBatch:
     def loss_mask(self) -> Tensor:
         """``[sequences * seq_length]`` float32."""
         return self.language.loss_mask
-
-    def to(self, device: torch.device | str) -> "VlmWholeBatch":
-        """The same on another device."""
-        return replace(self, vision=self.vision.to(device), language=self.language.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,31 +1,21 @@
-"""Questions about images and sounds: samples, their index, and microbatches of three modules.
+"""Questions about images and sounds: samples, their index, and the data set of sequences.
 
 The data set is a JSON list of ``{"id": "7", "image": "cat.png", "audio": "meow.wav",
 "question": "...", "answer": "..."}``; ``image`` and ``audio`` may be absent.  A sample is one
 sequence: the rows of the image and of the audio, the question and the answer, which is learned.
-
-Items: an image is an item of ``vision``, an audio clip one of ``audio``, a sequence one of
-``language``; images and clips are numbered through the microbatch each.
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.data.audio import log_mel, num_audio_tokens, read_wav, read_wav_length
-from megatron_dip.data.batches import check_items
-from megatron_dip.data.files import write_atomically
+from megatron_dip.data.files import file_facts
 from megatron_dip.data.images import (
     NUM_CHANNELS,
     PATCHES_PER_TOKEN,
@@ -35,171 +25,22 @@ from megatron_dip.data.images import (
     image_patches,
     num_image_tokens,
 )
-from megatron_dip.data.index import usable_samples
-from megatron_dip.data.microbatch import (
-    ImageData,
-    LanguageBatch,
-    PackedSequence,
-    VisionBatch,
-    VlmMicrobatch,
-)
+from megatron_dip.data.index import kept_index, read_index, shuffled, usable_samples, write_index
+from megatron_dip.data.microbatch import ImageData
+from megatron_dip.data.omni_batches import AudioData, OmniMicrobatch, OmniSequence
 from megatron_dip.data.samples import check_length, read_samples, sample_name
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.errors import DataError
-from megatron_dip.forms import read_json
 
 __all__ = [
-    "AudioBatch",
-    "AudioData",
     "OmniDataset",
     "OmniIndex",
-    "OmniMicrobatch",
-    "OmniSequence",
     "OmniSettings",
-    "WholeOmni",
     "build_omni_index",
     "load_omni_index",
 ]
 
-_FORMAT, _VERSION = "megatron-dip/omni-index", 1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AudioData:
-    """One audio clip."""
-
-    num_tokens: int
-    """Of the encoder; a multiple of four."""
-    mels: Tensor | None
-    """``[2 * num_tokens, mels]`` float32; None where this rank needs none."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of features for the language module."""
-        return self.num_tokens // PATCHES_PER_TOKEN
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OmniSequence(PackedSequence):
-    """One sample; the rows of its images come first, those of its audio next."""
-
-    audios: tuple[AudioData, ...]
-
-    @property
-    def num_media_rows(self) -> int:
-        """Rows of ``tokens`` that features replace."""
-        return super().num_media_rows + sum(audio.num_rows for audio in self.audios)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AudioBatch:
-    """Some audio clips of a microbatch."""
-
-    mels: Tensor | None
-    """``[2 N, mels]`` float32, clip after clip; None where this rank reads no files."""
-    span_lengths: tuple[int, ...]
-    """Tokens of each clip; attention stays inside a clip."""
-    items: tuple[int, ...]
-
-    @property
-    def upstream_items(self) -> tuple[tuple[str, int], ...]:
-        """Nothing is upstream of the audio encoder."""
-        return ()
-
-    def to(self, device: torch.device | str) -> "AudioBatch":
-        """The same on another device."""
-        return self if self.mels is None else replace(self, mels=self.mels.to(device))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class WholeOmni:
-    """A microbatch for Megatron's own schedule: sequences of one fixed length."""
-
-    vision: VisionBatch
-    audio: AudioBatch
-    language: LanguageBatch
-
-    @property
-    def loss_mask(self) -> Tensor:
-        """``[sequences * seq_length]`` float32."""
-        return self.language.loss_mask
-
-    def to(self, device: torch.device | str) -> "WholeOmni":
-        """The same on another device."""
-        return WholeOmni(
-            vision=self.vision.to(device),
-            audio=self.audio.to(device),
-            language=self.language.to(device),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OmniMicrobatch(VlmMicrobatch):
-    """The sequences of one microbatch, with what they see and hear."""
-
-    sequences: tuple[OmniSequence, ...]
-
-    @property
-    def audios(self) -> tuple[AudioData, ...]:
-        """All clips; their places are their item numbers."""
-        return tuple(audio for sequence in self.sequences for audio in sequence.audios)
-
-    def heard(self, sequence: int) -> tuple[int, ...]:
-        """The numbers of the clips of a sequence."""
-        ends = list(accumulate(len(one.audios) for one in self.sequences))
-        return tuple(range(ends[sequence] - len(self.sequences[sequence].audios), ends[sequence]))
-
-    def metadata(self) -> ItemSizes:
-        """As for images, and tokens of every clip."""
-        plain = super().metadata()
-        return {
-            "vision": plain["vision"],
-            "audio": [
-                ItemSize(tokens=audio.num_tokens, spans=(audio.num_tokens,))
-                for audio in self.audios
-            ],
-            "language": [
-                replace(size, needs={**size.needs, "audio": self.heard(number)})
-                for number, size in enumerate(plain["language"])
-            ],
-        }
-
-    def num_output_rows(self, module: str, item: int) -> int:
-        """Rows of features of an image or a clip, losses of a sequence."""
-        if module == "audio":
-            return self.audios[item].num_rows
-        return super().num_output_rows(module, item)
-
-    def sub_batch(self, module: str, items: Sequence[int]) -> Any:
-        """See :class:`Microbatch`."""
-        if module != "audio":
-            return super().sub_batch(module, items)
-        audios = self.audios
-        check_items(module, items, {"audio": len(audios)})
-        mels = [audio.mels for item in items if (audio := audios[item]).mels is not None]
-        assert len(mels) in (0, len(items)), "a rank reads all of its files or none"
-        return AudioBatch(
-            mels=torch.cat([mel for mel in mels if mel is not None]) if mels else None,
-            span_lengths=tuple(audios[item].num_tokens for item in items),
-            items=tuple(items),
-        )
-
-    def whole(self, seq_length: int) -> WholeOmni:  # type: ignore[override]
-        """See :class:`Microbatch`; every sequence is padded to ``seq_length``."""
-        return WholeOmni(
-            vision=self.sub_batch("vision", range(len(self.images))),
-            audio=self.sub_batch("audio", range(len(self.audios))),
-            language=self.padded(seq_length),
-        )
-
-    def _one_sequence(self, item: int) -> LanguageBatch:
-        media = [("vision", image) for image in self.needs[item]]
-        media += [("audio", audio) for audio in self.heard(item)]
-        return replace(super()._one_sequence(item), media=tuple(media))
-
-    def _join(self, parts: Sequence[LanguageBatch]) -> LanguageBatch:
-        media = tuple(one for part in parts for one in part.media or ())
-        return replace(super()._join(parts), media=media)
+_FORMAT = "megatron-dip/omni-index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,30 +74,31 @@ class OmniIndex:
     samples: tuple[OmniRecord, ...]
 
 
-def build_omni_index(settings: OmniSettings, folder: Path) -> Path:
+def build_omni_index(settings: OmniSettings, folder: Path) -> tuple[OmniIndex, Path]:
     """Check all samples and write what is known of them; one process calls this.
 
     Bad samples are recorded, not raised: see ``usable_samples``.
+
+    Returns:
+        The index and its file, which other processes pass to ``load_omni_index``.
 
     Raises:
         DataError: The file of the samples or the tokenizer cannot be used at all.
     """
     raw_samples = read_samples(settings.samples)
     tokenizer = load_tokenizer(settings.tokenizer)
-    digest = hashlib.sha256(repr((_FORMAT, _VERSION, settings, tokenizer.digest)).encode())
+    digest = hashlib.sha256(repr((_FORMAT, settings, tokenizer.digest)).encode())
     digest.update(settings.samples.read_bytes())
     for raw in raw_samples:
         for field in ("image", "audio"):
             name = raw.get(field) if isinstance(raw, Mapping) else None
-            if isinstance(name, str) and os.path.exists(settings.media_folder / name):
-                status = os.stat(settings.media_folder / name)
-                digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            if name is not None:
+                digest.update(file_facts(settings.media_folder, str(name)))
     path = folder / f"omni-index-{digest.hexdigest()[:16]}.json"
-    if not path.exists():
+    if kept_index(path, load_omni_index) is None:
         records = [_record(raw, n, settings, tokenizer) for n, raw in enumerate(raw_samples)]
-        index = {"format": _FORMAT, "version": _VERSION, "source": str(settings.samples)}
-        write_atomically(path, json.dumps(index | {"samples": records}))
-    return path
+        write_index(path, _FORMAT, settings.samples, records)
+    return load_omni_index(path), path
 
 
 def load_omni_index(path: Path) -> OmniIndex:
@@ -265,17 +107,15 @@ def load_omni_index(path: Path) -> OmniIndex:
     Raises:
         DataError: The file cannot be read or is no index of this version.
     """
-    data = read_json(path, DataError)
-    if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (
-        _FORMAT,
-        _VERSION,
-    ):
-        raise DataError(f"{path}: not an index of version {_VERSION}; delete it, it is made again")
-    records = tuple(
-        OmniRecord(None if grid is None else (grid[0], grid[1]), tokens, error)
-        for grid, tokens, error in data["samples"]
-    )
-    return OmniIndex(source=data["source"], samples=records)
+
+    def parse(data: Any) -> OmniIndex:
+        records = tuple(
+            OmniRecord(None if grid is None else (grid[0], grid[1]), tokens, error)
+            for grid, tokens, error in data["samples"]
+        )
+        return OmniIndex(source=data["source"], samples=records)
+
+    return read_index(path, _FORMAT, parse)
 
 
 def _record(raw: Any, number: int, settings: OmniSettings, tokenizer: VlmTokenizer) -> OmniRecord:
@@ -337,10 +177,7 @@ class OmniDataset(Dataset[OmniSequence]):
         decode_media: bool = True,
         skip_bad_samples: bool = False,
     ) -> None:
-        usable = usable_samples(index, skip_bad_samples=skip_bad_samples)
-        self._numbers = sorted(set(usable).intersection(subset))
-        if not self._numbers:
-            raise DataError(f"{index.source}: no usable sample in the given subset")
+        self._numbers = usable_samples(index, skip_bad_samples=skip_bad_samples, subset=subset)
         self._settings, self._index = settings, index
         self._raw = read_samples(settings.samples)
         self._tokenizer = load_tokenizer(settings.tokenizer)
@@ -356,9 +193,7 @@ class OmniDataset(Dataset[OmniSequence]):
         """
         if not 0 <= i < self._num_samples:
             raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
-        epoch, place = divmod(i, len(self._numbers))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._numbers))
-        number = self._numbers[order[place]]
+        number = shuffled(self._numbers, i, self._seed)
         raw, record = self._raw[number], self._index.samples[number]
         images = () if record.grid is None else (self._image(raw, record.grid),)
         audios = () if not record.audio_tokens else (self._audio(raw, record.audio_tokens),)

@@ -7,14 +7,15 @@ which makes sequences alike; 1 gives sequences of one kind only, which makes the
 Everything is a pure function of its arguments.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_dip.errors import DataError
 
-__all__ = ["PackingOptions", "pack_epoch"]
+__all__ = ["PackedEpochs", "PackingOptions", "pack_epoch"]
 
 _FREE, _WITH_IMAGES, _TEXT_ONLY = 0, 1, 2
 
@@ -95,3 +96,32 @@ def pack_epoch(
     # The last ones would otherwise be the emptiest, and sorted by kind.
     places = random.permutation(len(closed)).tolist()
     return tuple(tuple(closed[place].samples) for place in places)
+
+
+class PackedEpochs:
+    """The sequences of epoch after epoch; an epoch is packed when it is first asked for.
+
+    Args:
+        pack: Makes the sequences of an epoch, each the places of its samples.
+    """
+
+    def __init__(self, pack: Callable[[int], tuple[tuple[int, ...], ...]]) -> None:
+        self._make = pack
+        self._ends: list[int] = []
+        self._packed: dict[int, tuple[tuple[int, ...], ...]] = {}
+
+    def place(self, i: int) -> tuple[int, tuple[int, ...]]:
+        """The epoch of sequence ``i``, and its samples."""
+        while not self._ends or self._ends[-1] <= i:
+            count = len(self._pack(len(self._ends)))
+            self._ends.append(count + (self._ends[-1] if self._ends else 0))
+        epoch = bisect_right(self._ends, i)
+        start = self._ends[epoch - 1] if epoch else 0
+        return epoch, self._pack(epoch)[i - start]
+
+    def _pack(self, epoch: int) -> tuple[tuple[int, ...], ...]:
+        if epoch not in self._packed:
+            # Two epochs are in use at a time at most: where one ends and the next begins.
+            self._packed = {e: p for e, p in self._packed.items() if abs(e - epoch) <= 1}
+            self._packed[epoch] = self._make(epoch)
+        return self._packed[epoch]

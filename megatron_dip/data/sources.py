@@ -6,7 +6,6 @@ the same index, the same packed sequences and the same microbatches.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal, Protocol
 
 from PIL import Image
 
+from megatron_dip.data.files import file_facts
 from megatron_dip.data.images import ImageLimits, decode_image
 from megatron_dip.data.samples import Sample, parse_sample, read_samples
 from megatron_dip.errors import DataError
@@ -119,11 +119,7 @@ class LlavaFiles:
         """The content of the list; name, size and time of every image."""
         yield hashlib.sha256(self._path.read_bytes()).digest()
         for name in self._image_names():
-            try:
-                status = os.stat(self._image_folder / name)
-                yield f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
-            except OSError:
-                yield f"{name}\0missing\n".encode()
+            yield file_facts(self._image_folder, name)
 
     def _image_names(self) -> list[str]:
         """Names of all images of samples that can be parsed, each once, sorted."""

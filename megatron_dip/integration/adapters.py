@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_dip.integration.chunks import DipChunk
-from megatron_dip.integration.families.common import StockModel
+from megatron_dip.integration.families.stock import StockModel
 from megatron_dip.models.lavin.checkpoint import load_adapters, save_adapters
 from megatron_dip.models.stage import StageModule
 

@@ -88,8 +88,8 @@ def _build_chunks(factory: StageFactory, pipeline: DipPipeline) -> ChunkList:
 def _build_chunk(factory: StageFactory, pipeline: DipPipeline, stage: Stage) -> DipChunk:
     module = factory.build(
         stage.module,
-        stage.first_layer,
-        stage.num_layers,
+        first_layer=stage.first_layer,
+        num_layers=stage.num_layers,
         first=pipeline.partition.first_stage(stage.module) == stage,
         last=pipeline.partition.last_stage(stage.module) == stage,
     )

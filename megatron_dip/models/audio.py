@@ -6,20 +6,18 @@ become one row for the language module.  Notation: N tokens, F = 2 N frames, H t
 """
 
 import math
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dip.models.encoder import EncoderModel, EncoderStage, build_projection
-from megatron_dip.models.segment_layout import slice_config
-from megatron_dip.models.shapes import PATCHES_PER_TOKEN
+from megatron_dip.models.encoder import EncoderModel, EncoderStage
+from megatron_dip.models.stage import StageLayers, StageModule
 
 if TYPE_CHECKING:
-    from megatron_dip.data.omni import AudioBatch
+    from megatron_dip.data.omni_batches import AudioBatch
 
 __all__ = ["AudioModel", "AudioStage", "sinusoids"]
 
@@ -37,21 +35,10 @@ def sinusoids(length: int, channels: int) -> Tensor:
 class AudioModel(EncoderModel):
     """Convolutions and places (first stage), layers, final norm (last stage)."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        num_layers: int,
-        first: bool,
-        last: bool,
-        num_mels: int,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(
-            config, num_layers=num_layers, first=first, last=last, pg_collection=pg_collection
-        )
-        if first:
-            size, dtype = config.hidden_size, config.params_dtype
+    def __init__(self, stage: StageModule, *, num_mels: int) -> None:
+        super().__init__(stage)
+        if stage.pre_process:
+            size, dtype = stage.config.hidden_size, stage.config.params_dtype
             self.conv_in = torch.nn.Conv1d(num_mels, size, 3, padding=1, dtype=dtype)
             self.conv_out = torch.nn.Conv1d(size, size, 3, stride=2, padding=1, dtype=dtype)
 
@@ -86,36 +73,13 @@ class AudioStage(EncoderStage):
         config: TransformerConfig,
         projection_config: TransformerConfig,
         *,
-        first_layer: int,
-        num_layers: int,
-        first: bool,
-        last: bool,
         num_mels: int,
-        pg_collection: ProcessGroupCollection | None = None,
+        **layers: Unpack[StageLayers],
     ) -> None:
-        sliced = slice_config(
-            config, first_layer=first_layer, num_layers=num_layers, first=first, last=last
+        super().__init__(
+            config,
+            projection_config,
+            name="audio",
+            make_model=partial(AudioModel, num_mels=num_mels),
+            **layers,
         )
-        super().__init__(sliced, first=first, last=last, pg_collection=pg_collection)
-        self.audio_model = AudioModel(
-            sliced,
-            num_layers=num_layers,
-            first=first,
-            last=last,
-            num_mels=num_mels,
-            pg_collection=self.pg_collection,
-        )
-        if last:
-            self.audio_projection = build_projection(
-                projection_config, PATCHES_PER_TOKEN * config.hidden_size, self.pg_collection
-            )
-
-    @property
-    def model(self) -> AudioModel:
-        """See :class:`EncoderStage`."""
-        return self.audio_model
-
-    @property
-    def projection(self) -> MultimodalProjector:
-        """See :class:`EncoderStage`."""
-        return self.audio_projection

@@ -4,11 +4,12 @@ The run's config (the one that Megatron builds from its arguments) decides on pr
 parallelism, kernels, dropout and the scale of initial weights; the shapes are each module's own.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dip.config.modules import TransformerSizes
 from megatron_dip.errors import UnsupportedError
 
 __all__ = [
@@ -60,13 +61,10 @@ def _of_the_run(base: TransformerConfig) -> dict[str, Any]:
 def make_language_config(
     base: TransformerConfig,
     *,
-    num_layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int,
-    num_attention_heads: int,
     num_query_groups: int | None = None,
     kv_channels: int | None = None,
     qkv_bias: bool = False,
+    **sizes: Unpack[TransformerSizes],
 ) -> TransformerConfig:
     """A backbone like those of Llama and Qwen: RMSNorm, SwiGLU, rotary positions, no biases.
 
@@ -76,10 +74,7 @@ def make_language_config(
     return TransformerConfig(
         **_of_the_run(base)
         | {
-            "num_layers": num_layers,
-            "hidden_size": hidden_size,
-            "ffn_hidden_size": ffn_hidden_size,
-            "num_attention_heads": num_attention_heads,
+            **sizes,
             "num_query_groups": num_query_groups,
             "kv_channels": kv_channels,
             "normalization": "RMSNorm",
@@ -94,21 +89,13 @@ def make_language_config(
 
 
 def make_vision_config(
-    base: TransformerConfig,
-    *,
-    num_layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int,
-    num_attention_heads: int,
+    base: TransformerConfig, **sizes: Unpack[TransformerSizes]
 ) -> TransformerConfig:
     """A vision transformer: LayerNorm, GELU, biases."""
     return TransformerConfig(
         **_of_the_run(base)
         | {
-            "num_layers": num_layers,
-            "hidden_size": hidden_size,
-            "ffn_hidden_size": ffn_hidden_size,
-            "num_attention_heads": num_attention_heads,
+            **sizes,
             "normalization": "LayerNorm",
             "gated_linear_unit": False,
             "activation_func": torch.nn.functional.gelu,
@@ -146,12 +133,7 @@ def make_projection_config(
 
 
 def make_dit_config(
-    base: TransformerConfig,
-    *,
-    num_layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int,
-    num_attention_heads: int,
+    base: TransformerConfig, **sizes: Unpack[TransformerSizes]
 ) -> TransformerConfig:
     """A diffusion transformer: GELU, biases, no dropout.
 
@@ -167,10 +149,7 @@ def make_dit_config(
     return TransformerConfig(
         **_of_the_run(base)
         | {
-            "num_layers": num_layers,
-            "hidden_size": hidden_size,
-            "ffn_hidden_size": ffn_hidden_size,
-            "num_attention_heads": num_attention_heads,
+            **sizes,
             "normalization": "LayerNorm",
             "gated_linear_unit": False,
             "activation_func": torch.nn.functional.gelu,

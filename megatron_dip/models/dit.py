@@ -17,10 +17,9 @@ hidden size, H_t that of the text encoder.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -38,9 +37,8 @@ from megatron_dip.models.dit_layer import (
     normalize,
 )
 from megatron_dip.models.layers import set_recomputed_layers
-from megatron_dip.models.segment_layout import slice_config
 from megatron_dip.models.shapes import ROWS_PER_CLIP
-from megatron_dip.models.stage import StageModule, pad_rows
+from megatron_dip.models.stage import StageLayers, StageModule, pad_rows
 
 if TYPE_CHECKING:
     from megatron_dip.data.clip_batches import DitBatch
@@ -110,24 +108,15 @@ class _Rows(NamedTuple):
 class DitModel(MegatronModule):
     """Embeddings of patches, text and time (first stage), layers, output (last stage)."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        num_layers: int,
-        first: bool,
-        last: bool,
-        patch_values: int,
-        text_size: int,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
+    def __init__(self, stage: StageModule, *, patch_values: int, text_size: int) -> None:
+        config = stage.config
         super().__init__(config=config)
         hidden = config.hidden_size
 
         def linear(inputs: int, outputs: int) -> torch.nn.Linear:
             return torch.nn.Linear(inputs, outputs, dtype=config.params_dtype)
 
-        if first:
+        if stage.pre_process:
             self.patch_embedding = linear(patch_values, hidden)
             self.text_projection = linear(text_size, hidden)
             self.time_in = linear(TIMESTEP_FEATURES, hidden)
@@ -135,13 +124,13 @@ class DitModel(MegatronModule):
             self.modulation = linear(hidden, MODULATIONS * hidden)
         self.decoder = TransformerBlock(
             config=config,
-            spec=dit_block_submodules(config, num_layers=num_layers),
+            spec=dit_block_submodules(config, num_layers=stage.num_layers),
             post_layer_norm=False,
-            pre_process=first,
-            post_process=last,
-            pg_collection=pg_collection,
+            pre_process=stage.pre_process,
+            post_process=stage.post_process,
+            pg_collection=stage.pg_collection,
         )
-        if last:
+        if stage.post_process:
             self.output_modulation = linear(hidden, _OUTPUT_MODULATIONS * hidden)
             self.output = linear(hidden, patch_values)
 
@@ -188,27 +177,12 @@ class DitStage(StageModule):
         self,
         config: TransformerConfig,
         *,
-        first_layer: int,
-        num_layers: int,
-        first: bool,
-        last: bool,
         patch_values: int,
         text_size: int,
-        pg_collection: ProcessGroupCollection | None = None,
+        **layers: Unpack[StageLayers],
     ) -> None:
-        sliced = slice_config(
-            config, first_layer=first_layer, num_layers=num_layers, first=first, last=last
-        )
-        super().__init__(sliced, first=first, last=last, pg_collection=pg_collection)
-        self.dit_model = DitModel(
-            sliced,
-            num_layers=num_layers,
-            first=first,
-            last=last,
-            patch_values=patch_values,
-            text_size=text_size,
-            pg_collection=self.pg_collection,
-        )
+        super().__init__(config, **layers)
+        self.dit_model = DitModel(self, patch_values=patch_values, text_size=text_size)
 
     def forward(
         self,

@@ -6,8 +6,8 @@ sub-microbatch, H the hidden size, H_l that of the module that reads the feature
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_dip.models.attention import span_params
 from megatron_dip.models.layers import block_submodules, linear_layers, set_recomputed_layers
 from megatron_dip.models.shapes import PATCHES_PER_TOKEN
-from megatron_dip.models.stage import StageModule, pad_rows
+from megatron_dip.models.stage import StageLayers, StageModule, pad_rows
 
 __all__ = ["EncoderModel", "EncoderStage", "build_projection"]
 
@@ -33,23 +33,18 @@ __all__ = ["EncoderModel", "EncoderStage", "build_projection"]
 class EncoderModel(MegatronModule):
     """Embedding (first stage), layers, final norm (last stage)."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        num_layers: int,
-        first: bool,
-        last: bool,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
+    def __init__(self, stage: StageModule) -> None:
+        config = stage.config
         super().__init__(config=config)
-        self.tp_group = pg_collection.tp
+        self.tp_group = stage.tp_group
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_submodules(config, num_layers=num_layers, mask_type=AttnMaskType.no_mask),
-            pre_process=first,
-            post_process=last,
-            pg_collection=pg_collection,
+            spec=block_submodules(
+                config, num_layers=stage.num_layers, mask_type=AttnMaskType.no_mask
+            ),
+            pre_process=stage.pre_process,
+            post_process=stage.post_process,
+            pg_collection=stage.pg_collection,
         )
 
     @abstractmethod
@@ -82,17 +77,32 @@ class EncoderModel(MegatronModule):
 
 
 class EncoderStage(StageModule):
-    """Some layers of an encoder; the last stage joins groups of rows and projects them."""
+    """Some layers of an encoder; the last stage joins groups of rows and projects them.
 
-    @property
-    @abstractmethod
-    def model(self) -> EncoderModel:
-        """The layers, under the name that they have in checkpoints."""
+    Args:
+        config: The module's config, of all its layers.
+        projection_config: The projector's config; its hidden size is that of the language module.
+        name: Its parts are ``<name>_model`` and ``<name>_projection`` in checkpoints.
+        make_model: Makes the former for this stage.
+    """
 
-    @property
-    @abstractmethod
-    def projection(self) -> MultimodalProjector:
-        """Of the last stage, likewise."""
+    def __init__(
+        self,
+        config: TransformerConfig,
+        projection_config: TransformerConfig,
+        *,
+        name: str,
+        make_model: Callable[[StageModule], EncoderModel],
+        **layers: Unpack[StageLayers],
+    ) -> None:
+        super().__init__(config, **layers)
+        self._name = name
+        self.add_module(f"{name}_model", make_model(self))
+        if self.post_process:
+            projection = build_projection(
+                projection_config, PATCHES_PER_TOKEN * config.hidden_size, self.pg_collection
+            )
+            self.add_module(f"{name}_projection", projection)
 
     def forward(
         self,
@@ -112,7 +122,8 @@ class EncoderStage(StageModule):
         if hidden is not None:
             self._check_rows(hidden, num_tokens)
         num_rows = self._num_rows(num_tokens)
-        output: Tensor = self.model(hidden, batch, num_rows, recompute_layers)
+        model = self.get_submodule(f"{self._name}_model")
+        output: Tensor = model(hidden, batch, num_rows, recompute_layers)
         return self._project(output, num_tokens) if self.post_process else output
 
     def _project(self, hidden: Tensor, num_tokens: int) -> Tensor:
@@ -123,7 +134,7 @@ class EncoderStage(StageModule):
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
         joined = hidden[:num_tokens].reshape(num_tokens // PATCHES_PER_TOKEN, 1, -1)
-        features: Tensor = self.projection(joined)
+        features: Tensor = self.get_submodule(f"{self._name}_projection")(joined)
         return features
 
 

@@ -9,12 +9,11 @@ Notation: T tokens, M image rows, H the hidden size.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from megatron.core.models.gpt import gpt_model
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -23,8 +22,7 @@ from torch import Tensor
 
 from megatron_dip.models.attention import SpanParams, span_params
 from megatron_dip.models.layers import block_submodules, set_recomputed_layers
-from megatron_dip.models.segment_layout import slice_config
-from megatron_dip.models.stage import StageModule, pad_rows
+from megatron_dip.models.stage import StageLayers, StageModule, pad_rows
 
 if TYPE_CHECKING:
     from megatron_dip.data.microbatch import LanguageBatch
@@ -33,34 +31,31 @@ __all__ = ["LanguageStage", "build_backbone"]
 
 
 def build_backbone(
-    sliced: TransformerConfig,
+    stage: StageModule,
     *,
-    num_layers: int,
     vocab_size: int,
     max_sequence_length: int,
     rotary_base: int,
-    pre_process: bool,
-    post_process: bool,
+    has_head: bool,
     tie_embeddings: bool = False,
     make_block: Callable[..., TransformerBlockSubmodules] = block_submodules,
-    pg_collection: ProcessGroupCollection,
 ) -> GPTModel:
-    """Megatron's model with the layers of one stage; see :class:`LanguageStage`."""
+    """Megatron's model with the layers of ``stage``; see :class:`LanguageStage`."""
     with _without_deprecation_warning():
         return GPTModel(
-            sliced,
-            make_block(sliced, num_layers=num_layers, mask_type=AttnMaskType.causal),
+            stage.config,
+            make_block(stage.config, num_layers=stage.num_layers, mask_type=AttnMaskType.causal),
             vocab_size,
             max_sequence_length,
-            pre_process=pre_process,
-            post_process=post_process,
+            pre_process=stage.pre_process,
+            post_process=has_head,
             parallel_output=True,
             share_embeddings_and_output_weights=tie_embeddings,
             position_embedding_type="rope",
             rotary_base=rotary_base,
             # Image features are put in between embedding and scatter.
             scatter_embedding_sequence_parallel=False,
-            pg_collection=pg_collection,
+            pg_collection=stage.pg_collection,
         )
 
 
@@ -85,33 +80,23 @@ class LanguageStage(StageModule):
         self,
         config: TransformerConfig,
         *,
-        first_layer: int,
-        num_layers: int,
-        first: bool,
-        last: bool,
         vocab_size: int,
         max_sequence_length: int,
         rotary_base: int = 10000,
         tie_embeddings: bool = False,
         make_block: Callable[..., TransformerBlockSubmodules] = block_submodules,
-        pg_collection: ProcessGroupCollection | None = None,
+        **layers: Unpack[StageLayers],
     ) -> None:
-        sliced = slice_config(
-            config, first_layer=first_layer, num_layers=num_layers, first=first, last=last
-        )
-        super().__init__(sliced, first=first, last=last, pg_collection=pg_collection)
+        super().__init__(config, **layers)
         self.share_embeddings_and_output_weights = tie_embeddings
         self.language_model = build_backbone(
-            sliced,
-            num_layers=num_layers,
+            self,
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             rotary_base=rotary_base,
-            pre_process=first,
-            post_process=last,
+            has_head=self.post_process,
             tie_embeddings=tie_embeddings,
             make_block=make_block,
-            pg_collection=self.pg_collection,
         )
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,35 +11,47 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dip.models.segment_layout import slice_config
 from megatron_dip.models.shapes import padded_rows
 
-__all__ = ["StageModule", "pad_rows"]
+__all__ = ["StageLayers", "StageModule", "pad_rows"]
+
+
+class StageLayers(TypedDict):
+    """Which part of its module a stage is."""
+
+    first_layer: int
+    num_layers: int
+    """From ``first_layer`` on; may be 0."""
+    first: bool
+    """Whether it has what sits before the module's first layer."""
+    last: bool
+    """Whether it has what comes after the last one."""
 
 
 class StageModule(MegatronModule):
     """Some consecutive layers of one module, with what sits before or after them.
 
-    Subclasses name their parts as ``LLaVAModel`` does, so that checkpoint keys are the same.
+    Subclasses name their parts as ``LLaVAModel`` does, so that checkpoint keys are the same.  They
+    take the module's config, of all its layers; ``self.config`` is that of the stage.
 
     ``pre_process`` and ``post_process`` tell whether this is the first and the last stage of its
     module.  ``vp_stage`` is None because Megatron's virtual pipeline is not used.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        first: bool,
-        last: bool,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(config=config)
-        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    def __init__(self, config: TransformerConfig, **layers: Unpack[StageLayers]) -> None:
+        """
+        Raises:
+            PartitionError: The module does not have these layers.
+        """
+        super().__init__(config=slice_config(config, **layers))
+        self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = self.pg_collection.tp
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage: int | None = None
-        self.pre_process = first
-        self.post_process = last
+        self.num_layers = layers["num_layers"]
+        self.pre_process = layers["first"]
+        self.post_process = layers["last"]
         self.share_embeddings_and_output_weights = False
         self._input_tensor: Tensor | None = None
 

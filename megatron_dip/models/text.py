@@ -5,9 +5,8 @@ loaded.  Notation: M tokens, H the hidden size.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -19,8 +18,7 @@ from torch import Tensor
 from megatron_dip.models.attention import span_params
 from megatron_dip.models.language import build_backbone
 from megatron_dip.models.layers import block_submodules, set_recomputed_layers
-from megatron_dip.models.segment_layout import slice_config
-from megatron_dip.models.stage import StageModule, pad_rows
+from megatron_dip.models.stage import StageLayers, StageModule, pad_rows
 
 if TYPE_CHECKING:
     from megatron_dip.data.clip_batches import TextBatch
@@ -46,34 +44,24 @@ class TextStage(StageModule):
         self,
         config: TransformerConfig,
         *,
-        first_layer: int,
-        num_layers: int,
-        first: bool,
-        last: bool,
         vocab_size: int,
         max_sequence_length: int,
         rotary_base: int = 10000,
-        pg_collection: ProcessGroupCollection | None = None,
+        **layers: Unpack[StageLayers],
     ) -> None:
-        sliced = slice_config(
-            config, first_layer=first_layer, num_layers=num_layers, first=first, last=last
-        )
-        super().__init__(sliced, first=first, last=last, pg_collection=pg_collection)
+        super().__init__(config, **layers)
         self.language_model = build_backbone(
-            sliced,
-            num_layers=num_layers,
+            self,
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             rotary_base=rotary_base,
-            pre_process=first,
-            post_process=False,
-            pg_collection=self.pg_collection,
+            has_head=False,
         )
-        if last:
+        if self.post_process:
             # Megatron ties the final norm to the head, which would be as large as the embedding.
-            spec = block_submodules(sliced, num_layers=0, mask_type=AttnMaskType.causal)
+            spec = block_submodules(self.config, num_layers=0, mask_type=AttnMaskType.causal)
             self.language_model.decoder.final_layernorm = spec.layer_norm(
-                sliced, sliced.hidden_size, eps=sliced.layernorm_epsilon
+                self.config, config.hidden_size, eps=config.layernorm_epsilon
             )
 
     def forward(

@@ -7,17 +7,15 @@ and the rows are gathered after the final norm.  Notation: N patches, p pixels p
 H the hidden size, H_l that of the language module, S the side of the position table.
 """
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dip.models.encoder import EncoderModel, EncoderStage, build_projection
-from megatron_dip.models.segment_layout import slice_config
-from megatron_dip.models.shapes import PATCHES_PER_TOKEN
+from megatron_dip.models.encoder import EncoderModel, EncoderStage
+from megatron_dip.models.stage import StageLayers, StageModule
 
 if TYPE_CHECKING:
     from megatron_dip.data.microbatch import VisionBatch
@@ -52,21 +50,10 @@ def _interpolation_matrix(size: int, side: int, like: Tensor) -> Tensor:
 class VisionModel(EncoderModel):
     """Patch embedding and positions (first stage), layers, final norm (last stage)."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        num_layers: int,
-        first: bool,
-        last: bool,
-        patch_size: int,
-        position_table_side: int,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(
-            config, num_layers=num_layers, first=first, last=last, pg_collection=pg_collection
-        )
-        if first:
+    def __init__(self, stage: StageModule, *, patch_size: int, position_table_side: int) -> None:
+        super().__init__(stage)
+        config = stage.config
+        if stage.pre_process:
             self.patch_embedding = torch.nn.Linear(
                 3 * patch_size**2, config.hidden_size, dtype=config.params_dtype
             )
@@ -108,38 +95,16 @@ class VisionStage(EncoderStage):
         config: TransformerConfig,
         projection_config: TransformerConfig,
         *,
-        first_layer: int,
-        num_layers: int,
-        first: bool,
-        last: bool,
         patch_size: int,
         position_table_side: int = 32,
-        pg_collection: ProcessGroupCollection | None = None,
+        **layers: Unpack[StageLayers],
     ) -> None:
-        sliced = slice_config(
-            config, first_layer=first_layer, num_layers=num_layers, first=first, last=last
+        super().__init__(
+            config,
+            projection_config,
+            name="vision",
+            make_model=partial(
+                VisionModel, patch_size=patch_size, position_table_side=position_table_side
+            ),
+            **layers,
         )
-        super().__init__(sliced, first=first, last=last, pg_collection=pg_collection)
-        self.vision_model = VisionModel(
-            sliced,
-            num_layers=num_layers,
-            first=first,
-            last=last,
-            patch_size=patch_size,
-            position_table_side=position_table_side,
-            pg_collection=self.pg_collection,
-        )
-        if last:
-            self.vision_projection = build_projection(
-                projection_config, PATCHES_PER_TOKEN * config.hidden_size, self.pg_collection
-            )
-
-    @property
-    def model(self) -> VisionModel:
-        """See :class:`EncoderStage`."""
-        return self.vision_model
-
-    @property
-    def projection(self) -> MultimodalProjector:
-        """See :class:`EncoderStage`."""
-        return self.vision_projection

@@ -6,9 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Never
 
 from megatron_dip.errors import DipError
 
@@ -19,6 +24,10 @@ _ITERATION = re.compile(
     r"\|.*lm loss: (?P<loss>\S+) \|.*grad norm: (?P<grad_norm>\S+) \|"
 )
 _SHOWN_LINES = 15
+_MARK = "MEGATRON_DIP_LOCAL_RUN"
+"""In the environment of a launcher and of all that it starts: ranks have sessions of their own, and
+what a launcher that was killed leaves behind is no longer its child."""
+_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +54,8 @@ def run_local_training(
         arguments: Its arguments; ``--log-interval 1`` is added.
         num_ranks: Processes.
         log: File for all that they print.
-        timeout_seconds: After this the processes are ended.
+        timeout_seconds: After this the processes are ended, as they are when this process gets
+            SIGTERM or SIGHUP.
         on_iteration: Called with number and loss of each iteration as it is logged.
 
     Raises:
@@ -60,47 +70,129 @@ def run_local_training(
     losses: list[float] = []
     elapsed: list[float] = []
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-    with open(log, "w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        timer = threading.Timer(timeout_seconds, _end, [process])
-        timer.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                output.write(line)
-                found = _ITERATION.search(line)
-                if found:
-                    losses.append(float(found["loss"]))
-                    elapsed.append(float(found["elapsed_ms"]))
-                    on_iteration(int(found["number"]), losses[-1])
-            code = process.wait()
-            timed_out = not timer.is_alive()
-        finally:
-            timer.cancel()
-            _end(process)
+    with (
+        open(log, "w", encoding="utf-8") as output,
+        launched(command, environment, timeout_seconds=timeout_seconds) as launcher,
+    ):
+        for line in launcher.lines():
+            output.write(line)
+            found = _ITERATION.search(line)
+            if found:
+                losses.append(float(found["loss"]))
+                elapsed.append(float(found["elapsed_ms"]))
+                on_iteration(int(found["number"]), losses[-1])
+        code = launcher.wait()
     if code:
-        reason = f"took more than {timeout_seconds:.0f} s" if timed_out else f"failed ({code})"
+        late = launcher.timed_out
+        reason = f"took more than {timeout_seconds:.0f} s" if late else f"failed ({code})"
         raise DipError(f"training {reason}; the end of {log}:\n{_tail(log)}")
     return LocalRun(losses=tuple(losses), elapsed_ms=tuple(elapsed))
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    """End the launcher and its ranks: they share a session."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
+class Launcher:
+    """A process that starts others, see :func:`launched`."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.timed_out = False
+        self._mark = uuid.uuid4().hex
+        self._process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**environment, _MARK: self._mark},
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+
+    def lines(self) -> Iterator[str]:
+        """What all of them print, until none is left."""
+        assert self._process.stdout is not None
+        yield from self._process.stdout
+
+    def wait(self) -> int:
+        """The exit status of the process itself."""
+        return self._process.wait()
+
+    def end(self, grace_seconds: float) -> None:
+        """End all of them: the launcher may do it within a limit, what is left is killed."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=grace_seconds)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        deadline = time.monotonic() + grace_seconds
+        while (left := self._left()) and time.monotonic() < deadline:
+            for pid in left:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.05)
+
+    def _left(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                # It has just ended, or belongs to somebody else.
+                continue
+            if f"{_MARK}={self._mark}".encode() in environment.split(b"\0"):
+                found.append(int(entry.name))
+        return found
+
+
+@contextmanager
+def launched(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    timeout_seconds: float,
+    grace_seconds: float = _GRACE_SECONDS,
+) -> Iterator[Launcher]:
+    """Start ``command``; when the block ends, for whatever reason, nothing that it started is left.
+
+    SIGTERM and SIGHUP end the block with ``SystemExit``; in a thread other than the main one they
+    are not seen.
+    """
+    with _signals_raise():
+        launcher = Launcher(command, environment)
+
+        def expire() -> None:
+            launcher.timed_out = True
+            launcher.end(grace_seconds)
+
+        timer = threading.Timer(timeout_seconds, expire)
+        timer.start()
         try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            yield launcher
+        finally:
+            timer.cancel()
+            launcher.end(grace_seconds)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let signals that end a process raise, so that its ``finally`` blocks run; once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+
+    def leave(number: int, frame: FrameType | None) -> Never:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = [signal.signal(number, leave) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _tail(log: Path) -> str:

@@ -19,13 +19,8 @@ from training_runs import train
 from megatron_dip.data.audio import log_mel, num_audio_tokens, read_wav
 from megatron_dip.data.images import ImageLimits
 from megatron_dip.data.index import usable_samples
-from megatron_dip.data.omni import (
-    AudioBatch,
-    OmniDataset,
-    OmniSettings,
-    build_omni_index,
-    load_omni_index,
-)
+from megatron_dip.data.omni import OmniDataset, OmniSettings, build_omni_index
+from megatron_dip.data.omni_batches import AudioBatch
 from megatron_dip.data.sample_sounds import SampleSoundOptions, make_sample_sounds, synthesise
 from megatron_dip.errors import DataError
 from megatron_dip.models.audio import AudioStage
@@ -152,7 +147,7 @@ def test_an_index_names_bad_samples_and_loses_nothing_else(data: Path):
     samples[heard[1]]["question"] = ""
     samples[heard[2]]["answer"] = "long " * 200
     (data / "samples.json").write_text(json.dumps(samples))
-    index = load_omni_index(build_omni_index(settings_of(data), data))
+    index = build_omni_index(settings_of(data), data)[0]
     bad = set(heard[:3])
     assert {n for n, record in enumerate(index.samples) if record.error} == bad
     with pytest.raises(DataError, match=rf"'{heard[0]}' .*11025 samples per second, expected 8000"):
@@ -236,7 +231,7 @@ def test_a_clip_is_heard_alike_alone_and_among_others():
 
 def test_rows_of_sequences_are_filled_in_the_order_in_which_they_stand(made: Path):
     settings = settings_of(made)
-    index = load_omni_index(build_omni_index(settings, made))
+    index = build_omni_index(settings, made)[0]
     dataset = OmniDataset(settings, index, num_samples=60, seed=1, subset=range(60))
     both = [i for i in range(60) if dataset[i].images and dataset[i].audios][:2]
     mute = next(i for i in range(60) if not dataset[i].images and not dataset[i].audios)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.data.batches import Microbatch, check_items
+from megatron_dip.data.batches import Microbatch, Movable, check_items
 from megatron_dip.data.microbatch import LanguageBatch
 
 __all__ = [
@@ -86,7 +86,7 @@ class RoutedSequence:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ClipBatch:
+class ClipBatch(Movable):
     """Some images of a microbatch."""
 
     patches: Tensor | None
@@ -97,12 +97,6 @@ class ClipBatch:
     def upstream_items(self) -> tuple[tuple[str, int], ...]:
         """Nothing is upstream of the vision tower."""
         return ()
-
-    def to(self, device: torch.device | str) -> "ClipBatch":
-        """The same on another device."""
-        if self.patches is None:
-            return self
-        return replace(self, patches=self.patches.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,14 +112,6 @@ class RoutedBatch(LanguageBatch):
     num_loss_units: int
     """Of this part of the microbatch; ``num_loss_tokens`` counts those of the whole."""
 
-    def to(self, device: torch.device | str) -> "RoutedBatch":
-        """The same on another device."""
-        names = ("modality_rows", "modalities", "gate_of_row")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        base = super().to(device)
-        assert isinstance(base, RoutedBatch)
-        return replace(base, **moved)
-
     def padded_to(self, num_tokens: int) -> "RoutedBatch":
         """The same with one more span without loss, which follows the first sample's gate."""
         base = super().padded_to(num_tokens)
@@ -136,7 +122,7 @@ class RoutedBatch(LanguageBatch):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LavinWholeBatch:
+class LavinWholeBatch(Movable):
     """A microbatch for Megatron's own schedule: all images, and sequences of one fixed length."""
 
     vision: ClipBatch
@@ -153,10 +139,6 @@ class LavinWholeBatch:
     def num_loss_units(self) -> int:
         """What the sum of the weighted losses is divided by."""
         return self.language.num_loss_units
-
-    def to(self, device: torch.device | str) -> "LavinWholeBatch":
-        """The same on another device."""
-        return replace(self, vision=self.vision.to(device), language=self.language.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,8 +3,6 @@
 Sequence ``i`` is a pure function of the data, the settings and ``(seed, i)``, as in ``VlmDataset``.
 """
 
-import logging
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_dip.data.index import check_bad_samples
 from megatron_dip.data.lavin.batches import ImageSize, LavinMicrobatch, RoutedSequence
 from megatron_dip.data.lavin.images import load_patches
 from megatron_dip.data.lavin.instructions import (
@@ -22,7 +21,7 @@ from megatron_dip.data.lavin.instructions import (
     Instruction,
     encode_instruction,
 )
-from megatron_dip.data.packing import PackingOptions, pack_epoch
+from megatron_dip.data.packing import PackedEpochs, PackingOptions, pack_epoch
 from megatron_dip.data.tokenizer import load_tokenizer
 from megatron_dip.errors import DataError
 
@@ -31,10 +30,6 @@ __all__ = ["LavinDataset", "LavinSettings", "LossMode", "with_blank_images"]
 LossMode = Literal["mean_of_means", "per_token"]
 """``mean_of_means`` (published): the mean over microbatches of the mean over their supervised
 tokens; ``per_token``: the mean over all supervised tokens."""
-
-_NUM_SHOWN = 3
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +97,7 @@ class LavinDataset(Dataset[RoutedSequence]):
         self.decode_images = decode_images
         self._num_samples = num_samples
         self._samples, self._encoded = _encode(settings, samples, errors, skip_bad_samples, source)
-        self._epoch_ends: list[int] = []
-        self._packed: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._epochs = PackedEpochs(self._pack)
         self._weights: dict[int, tuple[float, ...]] = {}
 
     def __len__(self) -> int:
@@ -116,7 +110,7 @@ class LavinDataset(Dataset[RoutedSequence]):
         """
         if not 0 <= i < self._num_samples:
             raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
-        epoch, numbers = self._place(i)
+        epoch, numbers = self._epochs.place(i)
         weights = [self._sample_weights(epoch)[number] for number in numbers]
         return _join_samples(
             [self._encoded[number] for number in numbers],
@@ -138,25 +132,9 @@ class LavinDataset(Dataset[RoutedSequence]):
 
     def sample_numbers(self, i: int) -> tuple[int, ...]:
         """The places of the samples in sequence ``i``; no image is read."""
-        return self._place(i)[1]
-
-    def _place(self, i: int) -> tuple[int, tuple[int, ...]]:
-        """The epoch of sequence ``i``, and its samples."""
-        while not self._epoch_ends or self._epoch_ends[-1] <= i:
-            packs = self._pack(len(self._epoch_ends))
-            self._epoch_ends.append(len(packs) + (self._epoch_ends[-1] if self._epoch_ends else 0))
-        epoch = bisect_right(self._epoch_ends, i)
-        start = self._epoch_ends[epoch - 1] if epoch else 0
-        return epoch, self._pack(epoch)[i - start]
+        return self._epochs.place(i)[1]
 
     def _pack(self, epoch: int) -> tuple[tuple[int, ...], ...]:
-        if epoch not in self._packed:
-            # Two epochs are in use at a time at most: where one ends and the next begins.
-            self._packed = {e: p for e, p in self._packed.items() if abs(e - epoch) <= 1}
-            self._packed[epoch] = self._packs(epoch)
-        return self._packed[epoch]
-
-    def _packs(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         if self.settings.packing is None:
             return tuple((number,) for number in self._order(epoch))
         return pack_epoch(
@@ -226,18 +204,7 @@ def _encode(
             bad.append(str(error))
             continue
         good.append((sample, encoded))
-    more = f" (and {len(bad) - 1} more bad samples)" if len(bad) > 1 else ""
-    if bad and not (skip_bad_samples and good):
-        raise DataError(f"{source}: {bad[0]}{more}")
-    if not good:
-        raise DataError(f"{source}: holds no samples")
-    if bad:
-        shown = "; ".join(bad[:_NUM_SHOWN])
-        dots = "; ..." if len(bad) > _NUM_SHOWN else ""
-        total = len(bad) + len(good)
-        logger.warning(
-            "%s: left out %d bad of %d samples: %s%s", source, len(bad), total, shown, dots
-        )
+    check_bad_samples(source, bad, len(good), skip_bad_samples=skip_bad_samples)
     return tuple(sample for sample, _ in good), tuple(encoded for _, encoded in good)
 
 

@@ -2,15 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
-import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.config import DipConfig
 from megatron_dip.data import Microbatch, StageData
+from megatron_dip.integration.families.stock import StockModel
 from megatron_dip.models.initialization import initialize_parameters
-from megatron_dip.models.stage import StageModule
+from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["ModelFamily", "SampleSet", "StageFactory"]
@@ -24,9 +24,12 @@ class StageFactory(ABC):
         seed: Of the initial weights.
     """
 
+    stock_type: type[StockModel] = StockModel
+
     def __init__(self, config: DipConfig, seed: int) -> None:
+        self.shape = config.model_shape()
         self._seed = seed
-        self._trainable = {module.name: module.trainable for module in config.model_shape().modules}
+        self._trainable = {module.name: module.trainable for module in self.shape.modules}
 
     @property
     @abstractmethod
@@ -38,22 +41,18 @@ class StageFactory(ABC):
         """Shapes of what crosses the boundaries of stages."""
 
     @abstractmethod
-    def construct(
-        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
-    ) -> StageModule:
+    def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """A stage as Megatron's layers come up."""
 
-    @abstractmethod
-    def stock_model(
-        self, *, pre_process: bool, post_process: bool, sequences: int
-    ) -> torch.nn.Module:
+    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> StockModel:
         """What a rank holds under Megatron's own schedule, for microbatches of ``sequences``."""
+        return self.stock_type(
+            self, pre_process=pre_process, post_process=post_process, sequences=sequences
+        )
 
-    def build(
-        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
-    ) -> StageModule:
+    def build(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """A stage with its initial weights; nothing in a module that is frozen is trained."""
-        stage = self.construct(module, first_layer, num_layers, first=first, last=last)
+        stage = self.construct(module, **layers)
         initialize_parameters(stage, self._seed)
         self.choose_trained(stage, trainable=self._trainable[module])
         return stage

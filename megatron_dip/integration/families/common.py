@@ -1,22 +1,31 @@
-"""What several families need: rules of boundaries, stock models, an index that all ranks share."""
+"""What several families need: rules of boundaries, configs, an index that all ranks share."""
 
-from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import mpu
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import get_args
 
-from megatron_dip.data import load_tokenizer
+from megatron_dip.config.base import DataForm
+from megatron_dip.config.modules import LanguageConfig
+from megatron_dip.data import load_tokenizer, split_samples
+from megatron_dip.data.index import CheckedSamples
 from megatron_dip.errors import ConfigError, DataError
-from megatron_dip.models.stage import StageModule
+from megatron_dip.models.configs import make_language_config
 from megatron_dip.runtime import BoundaryRule
 
-__all__ = ["StockModel", "check_vocabulary", "make_on_first_rank", "row_rule"]
+__all__ = [
+    "check_vocabulary",
+    "make_backbone_config",
+    "make_on_first_rank",
+    "row_rule",
+    "shared_index",
+    "skips_bad_samples",
+    "split_index",
+]
 
 
 def row_rule(
@@ -76,43 +85,30 @@ def check_vocabulary(tokenizer: Path, vocab_size: int, field: str = "language") 
         )
 
 
-class StockModel(MegatronModule):
-    """What one rank holds under Megatron's own schedule: whole modules, and a run of layers of one.
+def shared_index[SettingsT, IndexT](
+    settings: SettingsT,
+    data: DataForm,
+    build: Callable[[SettingsT, Path], tuple[IndexT, Path]],
+    load: Callable[[Path], IndexT],
+) -> IndexT:
+    """The index of a data set, made by the first rank of the world and read by all."""
+    folder = data.cache_folder or data.path.parent
+    return load(make_on_first_rank(lambda: build(settings, folder)[1], folder))
 
-    Checkpoints have the stages' own names, as under ``--dip-schedule``.
-    """
 
-    def __init__(self, config: TransformerConfig, *, pre_process: bool, post_process: bool) -> None:
-        super().__init__(config=config)
-        self.pre_process, self.post_process = pre_process, post_process
-        self.vp_stage = None
-        self.share_embeddings_and_output_weights = False
-        self._input: torch.Tensor | None = None
+def skips_bad_samples(data: DataForm) -> bool:
+    """Whether the configuration or the command line says so."""
+    return data.skip_bad_samples or bool(get_args().skip_bad_samples)
 
-    @abstractmethod
-    def stages(self) -> list[StageModule]:
-        """The parts of modules that this rank holds, that with the loss last."""
 
-    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        return self.stages()[-1].shared_embedding_or_output_weight()
+def split_index(index: CheckedSamples, data: DataForm) -> tuple[Sequence[int], Sequence[int]]:
+    """The numbers of the samples for training and validation."""
+    numbers = range(len(index.samples))
+    return split_samples(numbers, valid_share=data.valid_share, seed=get_args().seed)
 
-    def set_input_tensor(self, input_tensor: list[torch.Tensor | None]) -> None:
-        (self._input,) = input_tensor
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """The stages' own names: the same checkpoint as under ``--dip-schedule``."""
-        state: dict[str, Any] = {}
-        for stage in self.stages():
-            state.update(stage.sharded_state_dict(prefix, sharded_offsets, metadata))
-        return state
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True) -> None:
-        for stage in self.stages():
-            names = tuple(f"{name}." for name, _ in stage.named_children())
-            own = {key: value for key, value in state_dict.items() if key.startswith(names)}
-            stage.load_state_dict(own, strict=strict)
+def make_backbone_config(base: TransformerConfig, form: LanguageConfig) -> TransformerConfig:
+    """Megatron's config of a language model."""
+    return make_language_config(
+        base, **form.sizes(), num_query_groups=form.num_query_groups, qkv_bias=form.qkv_bias
+    )

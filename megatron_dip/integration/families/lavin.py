@@ -5,6 +5,7 @@ Under Megatron's own schedule a rank holds what that wants, as for vision-langua
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Unpack
 
 import torch
 from megatron.core import mpu
@@ -27,21 +28,41 @@ from megatron_dip.data.lavin import (
     to_instruction,
 )
 from megatron_dip.integration.families.base import ModelFamily, StageFactory
-from megatron_dip.integration.families.common import check_vocabulary, row_rule
-from megatron_dip.integration.families.vlm import StockVlm
-from megatron_dip.models.configs import make_language_config
+from megatron_dip.integration.families.common import (
+    check_vocabulary,
+    make_backbone_config,
+    row_rule,
+    skips_bad_samples,
+)
+from megatron_dip.integration.families.stock import StockModel
 from megatron_dip.models.lavin.adapter import AdapterOptions
 from megatron_dip.models.lavin.language import LavinLanguageStage
 from megatron_dip.models.lavin.stages import freeze_towers
 from megatron_dip.models.lavin.vision import ClipStage, make_clip_config
-from megatron_dip.models.stage import StageModule
+from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["LavinFamily", "LavinStages", "StockLavin"]
 
 
+class StockLavin(StockModel):
+    """Some images may be in the batch for the released router's sake alone."""
+
+    def features(self, batch: LavinWholeBatch) -> torch.Tensor | None:
+        """The features that are read."""
+        if batch.wanted == ():
+            return None
+        features = super().features(batch)
+        if features is None or batch.wanted is None:
+            return features
+        by_image = features.unflatten(0, (len(batch.vision.items), -1))
+        return by_image[list(batch.wanted)].flatten(0, 1)
+
+
 class LavinStages(StageFactory):
     """Stages of both towers."""
+
+    stock_type = StockLavin
 
     def __init__(self, config: LavinConfig, base: TransformerConfig, seed: int) -> None:
         super().__init__(config, seed)
@@ -51,21 +72,8 @@ class LavinStages(StageFactory):
             config.model.adapter,
         )
         self._model = config.model
-        self.language_config = make_language_config(
-            base,
-            num_layers=language.num_layers,
-            hidden_size=language.hidden_size,
-            ffn_hidden_size=language.ffn_hidden_size,
-            num_attention_heads=language.num_attention_heads,
-            num_query_groups=language.num_query_groups,
-        )
-        self._vision_config = make_clip_config(
-            base,
-            num_layers=vision.num_layers,
-            hidden_size=vision.hidden_size,
-            ffn_hidden_size=vision.ffn_hidden_size,
-            num_attention_heads=vision.num_attention_heads,
-        )
+        self.language_config = make_backbone_config(base, language)
+        self._vision_config = make_clip_config(base, **vision.sizes())
         self._adapter = AdapterOptions(
             bottleneck=adapter.bottleneck,
             num_groups=adapter.num_groups,
@@ -95,36 +103,28 @@ class LavinStages(StageFactory):
             outer={"vision": features(tokens_per_row=None)},
         )
 
-    def construct(
-        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
-    ) -> ClipStage | LavinLanguageStage:
+    def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """See :class:`StageFactory`."""
         vision, language = self._model.vision, self._model.language
         if module == "vision":
             return ClipStage(
                 self._vision_config,
-                first_layer=first_layer,
-                num_layers=num_layers,
-                first=first,
-                last=last,
                 patch_size=vision.patch_size,
                 image_size=vision.image_size,
                 feature_layers=vision.feature_layers,
                 adapter=self._adapter,
                 gates=self._model.adapter.gates,
+                **layers,
             )
         return LavinLanguageStage(
             self.language_config,
-            first_layer=first_layer,
-            num_layers=num_layers,
-            first=first,
-            last=last,
             adapter=self._adapter,
             feature_size=vision.hidden_size,
             neck_size=self._model.adapter.neck_size,
             vocab_size=language.vocab_size,
             max_sequence_length=language.seq_length,
             rotary_base=language.rotary_base,
+            **layers,
         )
 
     def choose_trained(self, stage: StageModule, *, trainable: bool) -> None:
@@ -133,30 +133,6 @@ class LavinStages(StageFactory):
             stage.requires_grad_(trainable)
         else:
             freeze_towers(stage)
-
-    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> "StockLavin":
-        """See :class:`StageFactory`."""
-        return StockLavin(
-            self,
-            num_vision_layers=self._model.vision.num_layers,
-            pre_process=pre_process,
-            post_process=post_process,
-            sequences=sequences,
-        )
-
-
-class StockLavin(StockVlm):
-    """As ``StockVlm``; some images may be in the batch for the released router's sake alone."""
-
-    def features(self, batch: LavinWholeBatch) -> torch.Tensor | None:  # type: ignore[override]
-        """The features that are read."""
-        if batch.wanted == ():
-            return None
-        features = super().features(batch)  # type: ignore[arg-type]
-        if features is None or batch.wanted is None:
-            return features
-        by_image = features.unflatten(0, (len(batch.vision.items), -1))
-        return by_image[list(batch.wanted)].flatten(0, 1)
 
 
 class LavinFamily(ModelFamily[LavinConfig]):
@@ -208,7 +184,7 @@ class LavinFamily(ModelFamily[LavinConfig]):
             lavin_settings(config),
             seed=args.seed,
             decode_images=mpu.get_pipeline_model_parallel_rank() == 0,
-            skip_bad_samples=data.skip_bad_samples or args.skip_bad_samples,
+            skip_bad_samples=skips_bad_samples(data),
             source=str(data.path),
         )
         parts = _read_parts(config, args.seed, with_valid=bool(num_samples[1]))

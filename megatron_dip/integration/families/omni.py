@@ -5,6 +5,7 @@ The stages of vision and language, and their configurations, are those of vision
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Unpack
 
 import torch
 from megatron.core import mpu
@@ -12,52 +13,62 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from megatron_dip.config import OmniConfig
-from megatron_dip.data import LanguageBatch, VisionBatch, split_samples
+from megatron_dip.data import LanguageBatch, VisionBatch
 from megatron_dip.data.images import PATCHES_PER_TOKEN, ImageLimits
 from megatron_dip.data.omni import (
-    AudioBatch,
     OmniDataset,
     OmniSettings,
-    WholeOmni,
     build_omni_index,
     load_omni_index,
 )
+from megatron_dip.data.omni_batches import AudioBatch, WholeOmni
 from megatron_dip.integration.chunks import UpstreamRows, order_features
 from megatron_dip.integration.families.base import ModelFamily
 from megatron_dip.integration.families.common import (
     check_vocabulary,
-    make_on_first_rank,
     row_rule,
+    shared_index,
+    skips_bad_samples,
+    split_index,
 )
+from megatron_dip.integration.families.stock import StockModel
 from megatron_dip.integration.families.vlm import (
-    StockVlm,
     VlmStages,
     measured_image,
     measured_sequence,
 )
 from megatron_dip.models.audio import AudioStage
 from megatron_dip.models.configs import make_projection_config, make_vision_config
-from megatron_dip.models.language import LanguageStage
-from megatron_dip.models.stage import StageModule
-from megatron_dip.models.vision import VisionStage
+from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["OmniFamily", "OmniStages", "StockOmni"]
 
 
+class StockOmni(StockModel):
+    """Both encoders are on the first rank."""
+
+    def features(self, batch: WholeOmni) -> torch.Tensor | None:
+        """Of images and sounds, in the order in which the sequences read them."""
+        outputs, rows = [], []
+        for name, encoder in self._encoders.items():
+            data = getattr(batch, name)
+            if data.items:
+                outputs.append(encoder(None, data))
+                lengths = tuple(length // PATCHES_PER_TOKEN for length in data.span_lengths)
+                rows.append(UpstreamRows(module=name, items=data.items, num_rows=lengths))
+        return order_features(outputs, rows, batch.language.upstream_items)
+
+
 class OmniStages(VlmStages):
     """Stages of the three modules."""
+
+    stock_type = StockOmni
 
     def __init__(self, config: OmniConfig, base: TransformerConfig, seed: int) -> None:
         super().__init__(config, base, seed)
         self._audio = audio = config.model.audio
-        self._audio_config = make_vision_config(
-            base,
-            num_layers=audio.num_layers,
-            hidden_size=audio.hidden_size,
-            ffn_hidden_size=audio.ffn_hidden_size,
-            num_attention_heads=audio.num_attention_heads,
-        )
+        self._audio_config = make_vision_config(base, **audio.sizes())
         self._audio_projection = make_projection_config(
             base,
             hidden_size=config.model.language.hidden_size,
@@ -73,76 +84,16 @@ class OmniStages(VlmStages):
             outer={**plain.outer, "audio": plain.outer["vision"]},
         )
 
-    def construct(
-        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
-    ) -> VisionStage | LanguageStage | AudioStage:
+    def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """See :class:`StageFactory`."""
         if module != "audio":
-            return super().construct(module, first_layer, num_layers, first=first, last=last)
+            return super().construct(module, **layers)
         return AudioStage(
             self._audio_config,
             self._audio_projection,
-            first_layer=first_layer,
-            num_layers=num_layers,
-            first=first,
-            last=last,
             num_mels=self._audio.num_mels,
+            **layers,
         )
-
-    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> "StockOmni":
-        """See :class:`StageFactory`."""
-        return StockOmni(
-            self,
-            num_audio_layers=self._audio.num_layers,
-            num_vision_layers=self._model.vision.num_layers,
-            pre_process=pre_process,
-            post_process=post_process,
-            sequences=sequences,
-        )
-
-
-class StockOmni(StockVlm):
-    """What one rank holds under Megatron's own schedule: both encoders on the first rank."""
-
-    def __init__(
-        self,
-        factory: OmniStages,
-        *,
-        num_audio_layers: int,
-        num_vision_layers: int,
-        pre_process: bool,
-        post_process: bool,
-        sequences: int,
-    ) -> None:
-        super().__init__(
-            factory,
-            num_vision_layers=num_vision_layers,
-            pre_process=pre_process,
-            post_process=post_process,
-            sequences=sequences,
-        )
-        self.audio = (
-            factory.build("audio", 0, num_audio_layers, first=True, last=True)
-            if pre_process
-            else None
-        )
-
-    def features(self, batch: WholeOmni) -> torch.Tensor | None:  # type: ignore[override]
-        """Of images and sounds, in the order in which the sequences read them."""
-        outputs, rows = [], []
-        for stage, data, name in (
-            (self.vision, batch.vision, "vision"),
-            (self.audio, batch.audio, "audio"),
-        ):
-            if stage is not None and data.items:
-                outputs.append(stage(None, data))
-                lengths = tuple(length // PATCHES_PER_TOKEN for length in data.span_lengths)
-                rows.append(UpstreamRows(module=name, items=data.items, num_rows=lengths))
-        return order_features(outputs, rows, batch.language.upstream_items)
-
-    def stages(self) -> list[StageModule]:
-        """See :class:`StockModel`."""
-        return [*([self.audio] if self.audio is not None else []), *super().stages()]
 
 
 class OmniFamily(ModelFamily[OmniConfig]):
@@ -189,20 +140,15 @@ class OmniFamily(ModelFamily[OmniConfig]):
             num_mels=config.model.audio.num_mels,
         )
         check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
-        folder = data.cache_folder or data.path.parent
-        index = load_omni_index(
-            make_on_first_rank(lambda: build_omni_index(settings, folder), folder)
-        )
-        train, valid = split_samples(
-            range(len(index.samples)), valid_share=data.valid_share, seed=args.seed
-        )
+        index = shared_index(settings, data, build_omni_index, load_omni_index)
+        train, valid = split_index(index, data)
         make = partial(
             OmniDataset,
             settings,
             index,
             seed=args.seed,
             decode_media=mpu.is_pipeline_first_stage(),
-            skip_bad_samples=data.skip_bad_samples or args.skip_bad_samples,
+            skip_bad_samples=skips_bad_samples(data),
         )
         return (
             make(num_samples=num_samples[0], subset=train),

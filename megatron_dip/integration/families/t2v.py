@@ -7,19 +7,15 @@ layers of the transformer on the first rank, and a run of its layers on every ot
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from megatron.core import mpu
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.utils import make_viewless_tensor
 from megatron.training import get_args
 
 from megatron_dip.config import T2vConfig
-from megatron_dip.data import split_samples
-from megatron_dip.data.clip_batches import DitBatch, TextBatch, WholeClips
+from megatron_dip.data.clip_batches import DitBatch, TextBatch
 from megatron_dip.data.clips import (
     ClipDataset,
     ClipSettings,
@@ -30,47 +26,47 @@ from megatron_dip.data.videos import ClipLimits
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.integration.families.base import ModelFamily, StageFactory
 from megatron_dip.integration.families.common import (
-    StockModel,
     check_vocabulary,
-    make_on_first_rank,
+    make_backbone_config,
     row_rule,
+    shared_index,
+    skips_bad_samples,
+    split_index,
 )
-from megatron_dip.models.configs import make_dit_config, make_language_config
+from megatron_dip.integration.families.stock import StockModel
+from megatron_dip.models.configs import make_dit_config
 from megatron_dip.models.dit import DitStage
 from megatron_dip.models.shapes import ROWS_PER_CLIP
-from megatron_dip.models.stage import StageModule, pad_rows
+from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.models.text import TextStage
 from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["StockT2v", "T2vFamily", "T2vStages"]
 
 
+class StockT2v(StockModel):
+    """What a stage hands on is padded to the fixed shape, and cut to its rows again."""
+
+    def num_rows(self, data: DitBatch) -> int:
+        """Patches, text and time of the clips."""
+        rows = sum(data.span_lengths) + sum(data.text_lengths)
+        return rows + ROWS_PER_CLIP * len(data.grids)
+
+
 class T2vStages(StageFactory):
     """Stages of the text encoder and of the diffusion transformer."""
+
+    stock_type = StockT2v
 
     def __init__(self, config: T2vConfig, base: TransformerConfig, seed: int) -> None:
         super().__init__(config, seed)
         text, dit = config.model.text, config.model.dit
         self._model = config.model
-        self._text_config = make_language_config(
-            base,
-            num_layers=text.num_layers,
-            hidden_size=text.hidden_size,
-            ffn_hidden_size=text.ffn_hidden_size,
-            num_attention_heads=text.num_attention_heads,
-            num_query_groups=text.num_query_groups,
-            qkv_bias=text.qkv_bias,
-        )
+        self._text_config = make_backbone_config(base, text)
         if not text.trainable:
             # Dropout regularises training: an encoder that is only used must not draw.
             self._text_config.hidden_dropout = self._text_config.attention_dropout = 0.0
-        self.dit_config = make_dit_config(
-            base,
-            num_layers=dit.num_layers,
-            hidden_size=dit.hidden_size,
-            ffn_hidden_size=dit.ffn_hidden_size,
-            num_attention_heads=dit.num_attention_heads,
-        )
+        self.dit_config = make_dit_config(base, **dit.sizes())
 
     @property
     def loss_config(self) -> TransformerConfig:
@@ -90,33 +86,25 @@ class T2vStages(StageFactory):
             outer={"text": inner(text, sharded=False)},
         )
 
-    def construct(
-        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
-    ) -> TextStage | DitStage:
+    def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """See :class:`StageFactory`."""
         text = self._model.text
         if module == "text":
             return TextStage(
                 self._text_config,
-                first_layer=first_layer,
-                num_layers=num_layers,
-                first=first,
-                last=last,
                 vocab_size=text.vocab_size,
                 max_sequence_length=text.seq_length,
                 rotary_base=text.rotary_base,
+                **layers,
             )
         return DitStage(
             self.dit_config,
-            first_layer=first_layer,
-            num_layers=num_layers,
-            first=first,
-            last=last,
             patch_values=self._model.dit.patch_values,
             text_size=text.hidden_size,
+            **layers,
         )
 
-    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> "StockT2v":
+    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> StockModel:
         """See :class:`StageFactory`.
 
         Raises:
@@ -128,72 +116,9 @@ class T2vStages(StageFactory):
                 "--sequence-parallel does not work with this model under Megatron's own schedule: "
                 "leave it out (it works with --dip-schedule)"
             )
-        return StockT2v(
-            self,
-            num_text_layers=self._model.text.num_layers,
-            pre_process=pre_process,
-            post_process=post_process,
-            sequences=sequences,
+        return super().stock_model(
+            pre_process=pre_process, post_process=post_process, sequences=sequences
         )
-
-
-class StockT2v(StockModel):
-    """What one rank holds under Megatron's own schedule.
-
-    What a stage hands on is padded to the fixed shape [S, B, H], and cut to its rows again.
-    """
-
-    def __init__(
-        self,
-        factory: StageFactory,
-        *,
-        num_text_layers: int,
-        pre_process: bool,
-        post_process: bool,
-        sequences: int,
-    ) -> None:
-        config = factory.loss_config
-        super().__init__(config, pre_process=pre_process, post_process=post_process)
-        self.text = (
-            factory.build("text", 0, num_text_layers, first=True, last=True)
-            if pre_process
-            else None
-        )
-        self.dit = factory.build(
-            "dit",
-            get_transformer_layer_offset(config),
-            get_num_layers_to_build(config),
-            first=pre_process,
-            last=post_process,
-        )
-        self.pg_collection = self.dit.pg_collection
-        self._sequences = sequences
-        self._seq_length: int = get_args().seq_length
-
-    def forward(self, batch: WholeClips) -> torch.Tensor:
-        """Hidden states [S, B, H], or losses [N] on the last rank."""
-        hidden = features = None
-        if self.text is not None:
-            features = self.text(None, batch.text)
-        else:
-            assert self._input is not None
-            num_rows = sum(batch.dit.span_lengths) + sum(batch.dit.text_lengths)
-            num_rows += ROWS_PER_CLIP * len(batch.dit.grids)
-            hidden = self._input.reshape(-1, 1, self._input.shape[-1])[:num_rows]
-        output: torch.Tensor = self.dit(hidden, batch.dit, features)
-        if self.post_process:
-            return output
-        padded = pad_rows(output, self._seq_length * self._sequences)
-        shaped = padded.reshape(self._seq_length, self._sequences, -1)
-        # Megatron frees outputs after sending them and refuses to free a view.
-        viewless: torch.Tensor = make_viewless_tensor(
-            shaped, requires_grad=shaped.requires_grad, keep_graph=True
-        )
-        return viewless
-
-    def stages(self) -> list[StageModule]:
-        """See :class:`StockModel`."""
-        return [stage for stage in (self.text, self.dit) if stage is not None]
 
 
 class T2vFamily(ModelFamily[T2vConfig]):
@@ -244,19 +169,14 @@ class T2vFamily(ModelFamily[T2vConfig]):
         args = get_args()
         settings = _settings(config)
         check_vocabulary(settings.tokenizer, config.model.text.vocab_size, "text")
-        folder = config.data.cache_folder or config.data.path.parent
-        index = load_clip_index(
-            make_on_first_rank(lambda: build_clip_index(settings, folder)[1], folder)
-        )
-        train, valid = split_samples(
-            range(len(index.samples)), valid_share=config.data.valid_share, seed=args.seed
-        )
+        index = shared_index(settings, config.data, build_clip_index, load_clip_index)
+        train, valid = split_index(index, config.data)
         make: Any = partial(
             ClipDataset,
             index,
             seed=args.seed,
             load_latents=mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage(),
-            skip_bad_samples=config.data.skip_bad_samples or args.skip_bad_samples,
+            skip_bad_samples=skips_bad_samples(config.data),
         )
         return (
             make(num_samples=num_samples[0], subset=train, stage="train"),

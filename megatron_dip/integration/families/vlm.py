@@ -7,13 +7,11 @@ language layers on the first rank, and a run of language layers on every other.
 from collections.abc import Sequence
 from functools import partial
 from math import isqrt
+from typing import Unpack
 
 import torch
 from megatron.core import mpu
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.utils import make_viewless_tensor
 from megatron.training import get_args
 
 from megatron_dip.config import OmniConfig, VlmConfig
@@ -23,7 +21,6 @@ from megatron_dip.data import (
     PackingOptions,
     VisionBatch,
     VlmDataset,
-    VlmWholeBatch,
     build_index,
     load_index,
     open_source,
@@ -31,23 +28,23 @@ from megatron_dip.data import (
 )
 from megatron_dip.integration.families.base import ModelFamily, StageFactory
 from megatron_dip.integration.families.common import (
-    StockModel,
     check_vocabulary,
-    make_on_first_rank,
+    make_backbone_config,
     row_rule,
+    shared_index,
+    skips_bad_samples,
 )
 from megatron_dip.models.configs import (
-    make_language_config,
     make_projection_config,
     make_vision_config,
 )
 from megatron_dip.models.language import LanguageStage
 from megatron_dip.models.shapes import PATCHES_PER_TOKEN
-from megatron_dip.models.stage import StageModule
+from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.models.vision import VisionStage
 from megatron_dip.runtime import BoundaryRules
 
-__all__ = ["StockVlm", "VlmFamily", "VlmStages", "measured_image", "measured_sequence"]
+__all__ = ["VlmFamily", "VlmStages", "measured_image", "measured_sequence"]
 
 
 class VlmStages(StageFactory):
@@ -57,22 +54,8 @@ class VlmStages(StageFactory):
         super().__init__(config, seed)
         vision, language = config.model.vision, config.model.language
         self._model = config.model
-        self.language_config = make_language_config(
-            base,
-            num_layers=language.num_layers,
-            hidden_size=language.hidden_size,
-            ffn_hidden_size=language.ffn_hidden_size,
-            num_attention_heads=language.num_attention_heads,
-            num_query_groups=language.num_query_groups,
-            qkv_bias=language.qkv_bias,
-        )
-        self._vision_config = make_vision_config(
-            base,
-            num_layers=vision.num_layers,
-            hidden_size=vision.hidden_size,
-            ffn_hidden_size=vision.ffn_hidden_size,
-            num_attention_heads=vision.num_attention_heads,
-        )
+        self.language_config = make_backbone_config(base, language)
+        self._vision_config = make_vision_config(base, **vision.sizes())
         self._projection_config = make_projection_config(
             base, hidden_size=language.hidden_size, ffn_hidden_size=4 * vision.hidden_size
         )
@@ -92,104 +75,25 @@ class VlmStages(StageFactory):
             outer={"vision": inner(language, tokens_per_row=PATCHES_PER_TOKEN, sharded=False)},
         )
 
-    def construct(
-        self, module: str, first_layer: int, num_layers: int, *, first: bool, last: bool
-    ) -> VisionStage | LanguageStage:
+    def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """See :class:`StageFactory`."""
         if module == "vision":
             vision = self._model.vision
             return VisionStage(
                 self._vision_config,
                 self._projection_config,
-                first_layer=first_layer,
-                num_layers=num_layers,
-                first=first,
-                last=last,
                 patch_size=vision.patch_size,
                 position_table_side=vision.position_grid,
+                **layers,
             )
         language = self._model.language
         return LanguageStage(
             self.language_config,
-            first_layer=first_layer,
-            num_layers=num_layers,
-            first=first,
-            last=last,
             vocab_size=language.vocab_size,
             max_sequence_length=language.seq_length,
             rotary_base=language.rotary_base,
+            **layers,
         )
-
-    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> "StockVlm":
-        """See :class:`StageFactory`."""
-        return StockVlm(
-            self,
-            num_vision_layers=self._model.vision.num_layers,
-            pre_process=pre_process,
-            post_process=post_process,
-            sequences=sequences,
-        )
-
-
-class StockVlm(StockModel):
-    """What one rank holds under Megatron's own schedule.
-
-    Hidden states of B sequences of S tokens are packed rows [S x B, 1, H] inside and shaped
-    [S, B, H] at the boundaries, where Megatron's schedule wants them so.
-    """
-
-    def __init__(
-        self,
-        factory: StageFactory,
-        *,
-        num_vision_layers: int,
-        pre_process: bool,
-        post_process: bool,
-        sequences: int,
-    ) -> None:
-        config = factory.loss_config
-        super().__init__(config, pre_process=pre_process, post_process=post_process)
-        self.vision = (
-            factory.build("vision", 0, num_vision_layers, first=True, last=True)
-            if pre_process
-            else None
-        )
-        self.language = factory.build(
-            "language",
-            get_transformer_layer_offset(config),
-            get_num_layers_to_build(config),
-            first=pre_process,
-            last=post_process,
-        )
-        self.pg_collection = self.language.pg_collection
-        self._sequences = sequences
-
-    def forward(self, batch: VlmWholeBatch) -> torch.Tensor:
-        """Hidden states [S, B, H], or losses [S x B] on the last rank."""
-        hidden = features = None
-        if self.vision is not None:
-            features = self.features(batch)
-        else:
-            assert self._input is not None
-            hidden = self._input.reshape(-1, 1, self._input.shape[-1])
-        output: torch.Tensor = self.language(hidden, batch.language, features)
-        if self.post_process:
-            return output
-        shaped = output.reshape(-1, self._sequences, output.shape[-1])
-        # Megatron frees outputs after sending them and refuses to free a view.
-        viewless: torch.Tensor = make_viewless_tensor(
-            shaped, requires_grad=shaped.requires_grad, keep_graph=True
-        )
-        return viewless
-
-    def features(self, batch: VlmWholeBatch) -> torch.Tensor | None:
-        """What the language module reads of the images; None where there are none."""
-        assert self.vision is not None
-        return self.vision(None, batch.vision) if batch.vision.items else None
-
-    def stages(self) -> list[StageModule]:
-        """See :class:`StockModel`."""
-        return [stage for stage in (self.vision, self.language) if stage is not None]
 
 
 def measured_image(num_patches: int, patch_size: int) -> VisionBatch:
@@ -247,8 +151,7 @@ class VlmFamily(ModelFamily[VlmConfig]):
         """Packed sequences; only ranks that hold the first vision stage decode images."""
         args = get_args()
         settings = _settings(config)
-        folder = config.data.cache_folder or config.data.path.parent
-        index = load_index(make_on_first_rank(lambda: build_index(settings, folder)[1], folder))
+        index = shared_index(settings, config.data, build_index, load_index)
         check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
         source = open_source(settings)
         train, valid = split_source(source, config.data.valid_share, args.seed)
@@ -259,7 +162,7 @@ class VlmFamily(ModelFamily[VlmConfig]):
             source=source,
             seed=args.seed,
             decode_images=mpu.get_pipeline_model_parallel_rank() == 0,
-            skip_bad_samples=config.data.skip_bad_samples or args.skip_bad_samples,
+            skip_bad_samples=skips_bad_samples(config.data),
             packing=PackingOptions(separation=config.data.separation),
         )
         return (

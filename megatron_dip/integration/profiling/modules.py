@@ -136,13 +136,18 @@ class _Bench:
         first = min(1, shape.num_layers - 1)
         count = min(_NUM_LAYERS, shape.num_layers - first)
         self._layers, self.num_layers = range(first, first + count), count
-        self._middle = self._ready(factory.build(shape.name, first, count, first=False, last=False))
-        self._first = self._ready(factory.build(shape.name, 0, 0, first=True, last=False))
-        end = shape.num_layers
-        self._last = self._ready(factory.build(shape.name, end, 0, first=False, last=True))
+
+        self._middle = self._build(first, count)
+        self._first = self._build(0, 0, first=True)
+        self._last = self._build(shape.num_layers, 0, last=True)
         self._core = _core_attention(self._middle)
 
-    def _ready(self, stage: StageModule) -> StageModule:
+    def _build(
+        self, first_layer: int, num_layers: int, *, first: bool = False, last: bool = False
+    ) -> StageModule:
+        stage = self._factory.build(
+            self._shape.name, first_layer=first_layer, num_layers=num_layers, first=first, last=last
+        )
         return stage.to(self._device, self._factory.loss_config.params_dtype).train()
 
     def layers(self, size: int) -> CallTimes:

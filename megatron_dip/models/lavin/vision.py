@@ -12,11 +12,10 @@ Feature rows are whole on every tensor-parallel rank.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from megatron.core.activations import quick_gelu
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -27,12 +26,12 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dip.config.modules import TransformerSizes
 from megatron_dip.models.configs import make_vision_config
 from megatron_dip.models.lavin.adapter import AdapterOptions, Routing, initial_distribution
 from megatron_dip.models.lavin.layers import adapted_block_submodules, routed_span_params
 from megatron_dip.models.layers import set_recomputed_layers
-from megatron_dip.models.segment_layout import slice_config
-from megatron_dip.models.stage import StageModule, pad_rows
+from megatron_dip.models.stage import StageLayers, StageModule, pad_rows
 
 if TYPE_CHECKING:
     from megatron_dip.data.lavin.batches import ClipBatch
@@ -46,9 +45,11 @@ there a result depends on what else is in the batch).  The first equals the last
 image."""
 
 
-def make_clip_config(base: TransformerConfig, **shape: int) -> TransformerConfig:
-    """CLIP's: LayerNorm, biases, x sigmoid(1.702 x); ``shape`` as for ``make_vision_config``."""
-    config = make_vision_config(base, **shape)
+def make_clip_config(
+    base: TransformerConfig, **sizes: Unpack[TransformerSizes]
+) -> TransformerConfig:
+    """CLIP's: LayerNorm, biases, x sigmoid(1.702 x)."""
+    config = make_vision_config(base, **sizes)
     config.activation_func = quick_gelu
     # Fused kernels know other activations alone.
     config.bias_activation_fusion = False
@@ -76,19 +77,16 @@ class ClipModel(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        stage: StageModule,
         *,
-        num_layers: int,
-        first: bool,
-        last: bool,
         patch_size: int,
         rows_per_image: int,
         adapter: AdapterOptions,
-        pg_collection: ProcessGroupCollection,
     ) -> None:
+        config = stage.config
         super().__init__(config=config)
         hidden, dtype = config.hidden_size, config.params_dtype
-        if first:
+        if stage.pre_process:
             self.patch_embedding = torch.nn.Linear(
                 3 * patch_size**2, hidden, bias=False, dtype=dtype
             )
@@ -100,13 +98,16 @@ class ClipModel(MegatronModule):
         self.decoder = TransformerBlock(
             config=config,
             spec=adapted_block_submodules(
-                config, num_layers=num_layers, mask_type=AttnMaskType.no_mask, options=adapter
+                config,
+                num_layers=stage.num_layers,
+                mask_type=AttnMaskType.no_mask,
+                options=adapter,
             ),
             # Features are taken from the residual stream: there is no norm after the last layer.
             post_layer_norm=False,
-            pre_process=first,
-            post_process=last,
-            pg_collection=pg_collection,
+            pre_process=stage.pre_process,
+            post_process=stage.post_process,
+            pg_collection=stage.pg_collection,
         )
 
     def embed(self, patches: Tensor) -> Tensor:
@@ -136,38 +137,24 @@ class ClipStage(StageModule):
         self,
         config: TransformerConfig,
         *,
-        first_layer: int,
-        num_layers: int,
-        first: bool,
-        last: bool,
         patch_size: int,
         image_size: int,
         feature_layers: Sequence[int],
         adapter: AdapterOptions,
         gates: GateMode = "token",
-        pg_collection: ProcessGroupCollection | None = None,
+        **layers: Unpack[StageLayers],
     ) -> None:
-        sliced = slice_config(
-            config, first_layer=first_layer, num_layers=num_layers, first=first, last=last
-        )
-        super().__init__(sliced, first=first, last=last, pg_collection=pg_collection)
+        super().__init__(config, **layers)
         self.rows_per_image = 1 + (image_size // patch_size) ** 2
         self.num_features = len(feature_layers)
         self._gates = gates
-        held = range(first_layer + 1, first_layer + num_layers + 1)
+        held = range(layers["first_layer"] + 1, layers["first_layer"] + self.num_layers + 1)
         # Places among the features by layer, counted from 0 as Megatron does.
         self._features = {
             number - 1: place for place, number in enumerate(feature_layers) if number in held
         }
         self.vision_model = ClipModel(
-            sliced,
-            num_layers=num_layers,
-            first=first,
-            last=last,
-            patch_size=patch_size,
-            rows_per_image=self.rows_per_image,
-            adapter=adapter,
-            pg_collection=self.pg_collection,
+            self, patch_size=patch_size, rows_per_image=self.rows_per_image, adapter=adapter
         )
 
     def initial_distribution(self, name: str) -> Callable[[Tensor], object] | None:

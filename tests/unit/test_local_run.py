@@ -1,0 +1,80 @@
+"""A training run on this machine leaves no process behind, however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dip.report.local_run import launched
+
+# As torchrun does: every rank has a session of its own.  These ignore what asks them to end.
+RANK = "setsid sh -c 'trap \"\" TERM HUP; exec sleep 600' & echo $!"
+LAUNCHER = f"{RANK}; {RANK}"
+LASTING_LAUNCHER = f"{LAUNCHER}; sleep 600"
+CALLER = """
+import os, sys
+from megatron_dip.report.local_run import launched
+with launched(["sh", "-c", sys.argv[1]], os.environ, timeout_seconds=60) as launcher:
+    for line in launcher.lines():
+        print(line, end="", flush=True)
+"""
+LIMIT_S = 30.0
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended: one that nobody waited for is empty."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def assert_ended(lines: list[str]) -> None:
+    pids = [int(line) for line in lines]
+    assert len(pids) == 2
+    deadline = time.monotonic() + LIMIT_S
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in pids if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_ranks_end_with_a_caller_that_is_asked_to_end(number: signal.Signals):
+    command = [sys.executable, "-c", CALLER, LASTING_LAUNCHER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        pids = [caller.stdout.readline(), caller.stdout.readline()]
+        caller.send_signal(number)
+        try:
+            code = caller.wait(timeout=LIMIT_S)
+        finally:
+            caller.kill()
+    assert_ended(pids)
+    assert code == (-number if number == signal.SIGINT else 128 + number)
+
+
+def test_ranks_end_that_a_launcher_left_behind():
+    command = ["sh", "-c", LAUNCHER]
+    with launched(command, os.environ, timeout_seconds=60) as launcher:
+        lines = launcher.lines()
+        pids = [next(lines), next(lines)]
+        assert launcher.wait() == 0
+        assert all(is_running(int(pid)) for pid in pids)
+    assert_ended(pids)
+    assert not launcher.timed_out
+
+
+def test_a_run_that_takes_too_long_ends():
+    command = ["sh", "-c", LASTING_LAUNCHER]
+    with launched(command, os.environ, timeout_seconds=2.0, grace_seconds=2.0) as launcher:
+        pids = list(launcher.lines())
+        assert launcher.wait() != 0
+    assert launcher.timed_out
+    assert_ended(pids)
