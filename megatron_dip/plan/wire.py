@@ -18,10 +18,15 @@ from megatron_dip.workload import Problem, SubMicrobatch
 __all__ = ["pack_plan", "plan_digest", "unpack_plan"]
 
 
-def pack_plan(plan: Plan) -> bytes:
-    """``plan`` as compact bytes; equal plans give equal bytes."""
+def pack_plan(plan: Plan, batch_digests: Sequence[str] = ()) -> bytes:
+    """``plan`` as compact bytes; equal plans give equal bytes.
+
+    Args:
+        plan: What is to be run.
+        batch_digests: Per replica, of its batch, where the plan was made for several together.
+    """
     record = {
-        "batch_digest": plan.problem.batch_digest(),
+        "batch_digests": list(batch_digests) or [plan.problem.batch_digest()],
         "partition_digest": plan.partition.digest(),
         "sub_microbatches": plan.sub_microbatches,
         "ranks": [format_actions(actions) for actions in plan.actions],
