@@ -1,5 +1,6 @@
 """Planning: from a batch problem and a partition to a plan."""
 
+from megatron_dip.planner.batch import Batch, BatchSizes
 from megatron_dip.planner.dual_queue import Priority, default_priority, order_dual_queue
 from megatron_dip.planner.joint import joint_problem, restrict_plan
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
@@ -10,6 +11,8 @@ from megatron_dip.planner.sub_microbatches import form_sub_microbatches
 
 __all__ = [
     "Algorithm",
+    "Batch",
+    "BatchSizes",
     "PlannerSettings",
     "Priority",
     "RoundPlan",

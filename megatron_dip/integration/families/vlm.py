@@ -65,6 +65,7 @@ class VlmStages(StageFactory):
             num_attention_heads=language.num_attention_heads,
             num_query_groups=language.num_query_groups,
             qkv_bias=language.qkv_bias,
+            experts=language.experts,
         )
         self._vision_config = make_vision_config(
             base,
