@@ -10,9 +10,10 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
-from megatron_dip.config import load_config
+from megatron_dip.config import DipConfig, load_config
 from megatron_dip.costs.grid import size_grid
 from megatron_dip.costs.profile import Profile
+from megatron_dip.errors import ConfigError
 
 __all__ = ["measure_layers"]
 
@@ -59,7 +60,7 @@ def measure_layers(
 ) -> None:
     """Measure layers of every module of a model, for the planner of training."""
     # Known to be right before processes are started.
-    load_config(config)
+    _check_measurable(load_config(config))
     size_grid(1, 2, points)
     from megatron_dip.integration.profiling.processes import ProfileTask, measure_profile
 
@@ -85,6 +86,15 @@ def measure_layers(
         )
     _print_table(made)
     write_file(output, lambda: output.write_text(made.model_dump_json(indent=1) + "\n"))
+
+
+def _check_measurable(config: DipConfig) -> None:
+    for module in config.model_shape().modules:
+        if module.experts is not None:
+            raise ConfigError(
+                f"{module.name} has experts, whose layers cannot be measured yet: their time "
+                f"depends on where a router sends tokens (train without schedule.costs.profile)"
+            )
 
 
 def _print_table(made: Profile) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "CostConfig",
     "DataForm",
     "DipConfig",
+    "MegatronArguments",
     "ModuleSchedule",
     "PlanningConfig",
     "Positive",
@@ -33,6 +34,9 @@ __all__ = [
     "ScheduleConfig",
     "build_partition",
 ]
+
+MegatronArguments = dict[str, int | float | str | bool | None]
+"""Arguments of Megatron by their names in ``args``."""
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
@@ -131,7 +135,7 @@ class DipConfig(Form, ABC):
         """The modules with all that their cost depends on; the one with the loss is the last."""
 
     @abstractmethod
-    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+    def megatron_arguments(self) -> MegatronArguments:
         """Megatron's arguments that the configuration states, by their names in ``args``.
 
         Those who write the model in YAML need not repeat it on the command line.

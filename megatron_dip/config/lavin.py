@@ -8,7 +8,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.base import DataForm, DipConfig, Positive, PositiveNumber
+from megatron_dip.config.base import (
+    DataForm,
+    DipConfig,
+    MegatronArguments,
+    Positive,
+    PositiveNumber,
+)
 from megatron_dip.config.modules import LanguageConfig, TransformerForm
 from megatron_dip.costs.shapes import AdapterShape, ModelShape, ModuleShape, NeckShape
 from megatron_dip.forms import Form
@@ -128,7 +134,7 @@ class PublishedOptimizer(Form):
     base_learning_rate: PositiveNumber = 9e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.02
 
-    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+    def megatron_arguments(self) -> MegatronArguments:
         """By their names in ``args``."""
         per_epoch = self.num_train_samples // self.global_batch_size
         iterations = round(self.num_epochs * per_epoch)
@@ -198,7 +204,7 @@ class LavinConfig(DipConfig):
             ),
         )
 
-    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+    def megatron_arguments(self) -> MegatronArguments:
         """See :class:`DipConfig`; the towers have no dropout, adapters their own."""
         arguments = self.model.language.megatron_arguments()
         arguments |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}

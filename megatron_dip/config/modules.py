@@ -4,11 +4,17 @@ from typing import Self, TypedDict
 
 from pydantic import model_validator
 
-from megatron_dip.config.base import Positive
-from megatron_dip.costs.shapes import ModuleShape, ProjectorShape
+from megatron_dip.config.base import MegatronArguments, Positive
+from megatron_dip.costs.shapes import ExpertsShape, ModuleShape, ProjectorShape
 from megatron_dip.forms import Form
 
-__all__ = ["LanguageConfig", "TransformerForm", "TransformerSizes", "VisionConfig"]
+__all__ = [
+    "BackboneConfig",
+    "LanguageConfig",
+    "TransformerForm",
+    "TransformerSizes",
+    "VisionConfig",
+]
 
 
 class TransformerSizes(TypedDict):
@@ -105,7 +111,7 @@ class LanguageConfig(TransformerForm):
             qkv_bias=self.qkv_bias,
         )
 
-    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+    def megatron_arguments(self) -> MegatronArguments:
         """Megatron's arguments for a model whose last module this is, see :class:`DipConfig`."""
         return {
             "num_layers": self.num_layers,
@@ -127,4 +133,30 @@ class LanguageConfig(TransformerForm):
             "vocab_size": self.vocab_size,
             # Megatron's own loaders have no place for a function that puts microbatches together.
             "dataloader_type": "external",
+        }
+
+
+class BackboneConfig(LanguageConfig):
+    """A language model whose layers may have experts."""
+
+    experts: ExpertsShape | None = None
+    """In place of the MLP of every layer, whose ``ffn_hidden_size`` is then not used."""
+
+    def shape(
+        self, name: str, upstream: tuple[str, ...] = (), *, has_head: bool = True
+    ) -> ModuleShape:
+        """What its cost depends on."""
+        dense = super().shape(name, upstream, has_head=has_head)
+        return dense.model_copy(update={"experts": self.experts})
+
+    def megatron_arguments(self) -> MegatronArguments:
+        """Those of the language model, and what the experts are."""
+        dense = super().megatron_arguments()
+        if self.experts is None:
+            return dense
+        return dense | {
+            "num_experts": self.experts.num_experts,
+            "moe_router_topk": self.experts.top_k,
+            "moe_ffn_hidden_size": self.experts.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": self.experts.shared_ffn_hidden_size,
         }

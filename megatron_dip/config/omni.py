@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from megatron_dip.config.base import DataForm, DipConfig, Positive
-from megatron_dip.config.modules import LanguageConfig, TransformerForm, VisionConfig
+from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Positive
+from megatron_dip.config.modules import BackboneConfig, TransformerForm, VisionConfig
 from megatron_dip.costs.shapes import ModelShape, ModuleShape, ProjectorShape
 from megatron_dip.forms import Form
 
@@ -38,7 +38,7 @@ class OmniModelConfig(Form):
 
     vision: VisionConfig
     audio: AudioConfig
-    language: LanguageConfig
+    language: BackboneConfig
 
 
 class OmniDataConfig(DataForm):
@@ -70,6 +70,6 @@ class OmniConfig(DipConfig):
             ),
         )
 
-    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+    def megatron_arguments(self) -> MegatronArguments:
         """See :class:`DipConfig`."""
         return self.model.language.megatron_arguments()

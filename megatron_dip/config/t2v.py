@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from megatron_dip.config.base import DataForm, DipConfig, Positive
+from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Positive
 from megatron_dip.config.modules import LanguageConfig, TransformerForm
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.forms import Form
@@ -94,7 +94,7 @@ class T2vConfig(DipConfig):
             ),
         )
 
-    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+    def megatron_arguments(self) -> MegatronArguments:
         """See :class:`DipConfig`.
 
         ``seq_length`` has room for what crosses a boundary of Megatron's own schedule for a clip:

@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.base import DataForm, DipConfig, Positive
-from megatron_dip.config.modules import LanguageConfig, VisionConfig
+from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Positive
+from megatron_dip.config.modules import BackboneConfig, VisionConfig
 from megatron_dip.costs.shapes import ModelShape
 from megatron_dip.forms import Form
 
@@ -17,7 +17,7 @@ class VlmModelConfig(Form):
     """The modules of a vision-language model."""
 
     vision: VisionConfig
-    language: LanguageConfig
+    language: BackboneConfig
 
 
 class VlmDataConfig(DataForm):
@@ -69,6 +69,6 @@ class VlmConfig(DipConfig):
             ),
         )
 
-    def megatron_arguments(self) -> dict[str, int | float | str | bool]:
+    def megatron_arguments(self) -> MegatronArguments:
         """See :class:`DipConfig`."""
         return self.model.language.megatron_arguments()

@@ -8,6 +8,9 @@ tensor- and context-parallel sizes, m tokens that cross-attention reads.
 - The core of attention takes 4 s^2 h per span (half where causal) forward and twice that backward;
   the core of cross-attention 4 s m h.  Cores have no weights.  Recomputing the scores inside the
   backward kernel is not counted: it is no useful work, and rates are measured without it.
+- Experts take what their linear layers take for ``top_k`` times the tokens, taken to be spread
+  evenly over them; their tokens are put in order and back, which moves bytes.  The exchange of
+  tokens among expert-parallel ranks is not counted.
 - Norms, activations, residuals and modulation move bytes only.
 - Tensor parallelism joins the outputs of attention, cross-attention and MLP: one all-reduce each,
   or with sequence parallelism an all-gather and a reduce-scatter of together the same volume,
@@ -25,7 +28,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
-from megatron_dip.costs.shapes import NUM_EXPERTS, TIMESTEP_VALUES, ModuleShape
+from megatron_dip.costs.shapes import NUM_EXPERTS, TIMESTEP_VALUES, ExpertsShape, ModuleShape
 from megatron_dip.forms import Form
 
 __all__ = [
@@ -48,6 +51,7 @@ class Parallelism(Form):
 
     tensor: Annotated[int, Field(gt=0)] = 1
     context: Annotated[int, Field(gt=0)] = 1
+    expert: Annotated[int, Field(gt=0)] = Field(default=1, exclude_if=lambda size: size == 1)
     sequence_parallel: bool = False
     """Norms and boundaries hold 1/tensor of the tokens."""
 
@@ -190,14 +194,52 @@ def layer_operations(
     if module.kind == "dit":
         operations += _cross_attention(module, size, parallel, sizes)
         operations += _layer_modulation(module, size, sizes)
-    operations += [
-        _elementwise("mlp_norm", sizes, between, hidden, 2),
-        _linear("mlp_in", sizes, hidden, gate * ffn),
-        _elementwise("mlp_activation", sizes, sizes.rows, ffn / sizes.tensor, gate + 1),
-        _linear("mlp_out", sizes, ffn, hidden, divides_inputs=True, reduced_bytes=joined),
-        _elementwise("mlp_residual", sizes, between, hidden, residual_tensors),
-    ]
+    operations.append(_elementwise("mlp_norm", sizes, between, hidden, 2))
+    if module.experts is not None:
+        operations += _experts(module.experts, hidden, sizes, joined)
+    else:
+        operations += [
+            _linear("mlp_in", sizes, hidden, gate * ffn),
+            _elementwise("mlp_activation", sizes, sizes.rows, ffn / sizes.tensor, gate + 1),
+            _linear("mlp_out", sizes, ffn, hidden, divides_inputs=True, reduced_bytes=joined),
+        ]
+    operations.append(_elementwise("mlp_residual", sizes, between, hidden, residual_tensors))
     return tuple(operations)
+
+
+def _experts(
+    experts: ExpertsShape, hidden: int, sizes: _Sizes, joined_bytes: float
+) -> list[Operation]:
+    """The router, whole on every rank; the experts' gated MLPs; the shared one."""
+    whole, routed = sizes._replace(tensor=1), experts.top_k * sizes.rows
+    ffn, between = experts.ffn_hidden_size, sizes.rows_between
+    shared = experts.shared_ffn_hidden_size
+    operations = [
+        _linear("router", whole, hidden, experts.num_experts, rows=between),
+        _elementwise("dispatch", sizes, experts.top_k * between, hidden, 2),
+        _linear("experts_in", sizes, hidden, 2 * ffn, rows=routed),
+        _elementwise("experts_activation", sizes, routed, ffn / sizes.tensor, 3),
+        _linear(
+            "experts_out",
+            sizes,
+            ffn,
+            hidden,
+            rows=routed,
+            divides_inputs=True,
+            reduced_bytes=experts.top_k * joined_bytes,
+        ),
+        _elementwise("combine", sizes, experts.top_k * between, hidden, 2),
+    ]
+    if shared is None:
+        return operations
+    return [
+        *operations,
+        _linear("shared_in", sizes, hidden, 2 * shared),
+        _elementwise("shared_activation", sizes, sizes.rows, shared / sizes.tensor, 3),
+        _linear(
+            "shared_out", sizes, shared, hidden, divides_inputs=True, reduced_bytes=joined_bytes
+        ),
+    ]
 
 
 def _adapter(module: ModuleShape, sizes: _Sizes) -> list[Operation]:

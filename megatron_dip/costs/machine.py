@@ -46,6 +46,8 @@ class ClusterConfig(Form):
     gpus_per_node: Positive = 8
     tensor_parallel: Positive = 1
     context_parallel: Positive = 1
+    expert_parallel: Positive = 1
+    """Ranks of different replicas among which experts are divided."""
     pipeline_parallel: Positive
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
@@ -63,6 +65,11 @@ class ClusterConfig(Form):
                 f"num_gpus {self.num_gpus} is not a multiple of tensor_parallel x context_parallel "
                 f"x pipeline_parallel = {self.num_model_gpus}"
             )
+        if self.data_parallel % self.expert_parallel:
+            raise ValueError(
+                f"expert_parallel {self.expert_parallel} does not divide the {self.data_parallel} "
+                f"replicas of the model"
+            )
         return self
 
     @property
@@ -79,6 +86,7 @@ class ClusterConfig(Form):
         return Parallelism(
             tensor=self.tensor_parallel,
             context=self.context_parallel,
+            expert=self.expert_parallel,
             sequence_parallel=self.sequence_parallel,
         )
 
@@ -130,6 +138,7 @@ def cluster_builder(
     parallel = cluster.parallel
     for module in model.modules:
         _check_division(module, parallel.tensor)
+        _check_experts(module, parallel.expert, has_profile=profile is not None)
     device = cluster.device()
     times: LayerTimes
     if profile is None:
@@ -172,12 +181,28 @@ def _check_division(module: ModuleShape, tensor: int) -> None:
             )
 
 
+def _check_experts(module: ModuleShape, expert: int, *, has_profile: bool) -> None:
+    if module.experts is None:
+        return
+    if module.experts.num_experts % expert:
+        raise ConfigError(
+            f"expert_parallel {expert} does not divide {module.name}.experts.num_experts "
+            f"{module.experts.num_experts}"
+        )
+    if has_profile:
+        raise ConfigError(
+            f"{module.name} has experts, whose layers cannot be measured yet (leave the profile "
+            f"out: times are then computed from rates)"
+        )
+
+
 def config_builder(
     config: DipConfig,
     *,
     is_fp32: bool,
     is_unfused: bool = False,
     num_tensor_ranks: int = 1,
+    num_expert_ranks: int = 1,
     sequence_parallel: bool = False,
 ) -> ProblemBuilder:
     """Problems of a run: at the times of ``schedule.costs.profile``, or at constant rates.
@@ -186,7 +211,12 @@ def config_builder(
         ConfigError: The profile cannot be read, or was measured at other shapes or precision.
     """
     schedule = config.schedule
-    parallel = Parallelism(tensor=num_tensor_ranks, sequence_parallel=sequence_parallel)
+    parallel = Parallelism(
+        tensor=num_tensor_ranks, expert=num_expert_ranks, sequence_parallel=sequence_parallel
+    )
+    for module in config.model_shape().modules:
+        has_profile = schedule.costs.profile is not None
+        _check_experts(module, num_expert_ranks, has_profile=has_profile)
     memory = MemoryModel(parallel=parallel, is_fp32=is_fp32, is_unfused=is_unfused)
     times: LayerTimes
     if schedule.costs.profile is not None:

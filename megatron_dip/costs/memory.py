@@ -48,18 +48,20 @@ class MemoryModel:
         """Of weights and activations."""
         return _FP32_BYTES if self.is_fp32 else _BF16_BYTES
 
-    def bytes_per_weight(self, *, trainable: bool) -> float:
-        """Weight, gradient and optimizer state together."""
+    def bytes_per_weight(self, *, trainable: bool, shards: int | None = None) -> float:
+        """Weight, gradient and optimizer state together; ``shards`` ranks share the latter."""
         if not trainable:
             return self.bytes_per_value
         # In fp32 the weight is its own master copy.
         state = _ADAM_BYTES if self.is_fp32 else _ADAM_BYTES + _FP32_BYTES
-        return self.bytes_per_value + _FP32_BYTES + state / self.optimizer_shards
+        return self.bytes_per_value + _FP32_BYTES + state / (shards or self.optimizer_shards)
 
     def layer_static_bytes(self, module: ModuleShape) -> int:
         """One layer."""
-        divided = module.layer_linear_parameters() / self.parallel.tensor
+        experts = module.layer_expert_parameters()
+        divided = (module.layer_linear_parameters() - experts) / self.parallel.tensor
         own = self._static_bytes(module, divided + module.layer_other_parameters())
+        own += self._expert_bytes(module, experts / self.parallel.tensor / self.parallel.expert)
         return own + self._adapter_bytes(module, module.adapter_parameters())
 
     def first_static_bytes(self, module: ModuleShape) -> int:
@@ -76,6 +78,12 @@ class MemoryModel:
 
     def _static_bytes(self, module: ModuleShape, num_weights: float) -> int:
         return round(num_weights * self.bytes_per_weight(trainable=module.trains_layers))
+
+    def _expert_bytes(self, module: ModuleShape, num_weights: float) -> int:
+        """Weights of experts, of which fewer replicas hold a copy."""
+        shards = max(1, self.optimizer_shards // self.parallel.expert)
+        per_weight = self.bytes_per_weight(trainable=module.trains_layers, shards=shards)
+        return round(num_weights * per_weight)
 
     def _adapter_bytes(self, module: ModuleShape, num_weights: int) -> int:
         """Adapters and neck, which are whole on every rank."""
@@ -128,6 +136,11 @@ class MemoryModel:
         context_rows = size.context_tokens / self.parallel.tensor
         # Norm inputs; queries, keys, values and output of attention; the MLP before activation.
         between = 2 * hidden
+        if module.experts is not None:
+            ffn = module.experts.top_k * module.experts.ffn_hidden_size
+            ffn += module.experts.shared_ffn_hidden_size or 0
+            # Rows in the order of their experts, before and after; the router's probabilities.
+            between += 2 * module.experts.top_k * hidden + module.experts.num_experts
         inside = 2 * hidden + 2 * grouped + (2 if module.is_gated else 1) * ffn
         context = 0
         if module.adapter is not None:

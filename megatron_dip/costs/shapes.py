@@ -10,7 +10,7 @@ A model is a list of modules, upstream modules first.  Three kinds of layer exis
   GELU, AdaLN modulation; patch embedding, caption projection and timestep embedding before the
   first layer, the output layer after the last.
 
-Mixture-of-experts layers and tied embeddings are not modelled.
+A ``causal`` layer may have experts in place of its MLP.  Tied embeddings are not modelled.
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron_dip.forms import Form
 
 __all__ = [
     "AdapterShape",
+    "ExpertsShape",
     "ModelShape",
     "ModuleShape",
     "NeckShape",
@@ -68,6 +69,24 @@ class AdapterShape(Form):
         up = hidden_size * (self.bottleneck // self.num_groups) + hidden_size
         router = NUM_EXPERTS * (hidden_size + 1)
         return down + NUM_EXPERTS * up + router
+
+
+class ExpertsShape(Form):
+    """Several MLPs in every layer, of which a router picks some for every token."""
+
+    num_experts: Positive
+    top_k: Positive = 2
+    """Experts that a token goes to."""
+    ffn_hidden_size: Positive
+    """Of one expert."""
+    shared_ffn_hidden_size: Positive | None = None
+    """Of an MLP beside them that all tokens go through."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}")
+        return self
 
 
 class NeckShape(Form):
@@ -117,6 +136,8 @@ class ModuleShape(Form):
     """Of ``vit`` and ``causal`` modules whose layers are frozen and tuned through adapters."""
     neck: NeckShape | None = None
     """Of ``causal`` modules with adapters."""
+    experts: ExpertsShape | None = None
+    """Of ``causal`` modules: what every layer has in place of its MLP."""
     modulation: Literal["shared", "per_layer"] = "shared"
     """Of ``dit`` modules: one modulation network for all layers and a table per layer
     (AdaLN-single, arXiv 2310.00426), or one network in every layer (AdaLN-Zero, arXiv 2212.09748).
@@ -143,6 +164,8 @@ class ModuleShape(Form):
             raise ValueError(f"projector belongs to vit modules (this one is {self.kind})")
         if self.adapter is not None and self.kind == "dit":
             raise ValueError("adapter belongs to vit and causal modules (this one is dit)")
+        if self.experts is not None and (self.kind != "causal" or self.adapter is not None):
+            raise ValueError("experts belong to causal modules without adapters")
         if self.neck is not None and (self.kind != "causal" or self.adapter is None):
             raise ValueError("neck belongs to causal modules with adapters")
         return self
@@ -184,14 +207,24 @@ class ModuleShape(Form):
         hidden, ffn = self.hidden_size, self.ffn_hidden_size
         attention = 2 * hidden * hidden + 2 * hidden * self.key_value_size
         cross = 4 * hidden * hidden if self.kind == "dit" else 0
+        if self.experts is not None:
+            shared = 3 * hidden * (self.experts.shared_ffn_hidden_size or 0)
+            return attention + shared + self.layer_expert_parameters()
         return attention + cross + (3 if self.is_gated else 2) * hidden * ffn
 
+    def layer_expert_parameters(self) -> int:
+        """Those of ``layer_linear_parameters`` that expert parallelism divides as well."""
+        if self.experts is None:
+            return 0
+        return 3 * self.hidden_size * self.experts.ffn_hidden_size * self.experts.num_experts
+
     def layer_other_parameters(self) -> int:
-        """Norms, biases and modulation of one layer."""
+        """Norms, biases, router and modulation of one layer."""
         hidden, ffn = self.hidden_size, self.ffn_hidden_size
         if self.kind == "causal":
             bias = hidden + 2 * self.key_value_size if self.qkv_bias else 0
-            return 2 * hidden + bias
+            router = hidden * self.experts.num_experts if self.experts is not None else 0
+            return 2 * hidden + bias + router
         biases = 2 * hidden + 2 * self.key_value_size + hidden + ffn
         if self.kind == "vit":
             return biases + 4 * hidden

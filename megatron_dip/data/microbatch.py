@@ -123,6 +123,8 @@ class LanguageBatch(Movable):
     """Of the WHOLE microbatch, also where this is a part of it."""
     media: tuple[tuple[str, int], ...] | None = None
     """Where not only images are read: module and item of all features that fill ``image_rows``."""
+    padding: Tensor | None = None
+    """``[T]`` bool: rows that only fill a sequence up; None where there are none."""
 
     @property
     def num_tokens(self) -> int:
@@ -151,6 +153,16 @@ class LanguageBatch(Movable):
             position_ids=torch.cat([self.position_ids, positions]),
             loss_mask=torch.cat([self.loss_mask, self.loss_mask.new_zeros(missing)]),
             span_lengths=(*self.span_lengths, missing),
+            padding=torch.cat([self.is_padding, zeros == 0]),
+        )
+
+    @property
+    def is_padding(self) -> Tensor:
+        """``padding``, also where there is none."""
+        return (
+            torch.zeros_like(self.tokens, dtype=torch.bool)
+            if self.padding is None
+            else self.padding
         )
 
 
@@ -290,6 +302,9 @@ class VlmMicrobatch(Microbatch):
             image_rows=_concatenate(rows, torch.int64),
             images=tuple(image for part in parts for image in part.images),
             items=tuple(item for part in parts for item in part.items),
+            padding=None
+            if all(part.padding is None for part in parts)
+            else torch.cat([part.is_padding for part in parts]),
             num_loss_tokens=self.num_loss_tokens,
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_dip.config import DipConfig, load_config
 from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.integration.expert_rules import check_expert_arguments
 from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
 
 __all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments"]
@@ -77,12 +78,6 @@ _SCHEDULE_RULES = (
         destination="context_parallel_size",
         allowed=(1,),
         remedy="use 1; tensor parallelism with --sequence-parallel also divides the activations",
-    ),
-    Rule(
-        flag="--expert-model-parallel-size",
-        destination="expert_model_parallel_size",
-        allowed=(1,),
-        remedy="use 1; expert groups would span replicas that run different plans",
     ),
     Rule(
         flag="--ckpt-format",
@@ -186,6 +181,7 @@ class ArgumentValidation:
             config = load_config(config_path)
             explicit = self._explicit_arguments()
             _apply_config(args, config_path, config, explicit)
+            check_expert_arguments(args, config_path, config)
             _complete_evaluation(args, explicit)
             if getattr(args, "dip_schedule", False):
                 _check_num_ranks(args, config)

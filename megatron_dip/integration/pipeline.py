@@ -12,14 +12,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from megatron_dip.config import DipConfig, build_partition
-from megatron_dip.costs import ItemSizes, config_builder
+from megatron_dip.costs import config_builder
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
 from megatron_dip.integration.trace import write_record
 from megatron_dip.partition import Partition
 from megatron_dip.planner import PlannerSettings
 from megatron_dip.report.steps import StepRecord
 from megatron_dip.runtime import (
-    Batch,
     BoundaryRules,
     Channels,
     PlanAgreement,
@@ -32,7 +31,7 @@ from megatron_dip.runtime import (
     pipeline_channels,
 )
 
-__all__ = ["DipPipeline"]
+__all__ = ["DipPipeline", "connected_groups"]
 
 # Above what training has (0), so that a planner gets what training leaves of a shared core.
 _PLANNER_NICE = 10
@@ -68,6 +67,7 @@ class DipPipeline:
             is_fp32=transformer_config.params_dtype == torch.float32,
             is_unfused=transformer_config.transformer_impl == "local",
             num_tensor_ranks=mpu.get_tensor_model_parallel_world_size(),
+            num_expert_ranks=mpu.get_expert_model_parallel_world_size(),
             sequence_parallel=transformer_config.sequence_parallel,
         )
         self.boundaries = boundaries
@@ -76,13 +76,18 @@ class DipPipeline:
         channels = pipeline_channels(self.partition, upstream)
         pipelines = _gather_distinct(own_pipeline)
         groups = create_channel_groups(channels, pipelines, timeout_seconds)
-        agreement = PlanAgreement(self.partition, _create_plan_group(timeout_seconds, "plans"))
+        replica = dist.get_process_group_ranks(mpu.get_model_parallel_group())
+        self.writes_records = dist.get_rank() == replica[0]
+        """Whether this rank writes what concerns its whole replica."""
+        agreement = _create_agreement(self.partition, replica, timeout_seconds)
         self.is_plan_owner = agreement.is_owner
         service = self._create_service(planner_cores) if self.is_plan_owner else None
-        self.plans = PlanAhead(self._batch, agreement, service)
+        self.plans = PlanAhead(lambda: self._problems, agreement, service)
         """The plans of batches to come; the same calls on all ranks."""
         self.feedback = StepFeedback(
-            self.partition, _create_plan_group(timeout_seconds, "times"), self.rank
+            self.partition,
+            _create_group(_gather_distinct(replica), timeout_seconds, "times"),
+            self.rank,
         )
         self.channels = Channels(
             rank=self.rank,
@@ -91,9 +96,6 @@ class DipPipeline:
             device=device,
             timeout_seconds=timeout_seconds,
         )
-
-    def _batch(self, microbatches: tuple[ItemSizes, ...]) -> Batch:
-        return Batch(microbatches, self._problems.build(microbatches))
 
     def follow(self, step: MeasuredStep) -> None:
         """Use and record what the step before this one has measured; the last one's own, too."""
@@ -111,7 +113,7 @@ class DipPipeline:
             return
         if mpu.get_data_parallel_rank() == mpu.get_data_parallel_world_size() - 1:
             log_step(record)
-        if self.is_plan_owner:
+        if self.writes_records:
             write_record(record)
 
     def _create_service(self, planner_cores: Sequence[int]) -> PlanService:
@@ -144,13 +146,50 @@ def _gather_distinct(ranks: Sequence[int]) -> list[list[int]]:
     return [list(ranks) for ranks in sorted({tuple(ranks) for ranks in gathered})]
 
 
-def _create_plan_group(timeout_seconds: float, use: str) -> dist.ProcessGroup:
-    """A CPU group of all ranks that run one plan: the tensor and pipeline peers of a replica."""
-    own = dist.get_process_group_ranks(mpu.get_model_parallel_group())
+def _create_agreement(
+    partition: Partition, replica: Sequence[int], timeout_seconds: float
+) -> PlanAgreement:
+    """Of all ranks that run one plan: those of a replica, and of all that it shares experts with.
+
+    Args:
+        replica: The tensor and pipeline peers of this rank.
+    """
+    replicas = _gather_distinct(replica)
+    experts = dist.get_process_group_ranks(mpu.get_expert_tensor_and_model_parallel_group())
+    groups = connected_groups([*replicas, *_gather_distinct(experts)])
+    own = next(group for group in groups if dist.get_rank() in group)
+    sharing = [members for members in replicas if members[0] in own]
+    return PlanAgreement(
+        partition,
+        _create_group(groups, timeout_seconds, "plans"),
+        leaders=[own.index(members[0]) for members in sharing],
+        replica=sharing.index(list(replica)),
+    )
+
+
+def connected_groups(parts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The ranks that belong together because some of ``parts`` hold them in common, each once."""
+    groups: list[set[int]] = []
+    for part in parts:
+        joined = set(part)
+        apart = []
+        for group in groups:
+            if joined.isdisjoint(group):
+                apart.append(group)
+            else:
+                joined |= group
+        groups = [*apart, joined]
+    return sorted(sorted(group) for group in groups)
+
+
+def _create_group(
+    groups: Sequence[Sequence[int]], timeout_seconds: float, use: str
+) -> dist.ProcessGroup:
+    """The CPU group of this rank among ``groups``, which all ranks of the world make."""
     result: dist.ProcessGroup | None = None
-    for members in _gather_distinct(own):
+    for members in groups:
         group = dist.new_group(
-            members,
+            list(members),
             timeout=timedelta(seconds=timeout_seconds),
             backend="gloo",
             group_desc=f"dip: {use}",

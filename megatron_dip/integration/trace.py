@@ -44,12 +44,12 @@ def trace_step(pipeline: "DipPipeline", step: MeasuredStep) -> None:
     step.recorder.finish()
     planning = {"planning": step.planning} if step.planning else {}
     _write(directory, "dip", step.recorder, step.start_us, step.recorder.now_us(), **planning)
-    if pipeline.is_plan_owner:
+    if pipeline.writes_records:
         save_plan(step.plan, directory / f"plan-replica{_replica()}-{step.iteration:06d}.json")
 
 
 def write_record(record: StepRecord) -> None:
-    """Append the record of a step; called by the plan owner."""
+    """Append the record of a step; called by one rank of a replica."""
     directory = trace_folder()
     if directory is not None:
         with open(record_path(directory, _replica()), "a", encoding="utf-8") as file:

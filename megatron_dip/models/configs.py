@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.config.modules import TransformerSizes
+from megatron_dip.costs.shapes import ExpertsShape
 from megatron_dip.errors import UnsupportedError
 
 __all__ = [
@@ -47,6 +48,17 @@ _OF_THE_RUN = (
     "init_model_with_meta_device", "calculate_per_token_loss",
 )  # fmt: skip
 
+# What the run says of experts; how many there are, and how large, is the module's own.
+_EXPERTS_OF_THE_RUN = (
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "moe_token_dispatcher_type",
+    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
+    "moe_router_num_groups", "moe_router_group_topk", "moe_router_dtype",
+    "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_router_fusion",
+    "moe_permute_fusion", "moe_apply_probs_on_input", "moe_shared_expert_gate",
+    "moe_per_layer_logging",
+)  # fmt: skip
+
 # How Megatron's own schedule places the layers of the language module, as its command line says.
 _PLACEMENT = (
     "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
@@ -54,8 +66,17 @@ _PLACEMENT = (
 )  # fmt: skip
 
 
-def _of_the_run(base: TransformerConfig) -> dict[str, Any]:
-    return {name: getattr(base, name) for name in _OF_THE_RUN if hasattr(base, name)}
+def _of_the_run(base: TransformerConfig, names: tuple[str, ...] = _OF_THE_RUN) -> dict[str, Any]:
+    return {name: getattr(base, name) for name in names if hasattr(base, name)}
+
+
+def _of_experts(base: TransformerConfig, experts: ExpertsShape) -> dict[str, Any]:
+    return _of_the_run(base, _EXPERTS_OF_THE_RUN) | {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.top_k,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+    }
 
 
 def make_language_config(
@@ -64,12 +85,14 @@ def make_language_config(
     num_query_groups: int | None = None,
     kv_channels: int | None = None,
     qkv_bias: bool = False,
+    experts: ExpertsShape | None = None,
     **sizes: Unpack[TransformerSizes],
 ) -> TransformerConfig:
     """A backbone like those of Llama and Qwen: RMSNorm, SwiGLU, rotary positions, no biases.
 
     ``kv_channels`` are channels per head, by default ``hidden_size / num_attention_heads``.
     ``qkv_bias``: biases of queries, keys and values alone, as Qwen2.5 has them.
+    ``experts``: what every layer has in place of its MLP.
     """
     return TransformerConfig(
         **_of_the_run(base)
@@ -83,6 +106,7 @@ def make_language_config(
             "add_bias_linear": False,
             "add_qkv_bias": qkv_bias,
             "apply_rope_fusion": base.apply_rope_fusion,
+            **(_of_experts(base, experts) if experts is not None else {}),
             **{name: getattr(base, name) for name in _PLACEMENT},
         }
     )

@@ -3,7 +3,8 @@
 Every parameter is drawn in full from a generator of its own, seeded by the run's seed and the
 parameter's global name; a tensor-parallel rank keeps its shard.  Runs with other cuts, pipeline
 sizes or tensor-parallel sizes then start from the same weights.  The cost: each rank draws the
-full tensors of its parameters, in 32 bits, on the CPU, one at a time.
+full tensors of its parameters, in 32 bits, on the CPU, one at a time.  Experts are named by their
+numbers among all experts, so that it makes no difference how they are divided among ranks.
 
 Which distribution a weight has stays Megatron's choice: ``init_method`` of the module's config,
 ``output_layer_init_method`` (scaled by depth) for the last linear layer of each residual branch,
@@ -12,9 +13,11 @@ A stage may name other distributions for parameters that Megatron does not know.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 
 import torch
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor
@@ -30,12 +33,15 @@ __all__ = [
 ]
 
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+_LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _HEAD = "language_model.output_layer.weight"
 
 
 def named_global_parameters(stage: StageModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a stage by names in which layers have their global numbers, from 0.
+    """The parameters of a stage by names in which layers and experts have their global numbers.
+
+    Both are counted from 0.
 
     A head that shares its weight with the embedding has the embedding's name.
     """
@@ -44,7 +50,16 @@ def named_global_parameters(stage: StageModule) -> Iterator[tuple[str, torch.nn.
         if isinstance(module, BaseTransformerLayer):
             block = name.rsplit(".", 1)[0]
             renamed[f"{name}."] = f"{block}.{module.layer_number - 1}."
+    first_expert = {
+        f"{name}.experts.": module.local_expert_indices[0]
+        for name, module in stage.named_modules()
+        if isinstance(module, BaseMoELayer)
+    }
     for name, parameter in stage.named_parameters():
+        for prefix, first in first_expert.items():
+            if name.startswith(prefix):
+                name = _with_global_expert(name, first)
+                break
         for local_prefix, global_prefix in renamed.items():
             if name.startswith(local_prefix):
                 name = global_prefix + name[len(local_prefix) :]
@@ -70,10 +85,9 @@ def initialize_parameters(stage: StageModule, seed: int) -> None:
             continue
         if init_method is None:
             init_method = _init_method(name, _config_of(stage, name))
-        full = _draw(init_method, _full_shape(parameter, stage.tp_group.size()), f"{seed}:{name}")
-        shard = tensor_parallel_shard(
-            full, parameter, rank=stage.tp_group.rank(), size=stage.tp_group.size()
-        )
+        group = stage.pg_collection.expt_tp if _is_expert(name) else stage.tp_group
+        full = _draw(init_method, _full_shape(parameter, group.size()), f"{seed}:{name}")
+        shard = tensor_parallel_shard(full, parameter, rank=group.rank(), size=group.size())
         parameter.data.copy_(shard)
 
 
@@ -135,14 +149,27 @@ def _draw(init_method: Callable[[Tensor], object], shape: tuple[int, ...], key: 
     return full
 
 
+def _is_expert(name: str) -> bool:
+    """Whether a weight is one of those that are divided among expert-parallel ranks."""
+    return ".mlp.experts." in name
+
+
+def _with_global_expert(name: str, first: int) -> str:
+    """``name`` with the number among all experts; this rank's are numbered from ``first``."""
+    return _LOCAL_EXPERT.sub(lambda found: f".local_experts.{int(found[1]) + first}.", name)
+
+
 def _config_of(stage: StageModule, name: str) -> TransformerConfig:
     part: TransformerConfig = getattr(stage, name.split(".", 1)[0]).config
     return part
 
 
 def _init_method(name: str, config: TransformerConfig) -> Callable[[Tensor], object]:
-    if ".experts." in name:
-        raise UnsupportedError(f"no layout-independent initial value for the expert weight {name}")
+    if _is_expert(name) and _LOCAL_EXPERT.search(name) is None:
+        raise UnsupportedError(
+            f"no layout-independent initial value for the weight {name} of several experts (leave "
+            f"--moe-grouped-gemm out)"
+        )
     if name.endswith(_RESIDUAL_OUTPUTS):
         method: Callable[[Tensor], object] = config.output_layer_init_method
     elif name == _EMBEDDING:

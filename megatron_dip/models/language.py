@@ -9,6 +9,7 @@ Notation: T tokens, M image rows, H the hidden size.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Unpack
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dip.errors import UnsupportedError
 from megatron_dip.models.attention import SpanParams, span_params
 from megatron_dip.models.layers import block_submodules, set_recomputed_layers
 from megatron_dip.models.stage import StageLayers, StageModule, pad_rows
@@ -59,6 +61,15 @@ def build_backbone(
         )
 
 
+def counts_rows(config: TransformerConfig) -> bool:
+    """Whether the routers of experts count or average over rows, and must leave out padding."""
+    if config.num_moe_experts is None:
+        return False
+    coefficients = config.moe_aux_loss_coeff
+    total = sum(coefficients) if isinstance(coefficients, list) else coefficients
+    return bool(total or config.moe_z_loss_coeff or config.moe_router_enable_expert_bias)
+
+
 class LanguageStage(StageModule):
     """Layers ``[first_layer, first_layer + num_layers)`` of the language backbone.
 
@@ -74,6 +85,7 @@ class LanguageStage(StageModule):
 
     Raises:
         PartitionError: The module does not have these layers.
+        UnsupportedError: Routers would count padding.
     """
 
     def __init__(
@@ -89,6 +101,13 @@ class LanguageStage(StageModule):
     ) -> None:
         super().__init__(config, **layers)
         self.share_embeddings_and_output_weights = tie_embeddings
+        self._masks_padding = counts_rows(config)
+        if self._masks_padding and "padding_mask" not in signature(GPTModel.forward).parameters:
+            raise UnsupportedError(
+                "this Megatron cannot tell a router which rows are padding: set "
+                "--moe-aux-loss-coeff 0, and leave --moe-z-loss-coeff and "
+                "--moe-router-enable-expert-bias out"
+            )
         self.language_model = build_backbone(
             self,
             vocab_size=vocab_size,
@@ -128,6 +147,8 @@ class LanguageStage(StageModule):
         model = self.language_model
         set_recomputed_layers(model.decoder, recompute_layers)
         model.set_input_tensor(hidden)
+        # Not every Megatron has this argument, so it is given only where it means something.
+        padding = {"padding_mask": self._padding(batch, num_rows)} if self._masks_padding else {}
         labels = pad_rows(batch.labels, num_rows).unsqueeze(0) if self.post_process else None
         output: Tensor = model(
             input_ids=None,
@@ -136,9 +157,17 @@ class LanguageStage(StageModule):
             decoder_input=hidden,
             labels=labels,
             packed_seq_params=self._spans(batch, num_rows, hidden.device),
+            **padding,
         )
         model.set_input_tensor(None)
         return output.reshape(-1)[: len(batch.tokens)] if self.post_process else output
+
+    def _padding(self, batch: "LanguageBatch", num_rows: int) -> Tensor:
+        """``[1, rows of this rank]`` bool: those that a router must not count."""
+        own = num_rows // self.num_shards
+        filled = batch.is_padding.new_ones(num_rows)
+        filled[: len(batch.tokens)] = batch.is_padding
+        return filled.split(own)[self.tp_group.rank() if self.num_shards > 1 else 0].unsqueeze(0)
 
     def _spans(self, batch: "LanguageBatch", num_rows: int, device: torch.device) -> SpanParams:
         """What every layer is told about the rows."""

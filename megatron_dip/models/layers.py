@@ -149,21 +149,23 @@ def block_submodules(
     """What a ``TransformerBlock`` of ``num_layers`` layers is built from.
 
     Raises:
-        UnsupportedError: Experts, or an attention that is not plain self-attention.
+        UnsupportedError: Attention that is not plain self-attention.
     """
-    if config.num_moe_experts is not None or config.multi_latent_attention:
+    if config.multi_latent_attention:
         raise UnsupportedError(
-            "mixture-of-experts layers and multi-latent attention are not supported yet: "
-            "unset num_moe_experts and multi_latent_attention"
+            "multi-latent attention is not supported yet: unset multi_latent_attention"
         )
+    experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if uses_transformer_engine(config):
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_submodules(
+            qk_layernorm=config.qk_layernorm, **experts
+        )
         final_norm: Any = TENorm
     else:
         layer = get_gpt_layer_local_submodules(
-            normalization=config.normalization, qk_layernorm=config.qk_layernorm
+            normalization=config.normalization, qk_layernorm=config.qk_layernorm, **experts
         )
         layer.input_layernorm = layer.pre_mlp_layernorm = build_torch_norm
         attention = layer.self_attention.submodules

@@ -72,8 +72,7 @@ class Message(NamedTuple):
         source, target = action.stage, action.peer
         if action.type.is_receive:
             source, target = target, source
-        gradient = action.type in (ActionType.SEND_BACKWARD, ActionType.RECV_BACKWARD)
-        return cls(source, target, action.microbatch, action.sub, gradient)
+        return cls(source, target, action.microbatch, action.sub, action.type.moves_gradient)
 
 
 class PipelineGraph:

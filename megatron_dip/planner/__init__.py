@@ -1,6 +1,8 @@
 """Planning: from a batch problem and a partition to a plan."""
 
+from megatron_dip.planner.batch import Batch, BatchSizes
 from megatron_dip.planner.dual_queue import Priority, default_priority, order_dual_queue
+from megatron_dip.planner.joint import joint_problem, restrict_plan
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
 from megatron_dip.planner.planner import Algorithm, WhenInfeasible, make_plan, plan_from_order
 from megatron_dip.planner.rounds import PlannerSettings, RoundPlan, plan_in_rounds
@@ -9,6 +11,8 @@ from megatron_dip.planner.sub_microbatches import form_sub_microbatches
 
 __all__ = [
     "Algorithm",
+    "Batch",
+    "BatchSizes",
     "PlannerSettings",
     "Priority",
     "RoundPlan",
@@ -16,11 +20,13 @@ __all__ = [
     "WhenInfeasible",
     "default_priority",
     "form_sub_microbatches",
+    "joint_problem",
     "make_plan",
     "order_dual_queue",
     "order_one_f_one_b",
     "plan_from_order",
     "plan_in_rounds",
+    "restrict_plan",
     "schedule_by_default",
     "search_schedule",
 ]

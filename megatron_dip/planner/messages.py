@@ -7,8 +7,9 @@ import pickle
 import struct
 from dataclasses import dataclass
 
-from megatron_dip.costs import ItemSizes, ProblemBuilder
+from megatron_dip.costs import ProblemBuilder
 from megatron_dip.partition import Partition
+from megatron_dip.planner.batch import BatchSizes
 from megatron_dip.planner.rounds import PlannerSettings
 
 __all__ = [
@@ -40,7 +41,8 @@ class Request:
     """To the worker: plan this batch."""
 
     number: int
-    microbatches: tuple[ItemSizes, ...]
+    replicas: tuple[BatchSizes, ...]
+    """Those that share the plan."""
     limit_ms: float
 
 

@@ -11,7 +11,7 @@ from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import Partition
 from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.plan.lowering import lower
-from megatron_dip.plan.plan import Plan, Recompute
+from megatron_dip.plan.plan import Estimate, Plan, Recompute
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner.evaluator import Budget
 from megatron_dip.planner.greedy import GreedySchedule
@@ -24,7 +24,14 @@ from megatron_dip.simulator.simulate import ComputeOrder, Simulation, simulate_o
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
 from megatron_dip.workload import Problem
 
-__all__ = ["Algorithm", "Search", "WhenInfeasible", "make_plan", "plan_from_order"]
+__all__ = [
+    "Algorithm",
+    "Search",
+    "WhenInfeasible",
+    "estimate_simulation",
+    "make_plan",
+    "plan_from_order",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -185,15 +192,20 @@ def plan_from_order(
 
 
 def _finish(simulation: Simulation, recompute: Sequence[Recompute]) -> Plan:
-    table, graph = simulation.table, simulation.table.graph
-    # The bound is one for every schedule, so it knows no recomputation.
-    bare = table.with_recompute(np.zeros_like(table.num_recomputed))
-    bound_us = lower_bound_us(bare, split_backward=simulation.has_split_backward)
+    graph = simulation.table.graph
     plan = Plan.of_graph(
         graph,
         lower(graph, simulation.completion_order),
         recompute=tuple(recompute),
-        estimate=simulation.estimate(bound_us),
+        estimate=estimate_simulation(simulation),
     )
     validate_plan(plan)
     return plan
+
+
+def estimate_simulation(simulation: Simulation) -> Estimate:
+    """What a plan says of itself."""
+    table = simulation.table
+    # The bound is one for every schedule, so it knows no recomputation.
+    bare = table.with_recompute(np.zeros_like(table.num_recomputed))
+    return simulation.estimate(lower_bound_us(bare, split_backward=simulation.has_split_backward))

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_dip.plan import Plan, pack_plan
+from megatron_dip.plan import Plan
+from megatron_dip.planner.batch import Batch
 from megatron_dip.planner.messages import (
     Failed,
     Forget,
@@ -69,13 +70,13 @@ class _Worker:
         self._warnings.texts.clear()
         sent: Plan | None = None
         try:
-            problem = self._setup.builder.build(request.microbatches)
+            batch = Batch.of(self._setup.builder, request.replicas)
             for found in plan_in_rounds(
-                problem, self._setup.partition, self._setup.settings, request.limit_ms
+                batch.problem, self._setup.partition, self._setup.settings, request.limit_ms
             ):
                 planned = Planned(
                     number=request.number,
-                    packed=b"" if found.plan is sent else pack_plan(found.plan),
+                    packed=b"" if found.plan is sent else batch.pack(found.plan),
                     is_last=found.is_last,
                     is_searched=found.is_searched,
                     planning_ms=(time.monotonic() - started) * 1000,

@@ -6,7 +6,6 @@ from megatron_dip.runtime.channels import Channels, create_channel_groups, pipel
 from megatron_dip.runtime.executor import Executor
 from megatron_dip.runtime.plan_ahead import PlanAhead
 from megatron_dip.runtime.plan_service import (
-    Batch,
     ObtainedPlan,
     Origin,
     PlanCounts,
@@ -27,7 +26,6 @@ from megatron_dip.runtime.runner import (
 from megatron_dip.runtime.timeline import MeasuredSpan, Recorder, create_recorder
 
 __all__ = [
-    "Batch",
     "BoundaryRule",
     "BoundaryRules",
     "Channels",

@@ -1,4 +1,7 @@
-"""One plan on every rank of a pipeline: the owner's plan is broadcast, and all ranks compare.
+"""One plan on every rank that shares it: the owner's plan is broadcast, and all ranks compare.
+
+The ranks are those of one pipeline, or of several replicas whose layers meet (experts divided among
+them); each replica then runs the plan restricted to what its own batch has.
 
 At the end of a step the owner offers the plan of the next one, if there is one: the broadcast runs
 while gradients are reduced and the optimizer steps.  At the start of a step all ranks gather the
@@ -7,8 +10,9 @@ decides by itself what to run.  A rank whose data, configuration or plan differs
 raise the same error before the first action of the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +20,7 @@ import torch.distributed as dist
 from megatron_dip.errors import ChannelError, PlanDigestError, PlanningError
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Plan, plan_digest, unpack_plan
+from megatron_dip.planner import BatchSizes, restrict_plan
 from megatron_dip.runtime.channels import transfer_failure_reason
 from megatron_dip.workload import Problem
 
@@ -33,6 +38,7 @@ class _Received:
     """A plan as it arrived, and what it is for this rank."""
 
     packed: bytes
+    replica: int
     problem: Problem | None = None
     plan: Plan | None = None
     difference: str = ""
@@ -41,7 +47,7 @@ class _Received:
     def is_for(self, problem: Problem, partition: Partition) -> bool:
         """Whether it is a plan for this batch; unpacks it."""
         if self.plan is None or self.problem is not problem:
-            self.plan, self.difference = _unpack(self.packed, problem, partition)
+            self.plan, self.difference = _unpack(self.packed, problem, partition, self.replica)
             self.problem = problem
         return self.plan is not None
 
@@ -50,18 +56,28 @@ class _Received:
 
 
 class PlanAgreement:
-    """How the ranks of one pipeline come to one plan for every batch.
+    """How the ranks of one pipeline, or of several, come to one plan for every batch.
 
     All calls are collective: every rank makes them in the same order.
 
     Args:
         partition: The cut as this rank is configured.
         group: A CPU group of all ranks that run a plan together; the first one is the plan owner.
+        leaders: Ranks in ``group`` that tell the batch of a replica, one for each.
+        replica: The one that this rank belongs to.
     """
 
-    def __init__(self, partition: Partition, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        group: dist.ProcessGroup,
+        leaders: Sequence[int] = (0,),
+        replica: int = 0,
+    ) -> None:
         self._partition = partition
         self._group = group
+        self._leaders = tuple(leaders)
+        self._replica = replica
         self._capacity_bytes = _FIRST_CAPACITY_BYTES
         self._offer: tuple[dist.Work, torch.Tensor] | None = None
         self._offered: list[_Received] = []
@@ -70,6 +86,25 @@ class PlanAgreement:
     @property
     def is_owner(self) -> bool:
         return bool(dist.get_rank(self._group) == 0)
+
+    def gather(self, batches: Sequence[BatchSizes]) -> list[tuple[BatchSizes, ...]]:
+        """What all replicas hold; every rank gives what its own does, in the same order.
+
+        Returns:
+            On the owner, for every batch that all replicas have, the share of each; else nothing.
+
+        Raises:
+            ChannelError: A rank has died, or does not answer within the group's time limit.
+        """
+        if len(self._leaders) == 1:
+            return [(batch,) for batch in batches] if self.is_owner else []
+        own = list(batches) if dist.get_rank(self._group) in self._leaders else None
+        gathered: list[Any] | None = [None] * self._group.size() if self.is_owner else None
+        with _Explained():
+            dist.gather_object(own, gathered, dst=self._owner, group=self._group)
+        if gathered is None:
+            return []
+        return list(zip(*(gathered[leader] for leader in self._leaders), strict=False))
 
     def offer(self, packed: bytes) -> None:
         """Start the broadcast of the owner's plan for a later batch; at the end of every step.
@@ -150,7 +185,9 @@ class PlanAgreement:
             self._capacity_bytes = 2 * length
         elif length:
             packed = message[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes()
-            self._offered = [*self._offered, _Received(packed=packed)][-_OFFERS_KEPT:]
+            self._offered = [*self._offered, _Received(packed=packed, replica=self._replica)][
+                -_OFFERS_KEPT:
+            ]
 
     def _broadcast(self, make: Callable[[], bytes]) -> _Received:
         """The owner's plan, which nobody has yet."""
@@ -175,7 +212,7 @@ class PlanAgreement:
         if int(header[1]):
             reason = packed.decode()
             raise PlanningError(f"the plan owner could not plan this batch: {reason}") from mistake
-        return _Received(packed=packed)
+        return _Received(packed=packed, replica=self._replica)
 
     def _gather(self, received: _Received | None) -> list[bytes]:
         """Per rank the digest of its plan; zeros where it has none for its batch."""
@@ -222,10 +259,13 @@ class _Explained:
             ) from error
 
 
-def _unpack(packed: bytes, problem: Problem, partition: Partition) -> tuple[Plan | None, str]:
+def _unpack(
+    packed: bytes, problem: Problem, partition: Partition, replica: int
+) -> tuple[Plan | None, str]:
     """The plan for this rank's batch, or why it cannot be had."""
     try:
-        return unpack_plan(packed, problem, partition), ""
+        plan = unpack_plan(packed, problem, partition, replica)
+        return restrict_plan(plan, problem), ""
     except PlanDigestError as error:
         return None, str(error)
     # Damaged bytes fail in any of the steps from bytes to actions.

@@ -2,41 +2,57 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from megatron_dip.costs import ItemSizes
+from megatron_dip.costs import ProblemBuilder
+from megatron_dip.errors import PlanError, PlanningError
 from megatron_dip.plan import Plan
+from megatron_dip.planner import Batch, BatchSizes
 from megatron_dip.runtime.agreement import PlanAgreement
-from megatron_dip.runtime.plan_service import Batch, ObtainedPlan, PlanService
+from megatron_dip.runtime.plan_service import ObtainedPlan, PlanService
+from megatron_dip.workload import Problem
 
 __all__ = ["PlanAhead"]
 
-BatchSizes = tuple[ItemSizes, ...]
-
 # A look-ahead of training and one of evaluation, and some to spare.
 _BATCHES_REMEMBERED = 16
+
+
+@dataclass(kw_only=True, eq=False)
+class _Known:
+    """A batch of this replica."""
+
+    sizes: BatchSizes
+    problem: Problem
+    is_gathered: bool = False
+    """Whether the owner has been told of it."""
+    batch: Batch | None = None
+    """On the owner: what the plan is made for, the batches of all replicas that share it."""
+    difference: str = ""
+    """On the owner: why there is no such batch."""
 
 
 class PlanAhead:
     """What one rank does to have a plan when a step begins.
 
     Args:
-        build: A batch from the sizes of its items, with the costs of the day.
-        agreement: With the other ranks of the pipeline.
+        builder: Of problems, with the costs of the day.
+        agreement: With the other ranks that run the plan.
         service: On the plan owner; None elsewhere.
     """
 
     def __init__(
         self,
-        build: Callable[[BatchSizes], Batch],
+        builder: Callable[[], ProblemBuilder],
         agreement: PlanAgreement,
         service: PlanService | None,
     ) -> None:
         assert (service is not None) == agreement.is_owner
         self.service = service
-        self._build = build
+        self._builder = builder
         self._agreement = agreement
-        self._batches: deque[tuple[BatchSizes, Batch]] = deque(maxlen=_BATCHES_REMEMBERED)
-        self._offered: dict[str, ObtainedPlan] = {}
+        self._known: deque[_Known] = deque(maxlen=_BATCHES_REMEMBERED)
+        self._offered: dict[tuple[str, ...], ObtainedPlan] = {}
         self.last_obtained: ObtainedPlan | None = None
         """Where the last plan came from; on the plan owner, None where a step was run again."""
 
@@ -50,21 +66,24 @@ class PlanAhead:
             self.service.note_step()
 
     def request(self, coming: Sequence[BatchSizes]) -> None:
-        """Have the batches planned that come next, in this order."""
-        if self.service is not None:
-            for batch in map(self._batch, coming):
-                if batch.digest not in self._offered:
-                    self.service.request(batch)
+        """Have the batches planned that come next, in this order; on all ranks."""
+        known = [self._find(sizes) for sizes in coming]
+        self._gather([one for one in known if not one.is_gathered])
+        if self.service is None:
+            return
+        for one in known:
+            if one.batch is not None and one.batch.digests not in self._offered:
+                self.service.request(one.batch)
 
     def offer(self, coming: Sequence[BatchSizes]) -> None:
         """At the end of every step, on all ranks: pass on the plan of the next batch, if any."""
-        following = self._batch(coming[0]) if coming else None
+        following = self._find(coming[0]) if coming else None
         packed = b""
-        if self.service is not None and following is not None:
-            obtained = self.service.take_ready(following)
+        if self.service is not None and following is not None and following.batch is not None:
+            obtained = self.service.take_ready(following.batch)
             if obtained is not None:
                 packed = obtained.packed
-                self._offered[following.digest] = obtained
+                self._offered[following.batch.digests] = obtained
         self._agreement.offer(packed)
         if following is not None:
             self._agreement.prepare(following.problem)
@@ -77,23 +96,42 @@ class PlanAhead:
             PlanningError: so, and
             ChannelError: so.
         """
-        batch = self._batch(sizes)
-        self.last_obtained = self._offered.pop(batch.digest, None)
+        known = self._find(sizes)
+        if not known.is_gathered:
+            self._gather([known])
+        self.last_obtained = None
+        if known.batch is not None:
+            self.last_obtained = self._offered.pop(known.batch.digests, None)
 
         def obtain() -> bytes:
             assert self.service is not None, "the owner alone makes plans"
-            self.last_obtained = self.service.obtain(batch)
+            if known.batch is None:
+                raise PlanningError(known.difference)
+            self.last_obtained = self.service.obtain(known.batch)
             return self.last_obtained.packed
 
-        return self._agreement.agree(batch.problem, obtain)
+        return self._agreement.agree(known.problem, obtain)
 
-    def _batch(self, sizes: BatchSizes) -> Batch:
+    def _find(self, sizes: BatchSizes) -> _Known:
         """The same object for the same data, which is how a step that is run again is known."""
-        for known, batch in self._batches:
-            if len(known) == len(sizes) and all(
-                one is other for one, other in zip(known, sizes, strict=True)
+        for known in self._known:
+            if len(known.sizes) == len(sizes) and all(
+                one is other for one, other in zip(known.sizes, sizes, strict=True)
             ):
-                return batch
-        batch = self._build(sizes)
-        self._batches.append((sizes, batch))
-        return batch
+                return known
+        known = _Known(sizes=sizes, problem=self._builder().build(sizes))
+        self._known.append(known)
+        return known
+
+    def _gather(self, batches: Sequence[_Known]) -> None:
+        """Tell the owner of batches, so that those of all replicas can be planned together."""
+        shares = self._agreement.gather([known.sizes for known in batches])
+        for known in batches:
+            known.is_gathered = True
+            known.difference = "the replicas that share experts hold different numbers of batches"
+        for known, replicas in zip(batches, shares, strict=False):
+            # All ranks hear of it when they need the plan.
+            try:
+                known.batch = Batch.of(self._builder(), replicas)
+            except PlanError as error:
+                known.difference = str(error)

@@ -14,20 +14,17 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
 from itertools import pairwise
 from statistics import median
 
-from megatron_dip.costs import ItemSizes, ProblemBuilder
+from megatron_dip.costs import ProblemBuilder
 from megatron_dip.errors import PlanningError
 from megatron_dip.partition import Partition
-from megatron_dip.plan import pack_plan
-from megatron_dip.planner import PlannerSettings, plan_in_rounds
+from megatron_dip.planner import Batch, PlannerSettings, plan_in_rounds
 from megatron_dip.planner.messages import Planned, Request
 from megatron_dip.runtime.planner_pool import PlannerPool
-from megatron_dip.workload import Problem
 
-__all__ = ["Batch", "ObtainedPlan", "Origin", "PlanCounts", "PlanService", "ServiceLimits"]
+__all__ = ["ObtainedPlan", "Origin", "PlanCounts", "PlanService", "ServiceLimits"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +32,6 @@ _MAX_JOBS = 64
 _STEPS_REMEMBERED = 8
 # Of the time until a plan is needed: the rest is for what a search cannot see, its transport.
 _SEARCH_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch to be planned: its items, and what they cost as this rank sees it."""
-
-    microbatches: tuple[ItemSizes, ...]
-    problem: Problem
-
-    @cached_property
-    def digest(self) -> str:
-        """Of its items: the same on all ranks that read the same data."""
-        return self.problem.batch_digest()
 
 
 class Origin(StrEnum):
@@ -125,7 +109,7 @@ class _Job:
 
 
 class PlanService:
-    """Plans the batches of one pipeline; made by its plan owner alone.
+    """Plans the batches of one pipeline, or of replicas that share plans; on the plan owner alone.
 
     Args:
         builder: Of the problems; see :meth:`set_builder`.
@@ -149,7 +133,7 @@ class PlanService:
         self._settings = settings
         self._pool = pool
         self._limits = limits
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[tuple[str, ...], _Job] = {}
         self._num_requests = 0
         self._step_ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED + 1)
         self.set_builder(builder)
@@ -165,15 +149,15 @@ class PlanService:
     def request(self, batch: Batch) -> None:
         """Have ``batch`` planned; returns at once.  Asked for again, it is planned once."""
         self._poll()
-        if batch.digest in self._jobs:
+        if batch.digests in self._jobs:
             return
         job = _Job(number=self._num_requests, batch=batch)
         self._num_requests += 1
-        self._jobs[batch.digest] = job
+        self._jobs[batch.digests] = job
         self._pool.request(
             Request(
                 number=job.number,
-                microbatches=batch.microbatches,
+                replicas=batch.replicas,
                 limit_ms=self._search_limit_ms(),
             )
         )
@@ -188,7 +172,7 @@ class PlanService:
         here it delays the end of a step, where a GPU is still at work, and not the next one.
         """
         self._poll()
-        job = self._jobs.get(batch.digest)
+        job = self._jobs.get(batch.digests)
         if job is None:
             return None
         if job.best is not None and job.best.is_last:
@@ -207,7 +191,7 @@ class PlanService:
         """
         started = time.monotonic()
         self.request(batch)
-        job = self._jobs[batch.digest]
+        job = self._jobs[batch.digests]
         while True:
             self._poll()
             left_ms = self._limits.wait_ms - (time.monotonic() - started) * 1000
@@ -254,7 +238,7 @@ class PlanService:
             for found in plan_in_rounds(problem, self._partition, self._settings, limit_ms):
                 job.best = Planned(
                     number=job.number,
-                    packed=pack_plan(found.plan),
+                    packed=job.batch.pack(found.plan),
                     is_last=found.is_last,
                     is_searched=found.is_searched,
                     planning_ms=(time.monotonic() - started) * 1000,
@@ -298,7 +282,8 @@ class PlanService:
 
     def _plan_fallback(self, job: _Job) -> bytes:
         try:
-            return pack_plan(self._settings.fallback(job.batch.problem, self._partition))
+            plan = self._settings.fallback(job.batch.problem, self._partition)
+            return job.batch.pack(plan)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             also = f"; before that: {job.failure}" if job.failure else ""
@@ -328,5 +313,5 @@ class PlanService:
         )
 
     def _drop(self, job: _Job) -> None:
-        self._jobs.pop(job.batch.digest)
+        self._jobs.pop(job.batch.digests)
         self._pool.forget(job.number)

@@ -18,9 +18,8 @@ from megatron_dip.costs import ItemSize, ItemSizes, ProblemBuilder, config_build
 from megatron_dip.errors import PlanningError
 from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import Plan, pack_plan, unpack_plan
-from megatron_dip.planner import PlannerSettings, make_plan
+from megatron_dip.planner import Batch, PlannerSettings, make_plan
 from megatron_dip.runtime import (
-    Batch,
     Origin,
     PlannerPool,
     PlanService,
@@ -66,7 +65,7 @@ class Planning:
 
     def batch(self, number: int, num_microbatches: int = 6) -> Batch:
         microbatches = sizes(number, num_microbatches)
-        return Batch(microbatches, self.builder.build(microbatches))
+        return Batch.of(self.builder, (microbatches,))
 
     def searched(self, batch: Batch) -> bytes:
         """The plan that a search of all evaluations ends with."""
@@ -219,7 +218,7 @@ def test_a_planner_that_raises_means_an_unsearched_plan_and_says_why(run, caplog
         one.until_ready()
         good = one.batch(0)
         # Metadata that names a module which the model does not have.
-        bad = Batch(({"audio": [ItemSize(tokens=3, spans=(3,))]},), good.problem)
+        bad = replace(good, replicas=(({"audio": [ItemSize(tokens=3, spans=(3,))]},),))
         obtained = one.service.obtain(bad)
         assert obtained.origin is Origin.FALLBACK
         assert obtained.packed == pack_plan(make_plan(good.problem, one.partition))
@@ -254,7 +253,7 @@ def test_a_planner_that_fails_everywhere_means_1f1b(run, caplog) -> None:
         one.until_ready()
         one.service._settings = Broken(algorithm="dual_queue", evaluations=EVALUATIONS)
         good = one.batch(0)
-        bad = Batch(({"audio": [ItemSize(tokens=3, spans=(3,))]},), good.problem)
+        bad = replace(good, replicas=(({"audio": [ItemSize(tokens=3, spans=(3,))]},),))
         obtained = one.service.obtain(bad)
         expected = make_plan(good.problem, one.partition, algorithm="one_f_one_b")
         assert obtained.packed == pack_plan(expected) and obtained.origin is Origin.FALLBACK
@@ -265,7 +264,7 @@ def test_where_not_even_1f1b_can_be_planned_the_error_names_both_causes(run) -> 
     with planning(run) as one:
         one.until_ready()
         one.service._partition = partition_from_layers({"vision": [[4, 4]]}, 2)
-        bad = Batch(({"audio": [ItemSize(tokens=3, spans=(3,))]},), one.batch(0).problem)
+        bad = replace(one.batch(0), replicas=(({"audio": [ItemSize(tokens=3, spans=(3,))]},),))
         with pytest.raises(PlanningError, match=r"PartitionError: .*before that: ProblemError"):
             one.service.obtain(bad)
 
@@ -293,9 +292,9 @@ def test_a_batch_that_ends_every_process_is_given_up_and_others_go_on(run, caplo
         good = one.batch(0)
         spans = bytes(150 * 2**20)
         huge = ({"language": [ItemSize(tokens=3, spans=spans)]},)  # type: ignore[arg-type]
-        one.service.request(Batch(huge, good.problem))
+        one.service.request(replace(good, replicas=(huge,)))
         one.until(lambda: one.service._jobs[good.digest].is_over)
-        obtained = one.service.obtain(Batch(huge, good.problem))
+        obtained = one.service.obtain(replace(good, replicas=(huge,)))
         assert obtained.origin is Origin.FALLBACK
         assert "3 planner processes ended over it" in caplog.text
         one.until_ready()

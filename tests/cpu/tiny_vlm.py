@@ -63,6 +63,7 @@ def write_config(
     evaluations: int = 64,
     planning: Mapping[str, float] | None = None,
     feedback: bool = True,
+    experts: Mapping[str, int] | None = None,
 ) -> Path:
     """A configuration file.
 
@@ -72,6 +73,7 @@ def write_config(
         sub_microbatch_tokens: Of vision and language; None leaves microbatches whole.
         layers: Per module, segment and rank; cut evenly where not given.
         planning: As in a configuration file.
+        experts: Of the language module, as in a configuration file.
         feedback: Whether costs follow what is measured, so that plans differ from run to run.
     """
     modules = {
@@ -98,6 +100,7 @@ def write_config(
                 "num_query_groups": 2,
                 "vocab_size": 384,
                 "seq_length": SEQUENCE_LENGTH,
+                **({"experts": dict(experts)} if experts else {}),
             },
         },
         "schedule": {

@@ -22,6 +22,7 @@ def import_and_patch_megatron() -> None:
     _let_sgd_resume()
     _skip_building_helpers()
     _skip_kernel_warm_up()
+    _give_numbers_of_tokens_as_such()
 
 
 def _import_without_compiler() -> None:
@@ -156,3 +157,19 @@ def _skip_kernel_warm_up() -> None:
     from megatron.training import initialize
 
     initialize._warmup_jit_function = lambda *args, **kwargs: None
+
+
+def _give_numbers_of_tokens_as_such() -> None:
+    """Experts exchange as many tokens as counted: a tensor that is on the CPU stays a tensor in
+    Megatron, and torch takes sequences of numbers only."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    @functools.wraps(move)
+    def move_as_numbers(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+        if as_numpy and isinstance(tensor, torch.Tensor):
+            return tensor.cpu().numpy()
+        return move(tensor, **kwargs)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_as_numbers

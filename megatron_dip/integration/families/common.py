@@ -11,6 +11,7 @@ from megatron.training import get_args
 
 from megatron_dip.config.base import DataForm
 from megatron_dip.config.modules import LanguageConfig
+from megatron_dip.costs.shapes import ExpertsShape
 from megatron_dip.data import load_tokenizer, split_samples
 from megatron_dip.data.index import CheckedSamples
 from megatron_dip.errors import ConfigError, DataError
@@ -107,8 +108,14 @@ def split_index(index: CheckedSamples, data: DataForm) -> tuple[Sequence[int], S
     return split_samples(numbers, valid_share=data.valid_share, seed=get_args().seed)
 
 
-def make_backbone_config(base: TransformerConfig, form: LanguageConfig) -> TransformerConfig:
-    """Megatron's config of a language model."""
+def make_backbone_config(
+    base: TransformerConfig, form: LanguageConfig, experts: ExpertsShape | None = None
+) -> TransformerConfig:
+    """Megatron's config of a language model; ``experts`` take the place of its MLPs."""
     return make_language_config(
-        base, **form.sizes(), num_query_groups=form.num_query_groups, qkv_bias=form.qkv_bias
+        base,
+        **form.sizes(),
+        num_query_groups=form.num_query_groups,
+        qkv_bias=form.qkv_bias,
+        experts=experts,
     )

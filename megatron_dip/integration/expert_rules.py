@@ -1,0 +1,125 @@
+"""Which of Megatron's options for experts work with the models here, and under plans."""
+
+import argparse
+from typing import Any
+
+from megatron_dip.config import DipConfig, build_partition
+from megatron_dip.costs.shapes import ModuleShape
+from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
+
+__all__ = ["check_expert_arguments"]
+
+_BY_BATCH = f"{LEAVE_OUT}; which tokens go where would depend on how a microbatch is packed"
+_MODEL_RULES = (
+    Rule(
+        flag="--moe-layer-freq",
+        destination="moe_layer_freq",
+        allowed=(1,),
+        remedy=f"{LEAVE_OUT}; all layers of a module have experts, or none",
+    ),
+    Rule(
+        flag="--moe-grouped-gemm",
+        destination="moe_grouped_gemm",
+        allowed=(False,),
+        remedy=f"{LEAVE_OUT}; initial weights are drawn expert by expert",
+    ),
+    Rule(
+        flag="--moe-token-dispatcher-type",
+        destination="moe_token_dispatcher_type",
+        allowed=("allgather", "alltoall"),
+        remedy="use 'alltoall'",
+    ),
+    *(
+        Rule(flag=flag, destination=destination, allowed=(None,), remedy=_BY_BATCH)
+        for flag, destination in (
+            ("--moe-expert-capacity-factor", "moe_expert_capacity_factor"),
+            ("--moe-input-jitter-eps", "moe_input_jitter_eps"),
+        )
+    ),
+    Rule(flag="--moe-latent-size", destination="moe_latent_size", allowed=(None,)),
+    *(
+        Rule(flag=flag, destination=destination, allowed=(False,))
+        for flag, destination in (
+            ("--moe-use-upcycling", "moe_use_upcycling"),
+            ("--moe-shared-expert-overlap", "moe_shared_expert_overlap"),
+            ("--moe-enable-routing-replay", "moe_enable_routing_replay"),
+            ("--moe-router-force-load-balancing", "moe_router_force_load_balancing"),
+            ("--moe-paged-stash", "moe_paged_stash"),
+        )
+    ),
+)
+_BALANCING = ("aux_loss", "none")
+
+
+def check_expert_arguments(args: argparse.Namespace, path: str, config: DipConfig) -> None:
+    """Refuse options for experts that do not work with the model of ``config``, read from ``path``.
+
+    Raises:
+        ConfigError: The command line asks for experts, the configuration does not.
+        UnsupportedError: Names the flag, its value and the remedy.
+    """
+    if getattr(args, "num_experts", None) is None:
+        return
+    if "num_experts" not in config.megatron_arguments():
+        raise ConfigError(
+            f"--num-experts {args.num_experts} but the model of {path} has none: state them there "
+            f"(model.language.experts, of families vlm and omni), or {LEAVE_OUT}"
+        )
+    check_rules(args, _MODEL_RULES, "with this model")
+    balancing = _one_by_one(args, "moe_router_load_balancing_type", "aux_loss")
+    wrong = [name for name in balancing if name not in _BALANCING]
+    if wrong:
+        raise UnsupportedError(
+            f"--moe-router-load-balancing-type {wrong[0]} does not work with this model: use "
+            f"'aux_loss' or 'none'; others depend on how sequences are packed, on the order of "
+            f"microbatches or on other replicas"
+        )
+    if getattr(args, "dip_schedule", False):
+        for module in config.model_shape().modules:
+            if module.experts is not None:
+                _check_not_split(args, config, module)
+                _check_shared(args, module)
+
+
+def _check_not_split(args: argparse.Namespace, config: DipConfig, module: ModuleShape) -> None:
+    """An auxiliary loss is a mean or a product of means over a microbatch, not a sum over it."""
+    tokens = build_partition(config).sub_microbatch_tokens.get(module.name)
+    coefficient = sum(_one_by_one(args, "moe_aux_loss_coeff", 0.0))
+    z_coefficient = getattr(args, "moe_z_loss_coeff", None)
+    if tokens is None or not (coefficient or z_coefficient):
+        return
+    flag = f"--moe-aux-loss-coeff {coefficient:g}"
+    if not coefficient:
+        flag = f"--moe-z-loss-coeff {z_coefficient:g}"
+    raise UnsupportedError(
+        f"{flag} does not work with sub_microbatch_tokens {tokens} of module {module.name}: the "
+        f"auxiliary loss of a microbatch is not the sum of those of its parts (remove "
+        f"sub_microbatch_tokens of {module.name} from the schedule, or set the coefficient to 0)"
+    )
+
+
+def _check_shared(args: argparse.Namespace, module: ModuleShape) -> None:
+    """Replicas that share experts exchange different numbers of tokens, in every backward too."""
+    size = getattr(args, "expert_model_parallel_size", 1)
+    if size == 1:
+        return
+    dispatcher = getattr(args, "moe_token_dispatcher_type", "allgather")
+    if dispatcher != "alltoall":
+        raise UnsupportedError(
+            f"--moe-token-dispatcher-type {dispatcher} does not work with "
+            f"--expert-model-parallel-size {size} and --dip-schedule: use 'alltoall'; the replicas "
+            f"have different numbers of tokens"
+        )
+    if not module.trainable:
+        raise UnsupportedError(
+            f"--expert-model-parallel-size {size} does not work with a frozen {module.name} module "
+            f"under --dip-schedule: use 1, or train it; a replica whose microbatch needs no "
+            f"gradient would not meet the others in its backward"
+        )
+
+
+def _one_by_one(args: argparse.Namespace, name: str, default: Any) -> list[Any]:
+    """The values of an option that takes one or several."""
+    value = getattr(args, name, default)
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,120 @@
+"""Several batches planned together: their joint problem, and its plan restricted to each."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planning_cases import UNLIMITED, cases, encoder_case, make_item
+
+from megatron_dip.errors import PlanError
+from megatron_dip.partition import Partition
+from megatron_dip.plan import Action, Plan
+from megatron_dip.plan.validation import validate_plan
+from megatron_dip.planner import joint_problem, make_plan, restrict_plan
+from megatron_dip.simulator import simulate
+from megatron_dip.workload import Problem, parse_problem
+
+
+@st.composite
+def replicas(draw: st.DrawFn) -> tuple[list[Problem], Partition]:
+    """A batch, and others in which modules but the last lack items that it has."""
+    problem, partition = draw(cases())
+    batches = [problem]
+    for _ in range(draw(st.integers(1, 2))):
+        data = problem.model_dump(mode="json")
+        for microbatch in data["microbatches"]:
+            for name in list(microbatch)[:-1]:
+                microbatch[name] = [i for i in microbatch[name] if draw(st.booleans())]
+            for items in microbatch.values():
+                for item in items:
+                    item["forward_us"] = draw(st.sampled_from([0.0, 1.0, 5.0]))
+                    item["activation_bytes"] = draw(st.integers(0, 9))
+                    for upstream, needed in (item["needs"] or {}).items():
+                        present = {other["item"] for other in microbatch.get(upstream, ())}
+                        item["needs"][upstream] = [one for one in needed if one in present]
+        batches.append(parse_problem(data))
+    return batches, partition
+
+
+def actions_of(plan: Plan, rank: int, module: str) -> list[Action]:
+    return [
+        action
+        for action in plan.actions[rank]
+        if action.type.is_compute and plan.partition[action.stage].module == module
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(replicas(), st.sampled_from([None, 1, 2]), st.booleans())
+def test_a_joint_plan_holds_for_every_batch_in_one_order_and_within_its_bounds(
+    case: tuple[list[Problem], Partition], max_tokens: int | None, limited: bool
+) -> None:
+    batches, partition = case
+    limits = {module.name: max_tokens for module in batches[0].modules}
+    joint = joint_problem(batches)
+    if limited:
+        peak = make_plan(joint, partition, max_tokens=limits).estimate.peak_bytes
+        tight = {"memory_limit_bytes": tuple(max(1, int(0.7 * one)) for one in peak)}
+        joint = joint_problem([batch.model_copy(update=tight) for batch in batches])
+    plan = make_plan(joint, partition, max_tokens=limits, when_infeasible="least_memory")
+    last = joint.module_order[-1]
+    for batch in batches:
+        own = restrict_plan(plan, batch)
+        validate_plan(own)
+        assert own.problem is batch and own.estimate is not None
+        assert own.estimate.makespan_us <= plan.estimate.makespan_us * (1 + 1e-9)
+        assert own.estimate.makespan_us == simulate(own).makespan_us
+        for mine, bound in zip(own.estimate.peak_bytes, plan.estimate.peak_bytes, strict=True):
+            assert mine <= bound
+        for rank in range(joint.num_ranks):
+            assert actions_of(own, rank, last) == actions_of(plan, rank, last)
+            assert set(own.actions[rank]) <= set(plan.actions[rank]) or max_tokens is not None
+
+
+def test_the_joint_problem_has_the_most_of_every_item_and_all_that_is_read() -> None:
+    small, _ = encoder_case()
+    data = small.model_dump(mode="json")
+    data["microbatches"][0]["vision"] = [make_item(0, 3.0, activation_bytes=5)]
+    data["microbatches"][1]["vision"] = [make_item(0)]
+    data["microbatches"][1]["language"] = [make_item(0, 1.0, needs={"vision": []})]
+    other = parse_problem(data)
+    joint = joint_problem([small, other])
+    first, second = joint.microbatches
+    assert [item.forward_us for item in first["vision"]] == [3.0, 1.0]
+    assert [item.activation_bytes for item in first["vision"]] == [10, 10]
+    assert first["language"][0].needs == {"vision": (0, 1)}
+    assert [item.item for item in second["vision"]] == [0]
+    assert second["language"][0].needs == {"vision": ()}
+    assert second["language"][0].forward_us == 2.0
+    assert joint.memory_limit_bytes == (UNLIMITED, UNLIMITED)
+
+
+def test_what_a_batch_lacks_is_dropped_with_its_messages() -> None:
+    problem, partition = encoder_case()
+    plan = make_plan(problem, partition, max_tokens={"vision": 1})
+    data = problem.model_dump(mode="json")
+    data["microbatches"][0]["vision"] = data["microbatches"][0]["vision"][1:]
+    own = restrict_plan(plan, parse_problem(data))
+    # The second image is the first sub-microbatch now.
+    assert [str(a) for a in own.actions[0] if a.stage == 0 and a.type.is_compute] == ["0F0", "0B0"]
+    assert "0SEND_F0>1" in own.to_text() and "0.1" not in own.to_text()
+    data["microbatches"][0]["vision"] = []
+    assert "1SEND_F" not in restrict_plan(plan, parse_problem(data)).to_text()
+
+
+def test_a_plan_restricted_to_its_own_batch_is_that_plan() -> None:
+    problem, partition = encoder_case()
+    plan = make_plan(problem, partition)
+    assert restrict_plan(plan, problem) is plan
+    assert joint_problem([problem]) is problem
+
+
+def test_a_larger_batch_and_one_that_reads_more_are_refused() -> None:
+    problem, partition = encoder_case()
+    text_only = problem.model_copy(update={"microbatches": problem.microbatches[1:] * 2})
+    plan = make_plan(text_only, partition)
+    with pytest.raises(PlanError, match=r"no place for items \[0, 1\] of vision in microbatch 0"):
+        restrict_plan(plan, problem)
+    with pytest.raises(PlanError, match="num_microbatches of batch 1 is 1, of batch 0 2"):
+        joint_problem(
+            [problem, problem.model_copy(update={"microbatches": problem.microbatches[1:]})]
+        )
