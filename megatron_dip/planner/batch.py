@@ -40,7 +40,7 @@ class Batch:
                 _check_alike(problems, module.name)
         return cls(
             replicas=tuple(replicas),
-            problem=joint_problem(problems),
+            problem=joint_problem(problems) if len(problems) > 1 else problems[0],
             digests=tuple(problem.batch_digest() for problem in problems),
         )
 

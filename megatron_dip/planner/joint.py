@@ -1,25 +1,24 @@
 """Plans for several batches at once: one joint problem, and its plan restricted to each batch.
 
 Where ranks of several replicas meet inside a layer (experts divided among them), they must run the
-actions of such layers in one order.  So their batches are planned together: the joint problem has,
-at every microbatch, module and item number, an item if any of the batches has one, with the most
-that it costs in any of them, and it reads what is read in any of them.  Its plan holds for each of
-the batches: without the items that a batch lacks, an order that respects more dependencies than
-there are still respects them, and takes no more time and memory than the joint plan states.
+actions of such layers in one order.  So their batches are planned together.  The joint problem
+counts as one the largest items of all batches in a module and microbatch, the second largest, and
+so on; each takes the most that it costs in any batch, and reads what is read in any.  Its plan
+holds for each of the batches: without the items that a batch lacks, an order that respects more
+dependencies than there are still respects them, and takes no more time and memory than stated.
 
-Not modelled: which items of different batches would best share a number.
+Not modelled: which microbatches of different batches would best run together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 
 from megatron_dip.errors import PlanError
 from megatron_dip.plan.actions import Action
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.plan.numbers import number_actions
-from megatron_dip.plan.plan import Plan, Recompute
+from megatron_dip.plan.plan import Plan
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner.planner import estimate_simulation
 from megatron_dip.simulator.simulate import simulate
@@ -27,23 +26,19 @@ from megatron_dip.workload import Item, Problem, StageFactor, SubMicrobatch
 
 __all__ = ["joint_problem", "restrict_plan"]
 
-_KEPT = ("item", "needs", "recompute_us")
-_SubKey = tuple[str, int, int]
-"""Module, microbatch and number of a sub-microbatch."""
+_NOT_COMPARED = ("item", "needs", "recompute_us")
 
 
 def joint_problem(problems: Sequence[Problem]) -> Problem:
-    """The problem whose plans can be restricted to each of ``problems``; the only one as it is.
+    """The problem whose plans can be restricted to each of ``problems``.
 
-    Items with one number in one module and microbatch count as one.
+    Its items are numbered by size, the largest first.
 
     Raises:
         PlanError: The problems are not of one model on one machine, or their numbers of
             microbatches differ.
     """
     first = problems[0]
-    if len(problems) == 1:
-        return first
     for number, other in enumerate(problems):
         for name in ("num_ranks", "modules", "transfer", "num_microbatches"):
             given, expected = getattr(other, name), getattr(first, name)
@@ -54,63 +49,89 @@ def joint_problem(problems: Sequence[Problem]) -> Problem:
                     f"microbatches)"
                 )
     limits = zip(*(problem.memory_limit_bytes for problem in problems), strict=True)
-    microbatches = tuple(
-        {
-            name: items
-            for name in first.module_order
-            if (items := _joint_items(problems, name, number))
-        }
-        for number in range(first.num_microbatches)
-    )
     return Problem(
         num_ranks=first.num_ranks,
         memory_limit_bytes=tuple(map(min, limits)),
         transfer=first.transfer,
         modules=first.modules,
-        microbatches=microbatches,
+        microbatches=tuple(
+            _joint_microbatch(problems, number) for number in range(first.num_microbatches)
+        ),
         stage_factors=_joint_factors(problems),
     )
 
 
-def _joint_items(problems: Sequence[Problem], module: str, microbatch: int) -> tuple[Item, ...]:
-    found: dict[int, list[tuple[Problem, Item]]] = {}
-    for problem in problems:
-        for item in problem.items(module, microbatch):
-            found.setdefault(item.item, []).append((problem, item))
-    return tuple(
-        _joint_item(problems[0].module(module).upstream, module, microbatch, found[number])
-        for number in sorted(found)
-    )
+def _by_size(problem: Problem, module: str, microbatch: int) -> tuple[Item, ...]:
+    """The items of a module, the largest first."""
+    items = problem.items(module, microbatch)
+    return tuple(sorted(items, key=lambda item: (-item.tokens, item.item)))
 
 
-def _joint_item(
-    upstream: Sequence[str], module: str, microbatch: int, same: Sequence[tuple[Problem, Item]]
-) -> Item:
-    """The most that the items cost; what any of them reads."""
-    items = [item for _, item in same]
-    values = {
-        name: max(getattr(item, name) for item in items)
-        for name in Item.model_fields
-        if name not in _KEPT
-    }
-    needs = {
-        name: tuple(
-            sorted(
-                frozenset().union(
-                    *(
-                        problem.needed_items(module, microbatch, item, name)
-                        for problem, item in same
-                    )
-                )
+def _joint_microbatch(problems: Sequence[Problem], number: int) -> dict[str, tuple[Item, ...]]:
+    shares = [_Share(problem, number) for problem in problems]
+    joint = {}
+    for module in problems[0].modules:
+        count = max(len(share.items[module.name]) for share in shares)
+        joint[module.name] = tuple(
+            _joint_item(
+                place,
+                [
+                    share.translated(module.name, place)
+                    for share in shares
+                    if share.has(module.name, place)
+                ],
             )
+            for place in range(count)
         )
-        for name in upstream
+    return {name: items for name, items in joint.items() if items}
+
+
+class _Share:
+    """What one batch has in a microbatch, its items numbered by size."""
+
+    def __init__(self, problem: Problem, number: int) -> None:
+        self._problem, self._number = problem, number
+        self.items = {
+            module.name: _by_size(problem, module.name, number) for module in problem.modules
+        }
+        self._place = {
+            (name, item.item): place
+            for name, items in self.items.items()
+            for place, item in enumerate(items)
+        }
+
+    def has(self, module: str, place: int) -> bool:
+        return place < len(self.items[module])
+
+    def translated(self, module: str, place: int) -> tuple[Item, dict[str, set[int]]]:
+        """An item, and the places of what it reads."""
+        item = self.items[module][place]
+        needs = {
+            upstream: {
+                self._place[upstream, needed]
+                for needed in self._problem.needed_items(module, self._number, item, upstream)
+            }
+            for upstream in self._problem.module(module).upstream
+        }
+        return item, needs
+
+
+def _joint_item(place: int, same: Sequence[tuple[Item, Mapping[str, set[int]]]]) -> Item:
+    """The most that the items cost; what any of them reads."""
+    items = [item for item, _ in same]
+    needs = {
+        upstream: tuple(sorted(set[int]().union(*(needs[upstream] for _, needs in same))))
+        for upstream in same[0][1]
     }
     return Item(
-        item=items[0].item,
+        item=place,
         needs=needs or None,
         recompute_us=max(item.effective_recompute_us for item in items),
-        **values,
+        **{
+            name: max(getattr(item, name) for item in items)
+            for name in Item.model_fields
+            if name not in _NOT_COMPARED
+        },
     )
 
 
@@ -129,98 +150,68 @@ def _factor(problem: Problem, stage: int) -> StageFactor:
 
 
 def restrict_plan(plan: Plan, problem: Problem) -> Plan:
-    """The plan for ``problem`` that runs in the order of ``plan``, made for another batch.
+    """The plan for ``problem`` that runs in the order of ``plan``, made for a joint problem.
 
     Sub-microbatches keep those of their items that ``problem`` has; without any they are dropped,
-    with all of their actions and messages, and those that are left are numbered anew.  Everything
-    else stays where it is: two restrictions of one plan run what both have in one order.
+    with all of their actions and messages.  Everything else stays where it is: two restrictions of
+    one plan run what both have in one order.
+
+    Args:
+        plan: Of a joint problem of this batch and others, or of others that are not smaller.
+        problem: The batch.  That of ``plan`` is not read: it need not be at hand.
 
     Raises:
         PlanError: ``problem`` has items that ``plan`` has no place for, or reads some that the
             order of ``plan`` makes too late.
         PartitionError: The partition of ``plan`` does not cover ``problem``.
     """
-    subs, numbers = _present(plan, problem)
-    whole = subs == plan.sub_microbatches
-    if whole and plan.problem is problem and plan.estimate is not None:
-        return plan
-    graph = PipelineGraph(problem, plan.partition, subs)
-    keep = partial(_renumbered, plan, numbers)
-    restricted = Plan.of_graph(
-        graph,
-        _existing(graph, [list(_kept(actions, keep)) for actions in plan.actions]),
-        recompute=_kept_recompute(plan, numbers),
+    graph = PipelineGraph(problem, plan.partition, _present(plan, problem))
+    recompute = (
+        one
+        for one in plan.recompute
+        if one.sub < len(graph.subs(plan.partition[one.stage].module, one.microbatch))
     )
+    restricted = Plan.of_graph(graph, _existing(graph, plan.actions), recompute=tuple(recompute))
     validate_plan(restricted)
     estimated = replace(restricted, estimate=estimate_simulation(simulate(restricted)))
     vars(estimated)["graph"] = graph
     return estimated
 
 
-def _present(plan: Plan, problem: Problem) -> tuple[tuple[SubMicrobatch, ...], dict[_SubKey, int]]:
-    """The sub-microbatches of ``plan`` that ``problem`` has, and their new numbers."""
-    subs: list[SubMicrobatch] = []
-    numbers: dict[_SubKey, int] = {}
-    counts: dict[tuple[str, int], int] = {}
-    present = {
-        (name, number): {item.item for item in items}
+def _present(plan: Plan, problem: Problem) -> tuple[SubMicrobatch, ...]:
+    """The sub-microbatches of ``plan`` that ``problem`` has items for, with these."""
+    left = {
+        (name, number): dict(enumerate(item.item for item in _by_size(problem, name, number)))
         for number, microbatch in enumerate(problem.microbatches)
-        for name, items in microbatch.items()
+        for name in microbatch
     }
+    subs = []
     for group in plan.sub_microbatches:
-        share = present.get((group.module, group.microbatch), set())
-        items = tuple(item for item in group.items if item in share)
-        if not items:
-            continue
-        share.difference_update(items)
-        number = counts.get((group.module, group.microbatch), 0)
-        counts[group.module, group.microbatch] = number + 1
-        numbers[group.module, group.microbatch, group.sub] = number
-        subs.append(SubMicrobatch(group.module, group.microbatch, number, items))
-    for (name, number), left in sorted(present.items()):
-        if left:
+        own = left.get((group.module, group.microbatch), {})
+        items = tuple(own.pop(place) for place in group.items if place in own)
+        if items:
+            subs.append(group._replace(items=items))
+    for (name, number), own in sorted(left.items()):
+        if own:
             raise PlanError(
-                f"the plan has no place for items {sorted(left)} of {name} in microbatch {number} "
-                f"(expected a batch that is no larger: plan for the joint problem of all batches)"
+                f"the plan has no place for items {sorted(own.values())} of {name} in microbatch "
+                f"{number} (expected a batch that is no larger: plan for the joint problem of all "
+                f"batches)"
             )
-    return tuple(subs), numbers
-
-
-def _kept(actions: Sequence[Action], keep: Callable[[Action], Action | None]) -> Sequence[Action]:
-    return [kept for action in actions if (kept := keep(action)) is not None]
-
-
-def _renumbered(plan: Plan, numbers: dict[_SubKey, int], action: Action) -> Action | None:
-    """``action`` with its new number; None where its sub-microbatch is dropped."""
-    if action.microbatch is None:
-        return action
-    # A message is named by its upstream side, at which it is sent or its gradient received.
-    names_peer = action.type.is_receive != action.type.moves_gradient
-    stage = action.peer if action.peer is not None and names_peer else action.stage
-    number = numbers.get((plan.partition[stage].module, action.microbatch, action.sub))
-    return None if number is None else action._replace(sub=number)
+    return tuple(subs)
 
 
 def _existing(
     graph: PipelineGraph, ranks: Sequence[Sequence[Action]]
 ) -> tuple[tuple[Action, ...], ...]:
-    """``ranks`` without messages that nobody reads in this batch."""
+    """``ranks`` without what has no work or no reader in this batch."""
     found = number_actions(graph, ranks)
     exists = (found.number >= 0).tolist()
-    ends = found.first.tolist()
     return tuple(
         tuple(
             action
             for action, is_there in zip(found.actions[start:end], exists[start:end], strict=True)
-            if is_there or action.peer is None
+            if is_there
         )
-        for start, end in pairwise(ends)
-    )
-
-
-def _kept_recompute(plan: Plan, numbers: dict[_SubKey, int]) -> tuple[Recompute, ...]:
-    return tuple(
-        one._replace(sub=numbers[key])
-        for one in plan.recompute
-        if (key := (plan.partition[one.stage].module, one.microbatch, one.sub)) in numbers
+        for start, end in pairwise(found.first.tolist())
     )

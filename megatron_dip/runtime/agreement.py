@@ -38,7 +38,8 @@ class _Received:
     """A plan as it arrived, and what it is for this rank."""
 
     packed: bytes
-    replica: int
+    replica: int | None
+    """The one that this rank belongs to where the plan is for several."""
     problem: Problem | None = None
     plan: Plan | None = None
     difference: str = ""
@@ -77,7 +78,7 @@ class PlanAgreement:
         self._partition = partition
         self._group = group
         self._leaders = tuple(leaders)
-        self._replica = replica
+        self._replica = replica if len(leaders) > 1 else None
         self._capacity_bytes = _FIRST_CAPACITY_BYTES
         self._offer: tuple[dist.Work, torch.Tensor] | None = None
         self._offered: list[_Received] = []
@@ -260,12 +261,13 @@ class _Explained:
 
 
 def _unpack(
-    packed: bytes, problem: Problem, partition: Partition, replica: int
+    packed: bytes, problem: Problem, partition: Partition, replica: int | None
 ) -> tuple[Plan | None, str]:
     """The plan for this rank's batch, or why it cannot be had."""
     try:
-        plan = unpack_plan(packed, problem, partition, replica)
-        return restrict_plan(plan, problem), ""
+        if replica is None:
+            return unpack_plan(packed, problem, partition), ""
+        return restrict_plan(unpack_plan(packed, problem, partition, replica), problem), ""
     except PlanDigestError as error:
         return None, str(error)
     # Damaged bytes fail in any of the steps from bytes to actions.

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from toy_modules import WIDTH, Case, build_stages, plain_loop
 
+from megatron_dip.costs import ItemSize
 from megatron_dip.errors import ConfigError
 from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import Message, Plan, pack_plan, parse_actions
-from megatron_dip.planner import make_plan
+from megatron_dip.planner import joint_problem, make_plan
 from megatron_dip.runtime import (
     BoundaryRule,
     BoundaryRules,
@@ -286,6 +287,24 @@ def differing_plan() -> str:
     return one.agree()
 
 
+def shared(lies: bool = False) -> list[Any]:
+    """Two replicas of a rank each: the second reads a microbatch without images, or ``lies``."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=LIMIT_S), backend="gloo")
+    agreement = PlanAgreement(partition_of(CASE), group, leaders=(0, 1), replica=rank())
+    text_only = replace(CASE, batch=[CASE.batch[0], {"language": [7]}])
+    problems = [CASE.problem(2), text_only.problem(2)]
+    sizes = ({"language": [ItemSize(tokens=rank(), spans=(rank(),))]},)
+    gathered = agreement.gather([sizes])
+    told = [[batch[0]["language"][0].tokens for batch in shares] for shares in gathered]
+
+    def make() -> bytes:
+        plan = make_plan(joint_problem(problems), partition_of(CASE))
+        return pack_plan(plan, [problem.batch_digest() for problem in problems])
+
+    plan = agreement.agree(problems[0 if lies else rank()], make)
+    return [told, plan.to_text()]
+
+
 def fail_with(error: Exception) -> Make:
     def make(*_: Any) -> Plan:
         raise error
@@ -307,6 +326,8 @@ def agreement_suite() -> None:
     report("offered to another batch", offered_to_another_batch)
     report("offered with damage", offered_with_damage)
     report("differing plan", differing_plan)
+    report("shared", shared)
+    report("shared, another batch", lambda: shared(lies=True))
     refusal = ConfigError("no planner for this")
     report("planner refuses", lambda: Agreeing(make=fail_with(refusal)).agree())
     report(

@@ -33,10 +33,22 @@ def test_a_plan_that_was_offered_is_kept_while_an_evaluation_comes_between(cases
     assert num_made == 2 and evaluation != training and other.result[1] == owner.result[1]
 
 
+def test_replicas_that_share_a_plan_run_what_their_own_batches_have(cases: Cases) -> None:
+    owner, other = cases["shared"]
+    assert owner is not None and owner.outcome == "ok" and other is not None
+    (told, whole), (not_told, restricted) = owner.result, other.result
+    assert (told, not_told) == ([[0, 1]], [])
+    assert "0F1" in whole and "0F1" not in restricted
+    for line, other_line in zip(whole.splitlines(), restricted.splitlines(), strict=True):
+        kept = [action for action in line.split() if action in other_line.split()]
+        assert kept == other_line.split()
+
+
 @pytest.mark.parametrize(
     ("case", "error", "reason"),
     [
         ("another batch", "PlanDigestError", "rank 1: the plan was made for batch"),
+        ("shared, another batch", "PlanDigestError", "rank 1: the plan was made for batch"),
         ("another partition", "PlanDigestError", "rank 1: the plan was made for partition"),
         ("offered to another batch", "PlanDigestError", "rank 1: the plan was made for batch"),
         ("offered with damage", "PlanDigestError", "rank 1: the plan arrived damaged"),

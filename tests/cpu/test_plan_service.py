@@ -161,7 +161,7 @@ def test_a_search_that_takes_too_long_gives_its_best_so_far_within_the_limit(run
         one.until_ready()
         batch = one.batch(0)
         one.service.request(batch)
-        one.until(lambda: one.service._jobs[batch.digest].best is not None)
+        one.until(lambda: one.service._jobs[batch.digests].best is not None)
         obtained = one.service.obtain(batch)
         assert obtained.origin is Origin.CUT_SHORT and 300 <= obtained.waited_ms < 15_000
         plan = unpack_plan(obtained.packed, batch.problem, one.partition)
@@ -293,7 +293,7 @@ def test_a_batch_that_ends_every_process_is_given_up_and_others_go_on(run, caplo
         spans = bytes(150 * 2**20)
         huge = ({"language": [ItemSize(tokens=3, spans=spans)]},)  # type: ignore[arg-type]
         one.service.request(replace(good, replicas=(huge,)))
-        one.until(lambda: one.service._jobs[good.digest].is_over)
+        one.until(lambda: one.service._jobs[good.digests].is_over)
         obtained = one.service.obtain(replace(good, replicas=(huge,)))
         assert obtained.origin is Origin.FALLBACK
         assert "3 planner processes ended over it" in caplog.text

@@ -25,7 +25,6 @@ def schedule_args(**values: Any) -> argparse.Namespace:
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm does"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
         ({"context_parallel_size": 2}, "--context-parallel-size 2"),
-        ({"expert_model_parallel_size": 2}, "--expert-model-parallel-size 2"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
         ({"dip_config": None}, "--dip-schedule needs a model"),
     ],

@@ -6,7 +6,7 @@ import math
 import pytest
 from cost_cases import causal, dit, item, plain_device, times, vit
 
-from megatron_dip.costs import Parallelism
+from megatron_dip.costs import ItemSize, ModuleShape, Parallelism
 from megatron_dip.costs.devices import device_preset
 from megatron_dip.costs.layers import (
     first_operations,
@@ -14,6 +14,8 @@ from megatron_dip.costs.layers import (
     layer_operations,
     total_flops,
 )
+from megatron_dip.costs.memory import MemoryModel
+from megatron_dip.costs.shapes import ExpertsShape
 from megatron_dip.errors import ConfigError
 
 
@@ -212,3 +214,34 @@ def test_presets_state_published_rates(name, peak_tflops, memory_gb, tb_per_s, n
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"gpu: no preset 'B200' .*'A100', 'H100'"):
         device_preset("B200")
+
+
+def test_experts_cost_what_their_tokens_take_and_hold_what_all_of_them_are() -> None:
+    """Against a dense layer whose MLP is as wide as the experts that a token goes to."""
+    dense = ModuleShape(
+        name="language",
+        kind="causal",
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        vocab_size=100,
+    )
+    experts = ExpertsShape(num_experts=8, top_k=3, ffn_hidden_size=32)
+    routed = dense.model_copy(update={"experts": experts})
+    size = ItemSize(tokens=40, spans=(40,))
+    router = 2.0 * 40 * 64 * 8
+    for ours, theirs in zip(
+        total_flops(layer_operations(routed, size, Parallelism(), 2)),
+        total_flops(layer_operations(dense, size, Parallelism(), 2)),
+        strict=True,
+    ):
+        assert ours == pytest.approx(theirs + router)
+    one = 3 * 64 * 32
+    assert routed.layer_expert_parameters() == 8 * one
+    assert routed.num_parameters() - dense.num_parameters() == 2 * (8 * one - 3 * one + 64 * 8)
+    whole = MemoryModel(parallel=Parallelism(), optimizer_shards=4)
+    halved = MemoryModel(parallel=Parallelism(expert=2), optimizer_shards=4)
+    # Half of the experts, whose optimizer state half as many replicas share.
+    saved = 8 * one * (2 + 4 + 12 / 4) - 4 * one * (2 + 4 + 12 / 2)
+    assert whole.layer_static_bytes(routed) - halved.layer_static_bytes(routed) == round(saved)

@@ -1,0 +1,98 @@
+"""Which options for experts are refused, with the value, the rule and the remedy."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_dip.config import DipConfig, load_config
+from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.integration.expert_rules import check_expert_arguments
+
+EXPERTS = {"num_experts": 4, "ffn_hidden_size": 32}
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def config_of(
+    folder: Path,
+    *,
+    experts: dict[str, int] | None = EXPERTS,
+    tokens: int | None = None,
+    **more: Any,
+) -> DipConfig:
+    """The tiny model with experts; ``tokens`` splits its language module."""
+    data = yaml.safe_load((CONFIGS / "vlm_tiny.yaml").read_text())
+    data["model"]["language"] |= {"experts": experts} | more
+    schedule = data["schedule"]["modules"]["language"]
+    schedule.pop("sub_microbatch_tokens", None)
+    schedule |= {"sub_microbatch_tokens": tokens} if tokens else {}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return load_config(path)
+
+
+def check(config: DipConfig, **values: Any) -> None:
+    given = {"dip_schedule": True, "num_experts": 4, "moe_token_dispatcher_type": "alltoall"}
+    check_expert_arguments(argparse.Namespace(**(given | values)), "a.yaml", config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"moe_layer_freq": 2}, "--moe-layer-freq 2 does not work"),
+        ({"moe_grouped_gemm": True}, "--moe-grouped-gemm does not work"),
+        ({"moe_expert_capacity_factor": 1.5}, "--moe-expert-capacity-factor 1.5"),
+        ({"moe_router_load_balancing_type": ["seq_aux_loss"]}, "seq_aux_loss .* 'aux_loss'"),
+        (
+            {"moe_token_dispatcher_type": "allgather", "expert_model_parallel_size": 2},
+            "allgather .*--expert-model-parallel-size 2 .*use 'alltoall'",
+        ),
+    ],
+)
+def test_an_option_that_does_not_work_with_experts_is_refused_by_its_flag(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    config = config_of(tmp_path)
+    check(config, moe_router_load_balancing_type=["aux_loss"], expert_model_parallel_size=2)
+    with pytest.raises(UnsupportedError, match=message):
+        check(config, **values)
+    # Nothing to say where there are no experts.
+    check(config, **values, num_experts=None)
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"moe_aux_loss_coeff": [0.01]}, "--moe-aux-loss-coeff 0.01"),
+        ({"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.001}, "--moe-z-loss-coeff 0.001"),
+    ],
+)
+def test_a_module_with_an_auxiliary_loss_is_not_split(
+    tmp_path: Path, values: dict[str, Any], flag: str
+) -> None:
+    check(config_of(tmp_path), **values)
+    split = config_of(tmp_path, tokens=96)
+    check(split, moe_aux_loss_coeff=0.0)
+    check(split, **values, dip_schedule=False)
+    with pytest.raises(UnsupportedError, match=rf"{flag} .*96 of module language.*remove"):
+        check(split, **values)
+
+
+def test_a_frozen_module_is_not_shared_by_replicas(tmp_path: Path) -> None:
+    frozen = config_of(tmp_path, trainable=False)
+    check(frozen)
+    with pytest.raises(UnsupportedError, match=r"frozen language module.*use 1, or train it"):
+        check(frozen, expert_model_parallel_size=2)
+
+
+def test_experts_are_stated_in_the_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--num-experts 4 .*a\.yaml.*model\.language\.experts"):
+        check(config_of(tmp_path, experts=None))
+    arguments = config_of(tmp_path).megatron_arguments()
+    assert arguments["num_experts"] == 4
+    assert arguments["moe_router_topk"] == 2
+    assert arguments["moe_ffn_hidden_size"] == 32
+    with pytest.raises(ConfigError, match="top_k 5 is above num_experts 4"):
+        config_of(tmp_path, experts=EXPERTS | {"top_k": 5})
