@@ -9,9 +9,10 @@ rank as far as there are cores, and prints and writes as JSON:
   before it, and the second one shares it with the start of the planner process;
 - overload: a search that never ends by itself, more than a step long: what training waited at most,
   and how often it used a lesser plan;
-- throughput: plans searched for every batch against 1F1B on the same stages and sub-microbatches,
-  the same executor and the same batches.  What order 1F1B follows depends on no size in the batch.
-  Runs alternate, so that ratios are taken between neighbours;
+- throughput: plans searched for every batch against two static ones, on the same stages, executor
+  and batches: one plan searched for the largest items of all batches of the run together, of which
+  every batch runs what it has, and 1F1B, whose order depends on no size in the batch.  Runs
+  alternate, so that ratios are taken between neighbours;
 - kills: planner processes killed at random times, and losses compared with the undisturbed run as
   Megatron's log prints them.
 """
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import date
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -32,6 +34,8 @@ import typer
 import yaml
 from rich.console import Console
 
+from megatron_dip.plan import load_plan, save_plan
+from megatron_dip.planner import joint_problem, make_plan
 from megatron_dip.report import LocalRun, run_local_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +51,7 @@ SECONDS_PER_ITERATION = 15.0
 PATIENT = {"wait_limit_ms": 120_000.0, "search_limit_ms": 120_000.0}
 FOUR_RANKS = {"vision": [[5, 5, 4, 4]], "language": [[1, 1, 1, 1], [1, 1, 1, 1]]}
 OVERLOAD_WAIT_MS = 50.0
+ONE_PLAN_EVALUATIONS = 4096
 
 console = Console()
 
@@ -100,6 +105,7 @@ class Runs:
         layers: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
         planning: Mapping[str, float] | None = None,
+        num_microbatches: int = 4,
         kills: int = 0,
         mean_seconds: float = 0.0,
     ) -> tuple[LocalRun, int]:
@@ -110,7 +116,8 @@ class Runs:
         config = write_config(folder, num_ranks, layers or {}, schedule or {}, planning or {})
         arguments = [
             *("--pipeline-model-parallel-size", str(num_ranks), "--dip-config", str(config)),
-            *("--micro-batch-size", "1", "--global-batch-size", "8", "--dip-schedule"),
+            *("--micro-batch-size", "1", "--global-batch-size", str(num_microbatches)),
+            "--dip-schedule",
             *("--train-iters", str(iterations), "--eval-iters", "0", "--eval-interval", "100000"),
             *("--lr", "1e-3", "--min-lr", "1e-4", "--ckpt-format", "torch_dist"),
             *("--hidden-dropout", "0", "--attention-dropout", "0"),
@@ -141,6 +148,16 @@ class Runs:
             for line in lines[WARM_UP_ITERATIONS - 1 :]
         ]
 
+    @cached_property
+    def one_plan(self) -> Path:
+        """The plan for the batches of the first searched run together, searched for long."""
+        files = sorted((self._output / "searched-0" / "trace").glob("plan-replica0-*.json"))
+        plans = [load_plan(file) for file in files]
+        joint = joint_problem([plan.problem for plan in plans])
+        path = self._output / "one_plan.json"
+        save_plan(make_plan(joint, plans[0].partition, evaluations=ONE_PLAN_EVALUATIONS), path)
+        return path
+
     def waits(self, name: str) -> dict[str, Any]:
         """What training waited for, after the warm-up."""
         steps = self.steps(name)
@@ -169,6 +186,8 @@ def write_config(
 ) -> Path:
     """The configuration of the small model, changed; paths in it become absolute."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    if "plan" in schedule:
+        del config["schedule"]["planner"]
     config["schedule"] |= {"num_ranks": num_ranks} | dict(schedule)
     # Costs that follow what is measured make other plans in every run, and other last digits.
     config["schedule"].setdefault("costs", {})["feedback"] = False
@@ -203,13 +222,22 @@ def overload(runs: Runs, iterations: int) -> dict[str, Any]:
 
 def throughput(runs: Runs, pairs: int, iterations: int) -> dict[str, Any]:
     """Seconds of the steps after the warm-up, pair by pair."""
-    seconds: dict[str, list[float]] = {"searched": [], "static": []}
+    seconds: dict[str, list[float]] = {"searched": [], "one plan": [], "1F1B": []}
     for pair in range(pairs):
-        for name, planner in (("searched", "dual_queue"), ("static", "one_f_one_b")):
-            run, _ = runs.train(f"{name}-{pair}", iterations, schedule={"planner": planner})
-            seconds[name].append(sum(run.elapsed_ms[WARM_UP_ITERATIONS:]) / 1000)
-    ratios = ratios_of(seconds["static"], seconds["searched"])
-    return {"seconds": seconds, "ratios": ratios, "median_ratio": median(ratios)}
+        for name, times in seconds.items():
+            schedule = {
+                "searched": dict,
+                "one plan": lambda: {"plan": str(runs.one_plan)},
+                "1F1B": lambda: {"planner": "one_f_one_b"},
+            }[name]()
+            folder = f"{name.replace(' ', '-')}-{pair}"
+            run, _ = runs.train(folder, iterations, schedule=schedule, num_microbatches=8)
+            origins = {step["origin"] for step in runs.steps(folder)}
+            assert origins == {"searched"}, f"a batch had another plan in {folder}: {origins}"
+            times.append(sum(run.elapsed_ms[WARM_UP_ITERATIONS:]) / 1000)
+    ratios = {name: ratios_of(seconds[name], seconds["searched"]) for name in ("one plan", "1F1B")}
+    medians = {name: median(values) for name, values in ratios.items()}
+    return {"seconds": seconds, "ratios": ratios, "median_ratios": medians}
 
 
 def ratios_of(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:

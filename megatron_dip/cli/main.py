@@ -20,6 +20,7 @@ from megatron_dip.mixtures import built_in_mixture, draw_microbatches, load_work
 from megatron_dip.partition import load_partition
 from megatron_dip.plan.plan import load_plan, save_plan
 from megatron_dip.plan.validation import check_memory, validate_plan
+from megatron_dip.planner.joint import joint_problem
 from megatron_dip.planner.planner import Algorithm, make_plan
 from megatron_dip.planner.search import Search
 from megatron_dip.simulator.simulate import simulate
@@ -104,7 +105,10 @@ def make_problem(
 
 @app.command()
 def plan(
-    problem: Annotated[Path, typer.Option(help="Batch problem (JSON).")],
+    problem: Annotated[
+        list[Path],
+        typer.Option(help="Batch problem (JSON); several get one plan that holds for each."),
+    ],
     partition: Annotated[Path, typer.Option(help="Partition (JSON).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes (JSON).")],
     algorithm: Annotated[
@@ -132,9 +136,10 @@ def plan(
     ] = False,
     workers: Annotated[int, typer.Option(help="Searches at the same time, a core each.")] = 1,
 ) -> None:
-    """Plan one batch and write the plan."""
+    """Plan one batch, or several together, and write the plan."""
+    problems = [load_problem(path) for path in problem]
     made = make_plan(
-        load_problem(problem),
+        joint_problem(problems) if len(problems) > 1 else problems[0],
         load_partition(partition),
         algorithm=algorithm.value,
         max_tokens=_parse_max_tokens(max_tokens or []),

@@ -85,9 +85,22 @@ class ScheduleConfig(Form):
     """A cut as ``megatron-dip partition`` writes it; modules then state none."""
     modules: dict[str, ModuleSchedule] = Field(default={})
     """One entry per module of the model, unless ``partition`` is given."""
+    plan: Path | None = None
+    """One plan for all batches, of several problems as ``megatron-dip plan`` makes it: every batch
+    runs what it has of it, in its order."""
     memory_limit_gib: PositiveNumber = 80.0
     """Per rank, weights included."""
     costs: CostConfig = CostConfig()
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Self:
+        unread = sorted({"planner", "evaluations"} & self.model_fields_set)
+        if self.plan is not None and unread:
+            raise ValueError(
+                f"states {unread} beside plan (expected one of them: with a plan for all batches "
+                f"none is made)"
+            )
+        return self
 
 
 class PlanningConfig(Form):

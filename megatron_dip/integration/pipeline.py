@@ -16,7 +16,7 @@ from megatron_dip.costs import config_builder
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
 from megatron_dip.integration.trace import write_record
 from megatron_dip.partition import Partition
-from megatron_dip.planner import PlannerSettings
+from megatron_dip.planner import PlannerSettings, load_joint_plan
 from megatron_dip.report.steps import StepRecord
 from megatron_dip.runtime import (
     BoundaryRules,
@@ -61,6 +61,9 @@ class DipPipeline:
     ) -> None:
         self.config = config
         self.partition: Partition = build_partition(config)
+        path = config.schedule.plan
+        # On all ranks, so that all of them refuse a plan that does not fit.
+        self._fixed_plan = load_joint_plan(path, self.partition) if path is not None else None
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
         self._problems = config_builder(
             config,
@@ -129,6 +132,7 @@ class DipPipeline:
             settings=PlannerSettings(
                 algorithm=schedule.planner,
                 evaluations=schedule.evaluations,
+                fixed=self._fixed_plan,
             ),
             pool=PlannerPool(planning.workers, limits),
             limits=ServiceLimits(

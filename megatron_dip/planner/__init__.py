@@ -2,7 +2,7 @@
 
 from megatron_dip.planner.batch import Batch, BatchSizes
 from megatron_dip.planner.dual_queue import Priority, default_priority, order_dual_queue
-from megatron_dip.planner.joint import joint_problem, restrict_plan
+from megatron_dip.planner.joint import joint_problem, load_joint_plan, restrict_plan
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
 from megatron_dip.planner.planner import Algorithm, WhenInfeasible, make_plan, plan_from_order
 from megatron_dip.planner.rounds import PlannerSettings, RoundPlan, plan_in_rounds
@@ -21,6 +21,7 @@ __all__ = [
     "default_priority",
     "form_sub_microbatches",
     "joint_problem",
+    "load_joint_plan",
     "make_plan",
     "order_dual_queue",
     "order_one_f_one_b",

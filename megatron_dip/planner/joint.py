@@ -13,18 +13,20 @@ Not modelled: which microbatches of different batches would best run together.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 from megatron_dip.errors import PlanError
+from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.plan.numbers import number_actions
-from megatron_dip.plan.plan import Plan
+from megatron_dip.plan.plan import Plan, load_plan
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner.planner import estimate_simulation
 from megatron_dip.simulator.simulate import simulate
 from megatron_dip.workload import Item, Problem, StageFactor, SubMicrobatch
 
-__all__ = ["joint_problem", "restrict_plan"]
+__all__ = ["joint_problem", "load_joint_plan", "restrict_plan"]
 
 _NOT_COMPARED = ("item", "needs", "recompute_us")
 
@@ -147,6 +149,26 @@ def _joint_factors(problems: Sequence[Problem]) -> dict[int, StageFactor] | None
 
 def _factor(problem: Problem, stage: int) -> StageFactor:
     return (problem.stage_factors or {}).get(stage, StageFactor())
+
+
+def load_joint_plan(path: str | Path, partition: Partition) -> Plan:
+    """The plan of a joint problem in a file.
+
+    Raises:
+        PlanError: It cannot be read, or was made on another partition than ``partition`` or for a
+            batch whose items are not numbered as those of joint problems.
+    """
+    plan = load_plan(path)
+    if plan.partition.stages != partition.stages:
+        raise PlanError(
+            f"{path}: was made on another partition (expected the one of this run: plan again)"
+        )
+    if joint_problem([plan.problem]) != plan.problem:
+        raise PlanError(
+            f"{path}: is the plan of one batch (expected one for several: give `megatron-dip plan` "
+            f"more than one --problem)"
+        )
+    return plan
 
 
 def restrict_plan(plan: Plan, problem: Problem) -> Plan:

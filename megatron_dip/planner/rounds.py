@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Plan
+from megatron_dip.planner.joint import restrict_plan
 from megatron_dip.planner.planner import Algorithm, make_plan
 from megatron_dip.workload import Problem
 
@@ -33,9 +34,19 @@ class PlannerSettings:
     algorithm: Algorithm
     evaluations: int
     """Orders that the dual queue tries for a batch; 0 takes its default."""
+    fixed: Plan | None = None
+    """One plan of a joint problem, of which every batch runs what it has; then none is made."""
+
+    @property
+    def num_evaluations(self) -> int:
+        """Orders that are tried after the first plan."""
+        searches = self.fixed is None and self.algorithm == "dual_queue"
+        return self.evaluations if searches else 0
 
     def first_plan(self, problem: Problem, partition: Partition) -> Plan:
         """The plan without a search."""
+        if self.fixed is not None:
+            return restrict_plan(self.fixed, problem)
         return self._plan(problem, partition)
 
     def search(
@@ -93,7 +104,7 @@ def plan_in_rounds(
     Raises:
         DipError: As :func:`megatron_dip.planner.make_plan`.
     """
-    evaluations = settings.evaluations if settings.algorithm == "dual_queue" else 0
+    evaluations = settings.num_evaluations
     best = settings.first_plan(problem, partition)
     is_searched = not evaluations or _is_optimal(best)
     yield RoundPlan(plan=best, is_last=is_searched, is_searched=is_searched)

@@ -32,6 +32,8 @@ _MAX_JOBS = 64
 _STEPS_REMEMBERED = 8
 # Of the time until a plan is needed: the rest is for what a search cannot see, its transport.
 _SEARCH_SHARE = 0.8
+# What the system takes to wake a waiting process: part of what training waits.
+_WAKE_UP_MS = 2.0
 
 
 class Origin(StrEnum):
@@ -190,11 +192,12 @@ class PlanService:
             PlanningError: Not even 1F1B can be planned.
         """
         started = time.monotonic()
+        limit_ms = self._limits.wait_ms - _WAKE_UP_MS
         self.request(batch)
         job = self._jobs[batch.digests]
         while True:
             self._poll()
-            left_ms = self._limits.wait_ms - (time.monotonic() - started) * 1000
+            left_ms = limit_ms - (time.monotonic() - started) * 1000
             if job.is_over or left_ms <= 0 or not self._pool.is_ready_for(job.number):
                 break
             self._pool.wait(left_ms / 1000)

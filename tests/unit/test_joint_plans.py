@@ -1,15 +1,25 @@
 """Several batches planned together: their joint problem, and its plan restricted to each."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_cases import cases, encoder_case, make_item
 
+from megatron_dip.config import ScheduleConfig
 from megatron_dip.errors import PlanError
-from megatron_dip.partition import Partition
-from megatron_dip.plan import Action, Plan
+from megatron_dip.partition import Partition, partition_from_layers
+from megatron_dip.plan import Action, Plan, save_plan
 from megatron_dip.plan.validation import validate_plan
-from megatron_dip.planner import joint_problem, make_plan, restrict_plan
+from megatron_dip.planner import (
+    PlannerSettings,
+    joint_problem,
+    load_joint_plan,
+    make_plan,
+    plan_in_rounds,
+    restrict_plan,
+)
 from megatron_dip.simulator import simulate
 from megatron_dip.workload import Problem, parse_problem
 
@@ -130,3 +140,34 @@ def test_a_larger_batch_and_one_that_reads_more_are_refused() -> None:
     unread = make_plan(joint_problem([parse_problem(data)]), partition)
     with pytest.raises(PlanError):
         restrict_plan(unread, problem)
+
+
+def test_a_plan_file_serves_every_batch_that_it_was_made_for(tmp_path: Path) -> None:
+    small, partition = encoder_case()
+    large = small.model_copy(update={"microbatches": small.microbatches[:1] * 2})
+    save_plan(make_plan(joint_problem([small, large]), partition), tmp_path / "all.json")
+    fixed = load_joint_plan(tmp_path / "all.json", partition)
+    settings = PlannerSettings(algorithm="dual_queue", evaluations=64, fixed=fixed)
+    for problem in (small, large):
+        (found,) = plan_in_rounds(problem, partition, settings, limit_ms=0.0)
+        assert found.is_last and found.is_searched
+        assert found.plan.actions == restrict_plan(fixed, problem).actions
+        assert found.plan.problem is problem
+
+
+def test_a_plan_file_of_another_cut_or_of_one_batch_is_refused(tmp_path: Path) -> None:
+    problem, partition = encoder_case()
+    other = partition_from_layers({"vision": [[2, 0]], "language": [[1, 1]]}, 2)
+    save_plan(make_plan(joint_problem([problem]), partition), tmp_path / "all.json")
+    with pytest.raises(PlanError, match=r"all\.json: was made on another partition"):
+        load_joint_plan(tmp_path / "all.json", other)
+    data = problem.model_dump(mode="json")
+    data["microbatches"][0]["vision"][0]["item"] = 7
+    save_plan(make_plan(parse_problem(data), partition), tmp_path / "one.json")
+    with pytest.raises(PlanError, match=r"is the plan of one batch .*more than one --problem"):
+        load_joint_plan(tmp_path / "one.json", partition)
+
+
+def test_a_plan_beside_what_makes_plans_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"states \['evaluations'\] beside plan"):
+        ScheduleConfig(num_ranks=2, plan=Path("all.json"), evaluations=9)
