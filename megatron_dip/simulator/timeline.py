@@ -79,17 +79,21 @@ def idle_fractions(panel: Panel) -> tuple[float, ...]:
 
 
 def module_colours(panels: Sequence[Panel]) -> dict[str, str]:
-    """A colour per module, the same in all pictures of a model: by the lowest stage of the module.
+    """A colour per module, the same in all pictures of a model.
 
-    Work that belongs to no module comes last.
+    In the order of their lowest stages in the first panel that has them (stages of static cuts hold
+    layers of several modules); work that belongs to no module comes last.
     """
-    lowest: dict[str, float] = {}
-    for panel in panels:
+    order: dict[str, tuple[float, ...]] = {}
+    for number, panel in enumerate(panels):
+        lowest: dict[str, float] = {}
         for span in panel.spans:
             stage = _STAGE.match(span.action)
-            number = int(stage[0]) if stage else math.inf
-            lowest[span.module] = min(number, lowest.get(span.module, math.inf))
-    names = sorted(lowest, key=lambda name: (lowest[name], name))
+            found = int(stage[0]) if stage else math.inf
+            lowest[span.module] = min(found, lowest.get(span.module, math.inf))
+        for name, found in lowest.items():
+            order.setdefault(name, (found == math.inf, number, found))
+    names = sorted(order, key=lambda name: (order[name], name))
     return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
 
 

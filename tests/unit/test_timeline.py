@@ -79,7 +79,8 @@ def test_colours_depend_neither_on_the_batch_nor_on_what_else_is_shown():
     text_first = panel(("language", "2F0"), ("vision", "0F1"), ("vision", "1F1"))
     with_data = panel(("loading data", "data"), ("vision", "1F0"), ("language", "2F0"))
     assert list(module_colours([text_first])) == ["vision", "language"]
-    assert list(module_colours([with_data])) == ["vision", "language", "loading data"]
+    mixed = panel(("language", "0F0"), ("vision", "0F0"))
+    assert list(module_colours([with_data, mixed])) == ["vision", "language", "loading data"]
 
 
 def test_the_picture_is_xml_with_a_row_per_rank(panels, tmp_path):
