@@ -2,32 +2,23 @@
 
     torchrun ... -m megatron_dip.launch examples/pretrain_t2v.py --dip-config CONFIG ...
 
-Without ``--dip-schedule`` it runs Megatron's own schedule with its own placement: the whole text
-encoder with the first layers of the transformer on the first pipeline rank.
+What the model is, the configuration says: this differs from ``pretrain_vlm.py`` in the name of the
+loss.  Without ``--dip-schedule`` it runs Megatron's own schedule with its own placement: the whole
+text encoder with the first layers of the transformer on the first pipeline rank.
 """
 
+import pretrain_vlm
 import torch
-from megatron.core.enums import ModelType
-from megatron.training import pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 
-from megatron_dip.integration.data import data_iterators, get_batch
-from megatron_dip.integration.model import build_model
+from megatron_dip.integration.data import get_batch
 
 
 def loss_func(
     loss_mask: torch.Tensor, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the losses of a microbatch, its number of patches, and both for the log.
-
-    Args:
-        loss_mask: [T], one where a patch counts.
-        losses: [T].
-    """
-    loss = torch.sum(losses.float() * loss_mask)
-    num_tokens = loss_mask.sum().to(torch.int)
-    return loss, num_tokens, {"velocity loss": torch.stack([loss.detach(), num_tokens.float()])}
+    """As for tokens, for the patches of a microbatch: [T] each, one where a patch counts."""
+    loss, num_patches, report = pretrain_vlm.loss_func(loss_mask, losses)
+    return loss, num_patches, {"velocity loss": report["lm loss"]}
 
 
 def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
@@ -38,11 +29,4 @@ def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    args = parse_and_validate_args()
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        data_iterators,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider=build_model,
-    )
+    pretrain_vlm.main(forward_step)

@@ -37,7 +37,8 @@ def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
     return output, lambda losses: loss_func(batch.loss_mask, losses)
 
 
-if __name__ == "__main__":
+def main(forward_step=forward_step):  # type: ignore[no-untyped-def]
+    """Train the model of the configuration."""
     args = parse_and_validate_args()
     pretrain(
         pretrain_cfg_container_from_args(args),
@@ -46,3 +47,7 @@ if __name__ == "__main__":
         forward_step,
         model_provider=build_model,
     )
+
+
+if __name__ == "__main__":
+    main()

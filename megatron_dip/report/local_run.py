@@ -21,7 +21,7 @@ __all__ = ["LocalRun", "run_local_training"]
 
 _ITERATION = re.compile(
     r"iteration +(?P<number>\d+)/ *\d+ \|.*elapsed time per iteration \(ms\): (?P<elapsed_ms>\S+) "
-    r"\|.*lm loss: (?P<loss>\S+) \|.*grad norm: (?P<grad_norm>\S+) \|"
+    r"\|.*\w loss: (?P<loss>\S+) \|.*grad norm: (?P<grad_norm>\S+) \|"
 )
 _SHOWN_LINES = 15
 _MARK = "MEGATRON_DIP_LOCAL_RUN"

@@ -22,7 +22,7 @@ from megatron_dip.simulator.timeline import (
 
 __all__ = ["write_report"]
 
-_MIB = 2**20
+_GB = 1e9
 _NO_TIMELINES = "No iteration of this run has both a measured timeline and its plan."
 
 
@@ -85,10 +85,10 @@ def _tiles(records: Sequence[StepRecord]) -> list[tuple[str, str]]:
         (f"{median(map(_throughput, settled)):,.0f}", "tokens per second, median"),
         (f"{median(record.step_us for record in settled) / 1000:,.0f} ms", "per step, median"),
         (f"{idle:.1%}", "idle on the most idle rank, median"),
-        (f"{waited / total:.1%}", "of the time until a plan was at hand"),
+        (f"{waited / total:.1%}", "share of time waiting for plans"),
         (f"{median(abs(record.error) for record in settled):.1%}", "error of the makespan, median"),
         (f"{median(r.action_error for r in settled):.1%}", "error of single actions, median"),
-        (f"{peak / _MIB:,.0f} MiB" if peak else "-", "activations held, largest peak measured"),
+        (f"{peak / _GB:.2f} GB" if peak else "-", "activations held, largest peak measured"),
     ]
 
 
@@ -110,7 +110,7 @@ def _charts(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
         def value(record: StepRecord) -> float | None:
             one = record.ranks[rank]
             held = one.stored_bytes if measured else one.predicted_bytes
-            return held / _MIB if held else None
+            return held / _GB if held else None
 
         name = f"rank {rank} {'measured' if measured else 'predicted'}"
         return series(name, rank, value, dashed=not measured)
@@ -144,7 +144,7 @@ def _charts(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
         },
         {"title": "Idle", "unit": " %", "series": idle},
         {
-            "title": "Plan: what it took, and what training waited until it was at hand",
+            "title": "Plan: time to make it, time waited for it",
             "unit": " ms",
             "series": [
                 series("waited", 1, _waited_ms),
@@ -153,7 +153,7 @@ def _charts(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
         },
         {
             "title": "Activations held, peak of each step",
-            "unit": " MiB",
+            "unit": " GB",
             "series": [memory(rank, measured) for rank in ranks for measured in (True, False)],
         },
     ]

@@ -6,6 +6,8 @@ that a prediction can be compared with a measurement, or one schedule with anoth
 
 import html
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -36,6 +38,7 @@ SpanKind = Literal["F", "B", "I", "W", "other", "wait"]
 _KINDS: tuple[SpanKind, ...] = ("F", "B", "I", "W", "other", "wait")
 # Told apart by people who do not see red or green, and readable under white text.
 COLOURS = ("#2f7fc1", "#d9822b", "#2a9d7f", "#9b5fb5", "#c2506b", "#7d7a3a", "#4f5fa8", "#8a6a52")
+_STAGE = re.compile(r"\d+")
 
 
 class Span(NamedTuple):
@@ -76,12 +79,21 @@ def idle_fractions(panel: Panel) -> tuple[float, ...]:
 
 
 def module_colours(panels: Sequence[Panel]) -> dict[str, str]:
-    """A colour per module, in the order in which the modules first appear."""
-    names = dict.fromkeys(
-        span.module
-        for panel in panels
-        for span in sorted(panel.spans, key=lambda span: span.start_us)
-    )
+    """A colour per module, the same in all pictures of a model.
+
+    In the order of their lowest stages in the first panel that has them (stages of static cuts hold
+    layers of several modules); work that belongs to no module comes last.
+    """
+    order: dict[str, tuple[float, ...]] = {}
+    for number, panel in enumerate(panels):
+        lowest: dict[str, float] = {}
+        for span in panel.spans:
+            stage = _STAGE.match(span.action)
+            found = int(stage[0]) if stage else math.inf
+            lowest[span.module] = min(found, lowest.get(span.module, math.inf))
+        for name, found in lowest.items():
+            order.setdefault(name, (found == math.inf, number, found))
+    names = sorted(order, key=lambda name: (order[name], name))
     return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
 
 

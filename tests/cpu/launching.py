@@ -9,14 +9,17 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["REPOSITORY", "CompletedRank", "free_port", "run_ranks"]
+import torch
+
+__all__ = ["REPOSITORY", "CompletedRank", "free_port", "run_modes", "run_ranks"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.05
@@ -90,6 +93,19 @@ def run_ranks(
         for log in logs:
             log.close()
         return completed
+
+
+def run_modes(
+    worker: Path, folder: Path, tensor_parallel: int, modes: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Run ``worker FOLDER TENSOR_PARALLEL MODE...``; per mode, what every rank saved there."""
+    command = [sys.executable, str(worker), str(folder), str(tensor_parallel), *modes]
+    for rank in run_ranks(tensor_parallel, command, timeout_seconds=180):
+        assert rank.returncode == 0, rank.output
+    return {
+        mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(tensor_parallel)]
+        for mode in modes
+    }
 
 
 def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from models_setup import base_config, run_chain
+from models_setup import base_config, layers_of, run_chain
 
 from megatron_dip.data.lavin import LavinMicrobatch, RoutedSequence
 from megatron_dip.data.lavin.batches import ImageSize
@@ -57,19 +56,16 @@ def clip_stages(
         _ready(
             ClipStage(
                 config,
-                first_layer=start,
-                num_layers=end - start,
-                first=start == 0 and index == 0,
-                last=index == len(cuts),
                 patch_size=PATCH_SIZE,
                 image_size=IMAGE_SIZE,
                 feature_layers=FEATURE_LAYERS,
                 adapter=OPTIONS,
                 gates=gates,
+                **layers,
             ),
             base,
         )
-        for index, (start, end) in enumerate(pairwise([0, *cuts, VISION_LAYERS]))
+        for layers in layers_of(cuts, VISION_LAYERS)
     ]
 
 
@@ -89,16 +85,13 @@ def language_stages(base: TransformerConfig, cuts: Sequence[int] = ()) -> list[L
                 adapter=OPTIONS,
                 feature_size=32,
                 neck_size=16,
-                first_layer=start,
-                num_layers=end - start,
-                first=index == 0,
-                last=index == len(cuts),
                 vocab_size=VOCAB_SIZE,
                 max_sequence_length=64,
+                **layers,
             ),
             base,
         )
-        for index, (start, end) in enumerate(pairwise([0, *cuts, LANGUAGE_LAYERS]))
+        for layers in layers_of(cuts, LANGUAGE_LAYERS)
     ]
 
 

@@ -26,7 +26,7 @@ from megatron_dip.models.configs import (
 )
 from megatron_dip.models.initialization import initialize_parameters
 from megatron_dip.models.language import LanguageStage
-from megatron_dip.models.stage import StageModule
+from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.models.vision import VisionStage
 
 VISION_LAYERS = 3
@@ -112,16 +112,13 @@ def vision_stages(base: TransformerConfig, cuts: Sequence[int] = ()) -> list[Vis
             VisionStage(
                 config,
                 projection,
-                first_layer=start,
-                num_layers=end - start,
-                first=index == 0,
-                last=index == len(cuts),
                 patch_size=PATCH_SIZE,
                 position_table_side=5,
+                **layers,
             ),
             base,
         )
-        for index, (start, end) in enumerate(_bounds(cuts, VISION_LAYERS))
+        for layers in layers_of(cuts, VISION_LAYERS)
     ]
 
 
@@ -141,23 +138,28 @@ def language_stages(
         _ready(
             LanguageStage(
                 config,
-                first_layer=start,
-                num_layers=end - start,
-                first=index == 0,
-                last=index == len(cuts),
                 vocab_size=VOCAB_SIZE,
                 max_sequence_length=64,
                 tie_embeddings=tie_embeddings,
+                **layers,
             ),
             base,
         )
-        for index, (start, end) in enumerate(_bounds(cuts, LANGUAGE_LAYERS))
+        for layers in layers_of(cuts, LANGUAGE_LAYERS)
     ]
 
 
-def _bounds(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
-    edges = [0, *cuts, num_layers]
-    return list(pairwise(edges))
+def layers_of(cuts: Sequence[int], num_layers: int) -> list[StageLayers]:
+    """The stages of a module of ``num_layers`` that is cut before each of the layers ``cuts``."""
+    return [
+        StageLayers(
+            first_layer=start,
+            num_layers=end - start,
+            first=index == 0,
+            last=index == len(cuts),
+        )
+        for index, (start, end) in enumerate(pairwise([0, *cuts, num_layers]))
+    ]
 
 
 def _ready[Stage: StageModule](stage: Stage, base: TransformerConfig) -> Stage:

@@ -4,7 +4,9 @@ import os
 import random
 import signal
 import threading
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Self
 
 __all__ = ["Killer", "Watcher", "is_planner", "planner_processes"]
 
@@ -37,21 +39,32 @@ def is_planner(pid: int) -> bool:
     return "megatron_dip.planner.worker" in command
 
 
-class Watcher:
-    """While in use, remembers the planner processes of the runs of this process."""
+class _Beside(ABC):
+    """Something that a thread does while it is in use."""
 
     def __init__(self) -> None:
-        self.seen: set[int] = set()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> "Watcher":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Until ``_end`` is set."""
+
+
+class Watcher(_Beside):
+    """While in use, remembers the planner processes of the runs of this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
 
     def _run(self) -> None:
         while not self._end.wait(0.1):
@@ -66,7 +79,7 @@ def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
     return False
 
 
-class Killer:
+class Killer(_Beside):
     """While in use, kills a planner process of the runs of this process now and then.
 
     Args:
@@ -79,21 +92,12 @@ class Killer:
     def __init__(
         self, mean_seconds: float, limit: int, seed: int = 0, tally: Path | None = None
     ) -> None:
+        super().__init__()
         self.num_killed = 0
         self._tally = tally
         self._mean_seconds = mean_seconds
         self._limit = limit
         self._random = random.Random(seed)
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> "Killer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
 
     def _run(self) -> None:
         while self.num_killed < self._limit:

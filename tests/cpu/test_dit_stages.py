@@ -2,11 +2,10 @@
 
 import gc
 import weakref
-from itertools import pairwise
 
 import pytest
 import torch
-from models_setup import base_config, megatron_on_cpu, run_chain
+from models_setup import base_config, layers_of, megatron_on_cpu, run_chain
 
 from megatron_dip.data.clip_batches import Clip, ClipMicrobatch
 from megatron_dip.models.configs import make_dit_config, make_language_config
@@ -46,11 +45,6 @@ def microbatch() -> ClipMicrobatch:
     return ClipMicrobatch(clips=tuple(clips))
 
 
-def bounds(cuts):
-    edges = [0, *cuts, LAYERS]
-    return list(pairwise(edges))
-
-
 def dit_stages(cuts=()):
     config = make_dit_config(
         base_config(),
@@ -60,15 +54,12 @@ def dit_stages(cuts=()):
         num_attention_heads=4,
     )
     stages = []
-    for index, (start, end) in enumerate(bounds(cuts)):
+    for layers in layers_of(cuts, LAYERS):
         stage = DitStage(
             config,
-            first_layer=start,
-            num_layers=end - start,
-            first=index == 0,
-            last=index == len(cuts),
             patch_values=VALUES,
             text_size=TEXT_HIDDEN,
+            **layers,
         ).double()
         initialize_parameters(stage, 7)
         stages.append(stage)
@@ -85,15 +76,12 @@ def text_stages(cuts=()):
         num_query_groups=2,
     )
     stages = []
-    for index, (start, end) in enumerate(bounds(cuts)):
+    for layers in layers_of(cuts, LAYERS):
         stage = TextStage(
             config,
-            first_layer=start,
-            num_layers=end - start,
-            first=index == 0,
-            last=index == len(cuts),
             vocab_size=64,
             max_sequence_length=16,
+            **layers,
         ).double()
         initialize_parameters(stage, 7)
         stages.append(stage)

@@ -1,11 +1,10 @@
 """LaVIN on two tensor-parallel ranks, with and without sequence parallelism, against one rank."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import run_ranks
+from launching import run_modes
 
 WORKER = Path(__file__).with_name("lavin_tensor_parallel_worker.py")
 MODES = ("token", "token+sequence", "token+sequence+recompute", "public_code+sequence")
@@ -13,25 +12,14 @@ MODES = ("token", "token+sequence", "token+sequence+recompute", "public_code+seq
 TOLERANCE = 2e-6
 
 
-def run_worker(folder, tensor_parallel, modes):
-    """Per mode, what every rank saved."""
-    command = [sys.executable, str(WORKER), str(folder), str(tensor_parallel), *modes]
-    for rank in run_ranks(tensor_parallel, command, timeout_seconds=180):
-        assert rank.returncode == 0, rank.output
-    return {
-        mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(tensor_parallel)]
-        for mode in modes
-    }
-
-
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    return run_worker(tmp_path_factory.mktemp("one"), 1, ["token", "public_code"])
+    return run_modes(WORKER, tmp_path_factory.mktemp("one"), 1, ["token", "public_code"])
 
 
 @pytest.fixture(scope="module")
 def all_modes(tmp_path_factory):
-    return run_worker(tmp_path_factory.mktemp("two"), 2, MODES)
+    return run_modes(WORKER, tmp_path_factory.mktemp("two"), 2, MODES)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,12 +1,11 @@
 """Two tensor-parallel ranks, with and without sequence parallelism, against one rank."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import run_ranks
+from launching import run_modes
 
 from megatron_dip.models.initialization import tensor_parallel_shard
 
@@ -18,25 +17,14 @@ LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-7
 
 
-def run_worker(folder, tensor_parallel, modes):
-    """Per mode, what every rank saved."""
-    command = [sys.executable, str(WORKER), str(folder), str(tensor_parallel), *modes]
-    for rank in run_ranks(tensor_parallel, command, timeout_seconds=180):
-        assert rank.returncode == 0, rank.output
-    return {
-        mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(tensor_parallel)]
-        for mode in modes
-    }
-
-
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    return run_worker(tmp_path_factory.mktemp("one"), 1, ["plain"])["plain"][0]
+    return run_modes(WORKER, tmp_path_factory.mktemp("one"), 1, ["plain"])["plain"][0]
 
 
 @pytest.fixture(scope="module")
 def all_modes(tmp_path_factory):
-    return run_worker(tmp_path_factory.mktemp("two"), 2, MODES)
+    return run_modes(WORKER, tmp_path_factory.mktemp("two"), 2, MODES)
 
 
 @pytest.fixture(params=MODES)

@@ -13,7 +13,7 @@ import torch
 import yaml
 from equality_runs import largest_difference
 from failing_runs import error_of, run_vlm
-from models_setup import base_config, megatron_on_cpu, run_chain
+from models_setup import base_config, layers_of, megatron_on_cpu, run_chain
 from training_runs import train
 
 from megatron_dip.data.audio import log_mel, num_audio_tokens, read_wav
@@ -173,17 +173,13 @@ def audio_stages(cuts=()):
         base, num_layers=LAYERS, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4
     )
     projection = make_projection_config(base, hidden_size=48, ffn_hidden_size=64)
-    edges = [0, *cuts, LAYERS]
     stages = []
-    for index, start in enumerate(edges[:-1]):
+    for layers in layers_of(cuts, LAYERS):
         stage = AudioStage(
             config,
             projection,
-            first_layer=start,
-            num_layers=edges[index + 1] - start,
-            first=index == 0,
-            last=index == len(cuts),
             num_mels=MELS,
+            **layers,
         ).double()
         initialize_parameters(stage, 7)
         stages.append(stage)

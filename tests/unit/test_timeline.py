@@ -71,6 +71,18 @@ def test_every_module_has_its_own_colour(panels):
     assert len(set(colours.values())) == 2
 
 
+def test_colours_depend_neither_on_the_batch_nor_on_what_else_is_shown():
+    def panel(*spans: tuple[str, str]) -> Panel:
+        made = [Span(0, name, text, float(n), n + 1.0, "F") for n, (name, text) in enumerate(spans)]
+        return Panel(title="", spans=made, num_ranks=1)
+
+    text_first = panel(("language", "2F0"), ("vision", "0F1"), ("vision", "1F1"))
+    with_data = panel(("loading data", "data"), ("vision", "1F0"), ("language", "2F0"))
+    assert list(module_colours([text_first])) == ["vision", "language"]
+    mixed = panel(("language", "0F0"), ("vision", "0F0"))
+    assert list(module_colours([with_data, mixed])) == ["vision", "language", "loading data"]
+
+
 def test_the_picture_is_xml_with_a_row_per_rank(panels, tmp_path):
     path = tmp_path / "schedule.svg"
     write_picture(path, panels)

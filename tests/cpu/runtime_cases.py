@@ -1,0 +1,114 @@
+"""Cases on toy modules for the ranks of ``runtime_program.py``, and how they report."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from toy_modules import WIDTH, Case, build_stages
+
+from megatron_dip.partition import Partition, partition_from_layers
+from megatron_dip.plan import Plan, parse_actions
+from megatron_dip.planner import make_plan
+from megatron_dip.runtime import (
+    BoundaryRule,
+    BoundaryRules,
+    Channels,
+    Executor,
+    ForwardCall,
+    ModuleRunner,
+    create_channel_groups,
+    pipeline_channels,
+)
+
+LIMIT_S = 1.0
+UPSTREAM: dict[str, tuple[str, ...]] = {"vision": (), "language": ("vision",)}
+CASE = Case(
+    name="two ranks, two microbatches",
+    upstream=UPSTREAM,
+    batch=[{"vision": [4], "language": [6]}, {"vision": [8], "language": [7]}],
+    cut={"vision": [[1, 1]], "language": [[1, 1]]},
+)
+OTHER_CUT = {"vision": [[1, 1]], "language": [[2, 0], [0, 0]]}
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def report(name: str, run: Callable[[], Any]) -> None:
+    """Run a case; ``outcome`` is "ok" or the type of its exception."""
+    dist.barrier()
+    start = time.monotonic()
+    record: dict[str, Any] = {"case": name, "outcome": "ok", "message": "", "cause": ""}
+    try:
+        record["result"] = run()
+    except Exception as error:
+        record |= {"outcome": type(error).__name__, "message": str(error)}
+        record["cause"] = type(error.__cause__).__name__
+    record["seconds"] = time.monotonic() - start
+    print(json.dumps(record), flush=True)
+
+
+def partition_of(case: Case) -> Partition:
+    return partition_from_layers(case.cut, 2)
+
+
+def plan_of(case: Case) -> Plan:
+    return make_plan(case.problem(2), partition_of(case), max_tokens=case.max_tokens)
+
+
+def without(plan: Plan, action: str) -> Plan:
+    """The plan with one action of rank 0 left out."""
+    assert action in map(str, plan.actions[0])
+    kept = " ".join(str(a) for a in plan.actions[0] if str(a) != action)
+    return replace(plan, actions=(parse_actions(kept), *plan.actions[1:]))
+
+
+def new_channels(pipeline: list[int] | None = None, limit_s: float = LIMIT_S) -> Channels:
+    """Channels of their own for every case: a failure leaves messages behind."""
+    pipelines = [[0, 1]] if pipeline is None else [[0, 1], [2, 3]]
+    own = pipelines[rank() // 2]
+    channels = pipeline_channels(partition_of(CASE), UPSTREAM)
+    return Channels(
+        rank=rank() % 2,
+        pipeline=own,
+        groups=create_channel_groups(channels, pipelines, limit_s),
+        device=torch.device("cpu"),
+        timeout_seconds=limit_s,
+    )
+
+
+def executor_of(channels: Channels, case: Case = CASE, **options: Any) -> Executor:
+    stages = build_stages(case, partition_of(case).stages_on(channels.rank))
+    rules = {name: BoundaryRule(width=WIDTH, dtype=torch.float64) for name in UPSTREAM}
+    return Executor(
+        rank=channels.rank,
+        runner=ModuleRunner(stages, case.rows(), **options),
+        channels=channels,
+        boundaries=BoundaryRules(inner=rules, outer=rules),
+    )
+
+
+class Failing(ModuleRunner):
+    """Fails in one forward."""
+
+    def __init__(self, stage: int, microbatch: int, fail: Callable[[], Any], **options: Any):
+        super().__init__(**options)
+        self._at, self._fail = (stage, microbatch), fail
+
+    def forward(self, call: ForwardCall) -> torch.Tensor:
+        if (call.work.stage, call.work.microbatch) == self._at:
+            self._fail()
+        return super().forward(call)
+
+
+def failing_executor(channels: Channels, fail: Callable[[], Any]) -> Executor:
+    """Fails in rank 1's second forward of the vision module."""
+    executor = executor_of(channels)
+    stages = build_stages(CASE, partition_of(CASE).stages_on(channels.rank))
+    executor.runner = Failing(1, 1, fail, stages=stages, data=CASE.rows())
+    return executor

@@ -1,0 +1,74 @@
+"""The numbers of a step reach what Megatron has for curves."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_dip.integration import feedback
+from megatron_dip.report.steps import RankRecord, StepRecord
+
+
+def record_of(iteration: int) -> StepRecord:
+    rank = RankRecord(
+        busy_us=60e3,
+        data_us=0.0,
+        plan_us=2e3,
+        static_bytes=0,
+        predicted_bytes=0,
+        stored_bytes=3 * 2**20,
+    )
+    return StepRecord(
+        iteration=iteration,
+        predicted_us=50e3,
+        measured_us=80e3,
+        predicted_step_us=0.0,
+        step_us=90e3,
+        action_error=0.125,
+        tokens={},
+        num_microbatches=1,
+        planning={},
+        ranks=(rank,),
+    )
+
+
+class Curves:
+    """In the place of both of Megatron's writers, with the calls that Megatron itself makes."""
+
+    def __init__(self) -> None:
+        self.logged: dict[int, dict[str, float]] = {}
+        self.added: dict[int, dict[str, float]] = {}
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.setdefault(step, {}).update(values)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.added.setdefault(step, {})[name] = value
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> Curves:
+    made = Curves()
+    monkeypatch.setattr(
+        feedback, "get_args", lambda: SimpleNamespace(log_interval=100, tensorboard_log_interval=2)
+    )
+    monkeypatch.setattr(feedback, "get_wandb_writer", lambda: made)
+    monkeypatch.setattr(feedback, "get_tensorboard_writer", lambda: made)
+    return made
+
+
+def test_curves_get_every_number_at_the_interval_of_megatron(curves: Curves):
+    for iteration in range(1, 6):
+        feedback.log_step(record_of(iteration))
+    assert list(curves.logged) == [2, 4]
+    assert curves.added == curves.logged
+    assert curves.logged[2] == pytest.approx(
+        {
+            "dip/predicted_ms": 50.0,
+            "dip/measured_ms": 80.0,
+            "dip/prediction_error": 0.6,
+            "dip/action_error": 0.125,
+            "dip/plan_wait_ms": 2.0,
+            "dip/idle_rank0": 0.25,
+            "dip/activation_mib_rank0": 3.0,
+        }
+    )
