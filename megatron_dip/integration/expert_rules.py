@@ -37,6 +37,12 @@ _MODEL_RULES = (
             ("--moe-input-jitter-eps", "moe_input_jitter_eps"),
         )
     ),
+    Rule(
+        flag="--moe-router-enable-expert-bias",
+        destination="moe_router_enable_expert_bias",
+        allowed=(False,),
+        remedy=f"{LEAVE_OUT}, and use --moe-aux-loss-coeff; Megatron counts padding there",
+    ),
     Rule(flag="--moe-latent-size", destination="moe_latent_size", allowed=(None,)),
     *(
         Rule(flag=flag, destination=destination, allowed=(False,))

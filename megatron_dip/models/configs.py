@@ -54,7 +54,7 @@ _EXPERTS_OF_THE_RUN = (
     "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
     "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
     "moe_router_num_groups", "moe_router_group_topk", "moe_router_dtype",
-    "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_router_fusion",
+    "moe_router_fusion",
     "moe_permute_fusion", "moe_apply_probs_on_input", "moe_shared_expert_gate",
     "moe_per_layer_logging",
 )  # fmt: skip

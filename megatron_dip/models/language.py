@@ -62,12 +62,12 @@ def build_backbone(
 
 
 def counts_rows(config: TransformerConfig) -> bool:
-    """Whether the routers of experts count or average over rows, and must leave out padding."""
+    """Whether the routers of experts average over rows, and must leave out padding."""
     if config.num_moe_experts is None:
         return False
     coefficients = config.moe_aux_loss_coeff
     total = sum(coefficients) if isinstance(coefficients, list) else coefficients
-    return bool(total or config.moe_z_loss_coeff or config.moe_router_enable_expert_bias)
+    return bool(total or config.moe_z_loss_coeff)
 
 
 class LanguageStage(StageModule):
@@ -105,8 +105,7 @@ class LanguageStage(StageModule):
         if self._masks_padding and "padding_mask" not in signature(GPTModel.forward).parameters:
             raise UnsupportedError(
                 "this Megatron cannot tell a router which rows are padding: set "
-                "--moe-aux-loss-coeff 0, and leave --moe-z-loss-coeff and "
-                "--moe-router-enable-expert-bias out"
+                "--moe-aux-loss-coeff 0 and leave --moe-z-loss-coeff out"
             )
         self.language_model = build_backbone(
             self,

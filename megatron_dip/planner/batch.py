@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from functools import cached_property
 
 from megatron_dip.costs import ItemSizes, ProblemBuilder
 from megatron_dip.errors import PlanError
@@ -21,28 +21,26 @@ class Batch:
     """What one plan is made for."""
 
     replicas: tuple[BatchSizes, ...]
-    problem: Problem
-    """Of all replicas together."""
     digests: tuple[str, ...]
     """Per replica, of its items: the same on all ranks that read the same data."""
+    builder: ProblemBuilder
+    """The costs."""
 
-    @classmethod
-    def of(cls, builder: ProblemBuilder, replicas: Sequence[BatchSizes]) -> Self:
-        """The batch at the costs of ``builder``.
+    @cached_property
+    def problem(self) -> Problem:
+        """Of all replicas together; made when it is asked for, because planner processes do it.
 
         Raises:
             ProblemError: A microbatch names a module that the model does not have.
             PlanError: The replicas cannot share a plan.
         """
-        problems = [builder.build(microbatches) for microbatches in replicas]
-        for module in builder.model.modules:
+        problems = [self.builder.build(microbatches) for microbatches in self.replicas]
+        if len(problems) == 1:
+            return problems[0]
+        for module in self.builder.model.modules:
             if module.experts is not None:
                 _check_alike(problems, module.name)
-        return cls(
-            replicas=tuple(replicas),
-            problem=joint_problem(problems) if len(problems) > 1 else problems[0],
-            digests=tuple(problem.batch_digest() for problem in problems),
-        )
+        return joint_problem(problems)
 
     def pack(self, plan: Plan) -> bytes:
         """A plan for this batch, to be sent to the ranks of all replicas."""

@@ -43,6 +43,8 @@ class Request:
     number: int
     replicas: tuple[BatchSizes, ...]
     """Those that share the plan."""
+    digests: tuple[str, ...]
+    """Of their batches."""
     limit_ms: float
 
 

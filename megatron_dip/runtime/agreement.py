@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_dip.errors import ChannelError, PlanDigestError, PlanningError
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Plan, plan_digest, unpack_plan
-from megatron_dip.planner import BatchSizes, restrict_plan
+from megatron_dip.planner import restrict_plan
 from megatron_dip.runtime.channels import transfer_failure_reason
 from megatron_dip.workload import Problem
 
@@ -88,8 +88,13 @@ class PlanAgreement:
     def is_owner(self) -> bool:
         return bool(dist.get_rank(self._group) == 0)
 
-    def gather(self, batches: Sequence[BatchSizes]) -> list[tuple[BatchSizes, ...]]:
-        """What all replicas hold; every rank gives what its own does, in the same order.
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank tells the batches of its replica."""
+        return dist.get_rank(self._group) in self._leaders
+
+    def gather[T](self, batches: Sequence[T]) -> list[tuple[T, ...]]:
+        """What all replicas say of their batches; only what leaders give is read.
 
         Returns:
             On the owner, for every batch that all replicas have, the share of each; else nothing.
@@ -99,7 +104,7 @@ class PlanAgreement:
         """
         if len(self._leaders) == 1:
             return [(batch,) for batch in batches] if self.is_owner else []
-        own = list(batches) if dist.get_rank(self._group) in self._leaders else None
+        own = list(batches) if self.is_leader else None
         gathered: list[Any] | None = [None] * self._group.size() if self.is_owner else None
         with _Explained():
             dist.gather_object(own, gathered, dst=self._owner, group=self._group)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_dip.costs import ProblemBuilder
-from megatron_dip.errors import PlanError, PlanningError
+from megatron_dip.errors import PlanningError
 from megatron_dip.plan import Plan
 from megatron_dip.planner import Batch, BatchSizes
 from megatron_dip.runtime.agreement import PlanAgreement
@@ -28,8 +28,6 @@ class _Known:
     """Whether the owner has been told of it."""
     batch: Batch | None = None
     """On the owner: what the plan is made for, the batches of all replicas that share it."""
-    difference: str = ""
-    """On the owner: why there is no such batch."""
 
 
 class PlanAhead:
@@ -106,7 +104,9 @@ class PlanAhead:
         def obtain() -> bytes:
             assert self.service is not None, "the owner alone makes plans"
             if known.batch is None:
-                raise PlanningError(known.difference)
+                raise PlanningError(
+                    "the replicas that share experts hold different numbers of batches"
+                )
             self.last_obtained = self.service.obtain(known.batch)
             return self.last_obtained.packed
 
@@ -125,13 +125,13 @@ class PlanAhead:
 
     def _gather(self, batches: Sequence[_Known]) -> None:
         """Tell the owner of batches, so that those of all replicas can be planned together."""
-        shares = self._agreement.gather([known.sizes for known in batches])
+        told = []
+        if self._agreement.is_leader:
+            told = [(known.sizes, known.problem.batch_digest()) for known in batches]
+        for known, shares in zip(batches, self._agreement.gather(told), strict=False):
+            replicas, digests = zip(*shares, strict=True)
+            known.batch = Batch(replicas=replicas, digests=digests, builder=self._builder())
+            if len(replicas) == 1:
+                vars(known.batch)["problem"] = known.problem
         for known in batches:
             known.is_gathered = True
-            known.difference = "the replicas that share experts hold different numbers of batches"
-        for known, replicas in zip(batches, shares, strict=False):
-            # All ranks hear of it when they need the plan.
-            try:
-                known.batch = Batch.of(self._builder(), replicas)
-            except PlanError as error:
-                known.difference = str(error)

@@ -160,6 +160,7 @@ class PlanService:
             Request(
                 number=job.number,
                 replicas=batch.replicas,
+                digests=batch.digests,
                 limit_ms=self._search_limit_ms(),
             )
         )
@@ -236,8 +237,8 @@ class PlanService:
         self.counts.planned_by_owner += 1
         self._pool.forget(job.number)
         started = time.monotonic()
-        problem = job.batch.problem
         try:
+            problem = job.batch.problem
             for found in plan_in_rounds(problem, self._partition, self._settings, limit_ms):
                 job.best = Planned(
                     number=job.number,

@@ -52,6 +52,13 @@ def sizes(number: int, num_microbatches: int = 6) -> tuple[ItemSizes, ...]:
     )
 
 
+def with_other_request(batch: Batch, microbatches: tuple[ItemSizes, ...]) -> Batch:
+    """The problem of ``batch``, of which planner processes hear something else."""
+    other = replace(batch, replicas=(microbatches,))
+    vars(other)["problem"] = batch.problem
+    return other
+
+
 class Planning:
     """A service, and what its plans ought to be."""
 
@@ -65,7 +72,8 @@ class Planning:
 
     def batch(self, number: int, num_microbatches: int = 6) -> Batch:
         microbatches = sizes(number, num_microbatches)
-        return Batch.of(self.builder, (microbatches,))
+        digest = self.builder.build(microbatches).batch_digest()
+        return Batch(replicas=(microbatches,), digests=(digest,), builder=self.builder)
 
     def searched(self, batch: Batch) -> bytes:
         """The plan that a search of all evaluations ends with."""
@@ -218,7 +226,7 @@ def test_a_planner_that_raises_means_an_unsearched_plan_and_says_why(run, caplog
         one.until_ready()
         good = one.batch(0)
         # Metadata that names a module which the model does not have.
-        bad = replace(good, replicas=(({"audio": [ItemSize(tokens=3, spans=(3,))]},),))
+        bad = with_other_request(good, ({"audio": [ItemSize(tokens=3, spans=(3,))]},))
         obtained = one.service.obtain(bad)
         assert obtained.origin is Origin.FALLBACK
         assert obtained.packed == pack_plan(make_plan(good.problem, one.partition))
@@ -253,7 +261,7 @@ def test_a_planner_that_fails_everywhere_means_1f1b(run, caplog) -> None:
         one.until_ready()
         one.service._settings = Broken(algorithm="dual_queue", evaluations=EVALUATIONS)
         good = one.batch(0)
-        bad = replace(good, replicas=(({"audio": [ItemSize(tokens=3, spans=(3,))]},),))
+        bad = with_other_request(good, ({"audio": [ItemSize(tokens=3, spans=(3,))]},))
         obtained = one.service.obtain(bad)
         expected = make_plan(good.problem, one.partition, algorithm="one_f_one_b")
         assert obtained.packed == pack_plan(expected) and obtained.origin is Origin.FALLBACK
@@ -264,7 +272,7 @@ def test_where_not_even_1f1b_can_be_planned_the_error_names_both_causes(run) -> 
     with planning(run) as one:
         one.until_ready()
         one.service._partition = partition_from_layers({"vision": [[4, 4]]}, 2)
-        bad = replace(one.batch(0), replicas=(({"audio": [ItemSize(tokens=3, spans=(3,))]},),))
+        bad = with_other_request(one.batch(0), ({"audio": [ItemSize(tokens=3, spans=(3,))]},))
         with pytest.raises(PlanningError, match=r"PartitionError: .*before that: ProblemError"):
             one.service.obtain(bad)
 
@@ -292,9 +300,9 @@ def test_a_batch_that_ends_every_process_is_given_up_and_others_go_on(run, caplo
         good = one.batch(0)
         spans = bytes(150 * 2**20)
         huge = ({"language": [ItemSize(tokens=3, spans=spans)]},)  # type: ignore[arg-type]
-        one.service.request(replace(good, replicas=(huge,)))
+        one.service.request(with_other_request(good, huge))
         one.until(lambda: one.service._jobs[good.digests].is_over)
-        obtained = one.service.obtain(replace(good, replicas=(huge,)))
+        obtained = one.service.obtain(with_other_request(good, huge))
         assert obtained.origin is Origin.FALLBACK
         assert "3 planner processes ended over it" in caplog.text
         one.until_ready()

@@ -93,7 +93,7 @@ def test_the_joint_problem_has_the_most_of_every_item_and_all_that_is_read() -> 
     data["microbatches"][1]["vision"] = [make_item(0)]
     data["microbatches"][1]["language"] = [make_item(0, 1.0, needs={"vision": []})]
     other = parse_problem(data)
-    first, second = joint_problem([small, other]).microbatches
+    first, second = joint_problem([other, small]).microbatches
     # The largest images of both batches are one, whatever their numbers.
     assert [item.item for item in first["vision"]] == [0, 1]
     assert [item.tokens for item in first["vision"]] == [9, 2]
