@@ -53,7 +53,10 @@ def test_waiting_is_idle_and_other_work_is_marked():
 
 
 def test_modules_that_begin_alike_have_letters_of_their_own():
-    spans = [Span(0, name, "0F0", 0.0, 1.0, "F") for name in ("vision", "video", "v")]
+    spans = [
+        Span(0, name, f"{stage}F0", 0.0, 1.0, "F")
+        for stage, name in enumerate(("vision", "video", "v"))
+    ]
     text = text_timeline([panel_of(*spans)], 60)
     assert "V/v vision, I/i video, A/a v" in text
     many = [Span(0, f"module {index}", "0F0", 0.0, 1.0, "F") for index in range(27)]
