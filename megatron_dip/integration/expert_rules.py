@@ -81,11 +81,25 @@ def check_expert_arguments(args: argparse.Namespace, path: str, config: DipConfi
             f"'aux_loss' or 'none'; others depend on how sequences are packed, on the order of "
             f"microbatches or on other replicas"
         )
+    _check_scale(args)
     if getattr(args, "dip_schedule", False):
         for module in config.model_shape().modules:
             if module.experts is not None:
                 _check_not_split(args, config, module)
                 _check_shared(args, module)
+
+
+def _check_scale(args: argparse.Namespace) -> None:
+    """With rows masked, Megatron takes the tokens of all tensor-parallel ranks for those of one,
+    and weighs the auxiliary loss by their number: too much by a factor of the ranks."""
+    coefficient = sum(_one_by_one(args, "moe_aux_loss_coeff", 0.0))
+    size = getattr(args, "tensor_model_parallel_size", 1)
+    if coefficient and size > 1 and getattr(args, "calculate_per_token_loss", False):
+        raise UnsupportedError(
+            f"--moe-aux-loss-coeff {coefficient:g} does not work with --calculate-per-token-loss "
+            f"and --tensor-model-parallel-size {size}: leave --calculate-per-token-loss out; "
+            f"Megatron would weigh the auxiliary loss {size} times"
+        )
 
 
 def _check_not_split(args: argparse.Namespace, config: DipConfig, module: ModuleShape) -> None:

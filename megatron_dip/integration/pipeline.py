@@ -27,11 +27,12 @@ from megatron_dip.runtime import (
     PlanService,
     ProcessLimits,
     ServiceLimits,
+    connected_groups,
     create_channel_groups,
     pipeline_channels,
 )
 
-__all__ = ["DipPipeline", "connected_groups"]
+__all__ = ["DipPipeline"]
 
 # Above what training has (0), so that a planner gets what training leaves of a shared core.
 _PLANNER_NICE = 10
@@ -169,21 +170,6 @@ def _create_agreement(
         leaders=[own.index(members[0]) for members in sharing],
         replica=sharing.index(list(replica)),
     )
-
-
-def connected_groups(parts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The ranks that belong together because some of ``parts`` hold them in common, each once."""
-    groups: list[set[int]] = []
-    for part in parts:
-        joined = set(part)
-        apart = []
-        for group in groups:
-            if joined.isdisjoint(group):
-                apart.append(group)
-            else:
-                joined |= group
-        groups = [*apart, joined]
-    return sorted(sorted(group) for group in groups)
 
 
 def _create_group(

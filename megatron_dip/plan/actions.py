@@ -42,10 +42,6 @@ class ActionType(StrEnum):
     def is_receive(self) -> bool:
         return self in (ActionType.RECV_FORWARD, ActionType.RECV_BACKWARD)
 
-    @property
-    def moves_gradient(self) -> bool:
-        return self in (ActionType.SEND_BACKWARD, ActionType.RECV_BACKWARD)
-
 
 COMPUTE_TYPES = frozenset(
     {ActionType.FORWARD, ActionType.BACKWARD, ActionType.INPUT_GRAD, ActionType.WEIGHT_GRAD}

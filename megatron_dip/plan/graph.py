@@ -72,7 +72,8 @@ class Message(NamedTuple):
         source, target = action.stage, action.peer
         if action.type.is_receive:
             source, target = target, source
-        return cls(source, target, action.microbatch, action.sub, action.type.moves_gradient)
+        gradient = action.type in (ActionType.SEND_BACKWARD, ActionType.RECV_BACKWARD)
+        return cls(source, target, action.microbatch, action.sub, gradient)
 
 
 class PipelineGraph:

@@ -1,6 +1,6 @@
 """The executor and what it needs of torch: channels, stage runners, boundaries, measurement."""
 
-from megatron_dip.runtime.agreement import PlanAgreement
+from megatron_dip.runtime.agreement import PlanAgreement, connected_groups
 from megatron_dip.runtime.boundary import BoundaryRule, BoundaryRules, message_shape
 from megatron_dip.runtime.channels import Channels, create_channel_groups, pipeline_channels
 from megatron_dip.runtime.executor import Executor
@@ -48,6 +48,7 @@ __all__ = [
     "StageRunner",
     "backward_inputs",
     "backward_weights",
+    "connected_groups",
     "create_channel_groups",
     "create_recorder",
     "message_shape",

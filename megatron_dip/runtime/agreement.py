@@ -24,7 +24,7 @@ from megatron_dip.planner import restrict_plan
 from megatron_dip.runtime.channels import transfer_failure_reason
 from megatron_dip.workload import Problem
 
-__all__ = ["PlanAgreement"]
+__all__ = ["PlanAgreement", "connected_groups"]
 
 _DIGEST_BYTES = 32
 _LENGTH_BYTES = 8
@@ -249,6 +249,21 @@ class PlanAgreement:
             f"global ranks {ranks} do not have the owner's plan for this batch; nothing was run "
             f"(rank {ranks[0]}: {reason})"
         )
+
+
+def connected_groups(parts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The ranks that belong together because some of ``parts`` hold them in common, each once."""
+    groups: list[set[int]] = []
+    for part in parts:
+        joined = set(part)
+        apart = []
+        for group in groups:
+            if joined.isdisjoint(group):
+                apart.append(group)
+            else:
+                joined |= group
+        groups = [*apart, joined]
+    return sorted(sorted(group) for group in groups)
 
 
 class _Explained:

@@ -3,6 +3,8 @@
 import pytest
 from runtime_suites import LIMIT_S, CaseReport, run_suite
 
+from megatron_dip.runtime import connected_groups
+
 Cases = dict[str, list[CaseReport | None]]
 
 
@@ -78,3 +80,18 @@ def test_a_planner_that_is_stuck_ends_the_wait_of_the_others(cases: Cases) -> No
     assert other is not None and other.outcome == "ChannelError"
     assert other.seconds < 2 * LIMIT_S
     assert "agreeing on a plan" in other.message and "--dip-timeout-seconds" in other.message
+
+
+@pytest.mark.parametrize(
+    ("experts", "expected"),
+    [
+        # Four replicas of two ranks; experts on each rank alone, and among pairs of replicas.
+        ([[0], [1], [2], [3], [4], [5], [6], [7]], [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ([[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_ranks_that_meet_in_experts_share_a_plan(
+    experts: list[list[int]], expected: list[list[int]]
+) -> None:
+    assert connected_groups([[0, 4], [1, 5], [2, 6], [3, 7], *experts]) == expected

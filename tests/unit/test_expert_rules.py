@@ -80,6 +80,15 @@ def test_a_module_with_an_auxiliary_loss_is_not_split(
         check(split, **values)
 
 
+def test_an_auxiliary_loss_that_megatron_would_scale_wrongly_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    values = {"moe_aux_loss_coeff": 0.01, "calculate_per_token_loss": True}
+    check(config, **values, tensor_model_parallel_size=1)
+    check(config, moe_aux_loss_coeff=0.01, tensor_model_parallel_size=2)
+    with pytest.raises(UnsupportedError, match=r"0.01 .*--tensor-model-parallel-size 2: leave"):
+        check(config, **values, tensor_model_parallel_size=2)
+
+
 def test_a_frozen_module_is_not_shared_by_replicas(tmp_path: Path) -> None:
     frozen = config_of(tmp_path, trainable=False)
     check(frozen)
