@@ -312,10 +312,10 @@ def test_layers_outside_of_the_module_are_refused(base):
         slice_config(base, first_layer=0, num_layers=2, first=True, last=True)
 
 
-def test_experts_are_refused_by_name(base):
+def test_latent_attention_is_refused_by_name(base):
     stage_config = slice_config(base, first_layer=0, num_layers=1, first=True, last=True)
-    stage_config.num_moe_experts = 4
-    with pytest.raises(UnsupportedError, match="num_moe_experts"):
+    stage_config.multi_latent_attention = True
+    with pytest.raises(UnsupportedError, match="multi_latent_attention"):
         block_submodules(stage_config, num_layers=1, mask_type=AttnMaskType.causal)
 
 
