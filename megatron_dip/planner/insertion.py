@@ -103,9 +103,7 @@ def _insert_all(
         start_us = 0.0
         for edge in range(inputs.first_output[task], inputs.first_output[task + 1]):
             other = inputs.output[edge]
-            start_us = max(
-                start_us, starts_us[other] + duration_us[other] + inputs.delay_us[edge]
-            )
+            start_us = max(start_us, starts_us[other] + duration_us[other] + inputs.delay_us[edge])
         rank = inputs.rank[task % len(inputs.rank)]
         low, place = 0, busy.length[rank]
         while low < place:
