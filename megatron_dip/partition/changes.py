@@ -1,8 +1,8 @@
 """Small random changes of a cut: what the partitioner searches with.
 
 A module is changed as the path that its data takes through the ranks
-(:data:`megatron_dip.partition.cuts.Path`): layers go from one stage to another, stages change places,
-a run of stages is passed in the other direction.
+(:data:`megatron_dip.partition.cuts.Path`): layers go from one stage to another, stages change
+places, a run of stages is passed in the other direction.
 """
 
 from collections.abc import Callable, Mapping, Sequence

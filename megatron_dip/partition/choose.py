@@ -11,10 +11,10 @@ and embedding, fill and drain, overheads of layers and transfers, memory.
    the size of sub-microbatches.  A cut that is hardly worse may be the way to a better one: it is
    kept if it is better than the one kept some changes ago (late acceptance; Burke and Bykov, EJOR
    258, 2017).  What is clearly worse on the first samples is not judged on the others.
-3. *Finals*: the best of them once more, with many more schedules: those that won by luck drop out.
+3. *Finals*: the best of them once more, with many more schedules: luck drops out.
 
-A few batches are little to choose from: cuts are judged on as many more whose microbatches are drawn
-from all samples.  The result depends on the samples alone.
+A few batches are little to choose from: cuts are judged on as many more whose microbatches are
+drawn from all samples.  The result depends on the samples alone.
 """
 
 import itertools
@@ -50,7 +50,7 @@ _FINAL_EVALUATIONS = 8
 """Times as many as before."""
 # How many changes ago the cut was kept that a change must be better than.
 _MEMORY = 20
-# A cut that is worse by so much on the first sample is given up; on the first two by less, and so on.
+# A cut that is worse by so much on the first sample is given up; by less on the first two, ...
 _CLEARLY_WORSE = 0.02
 
 
@@ -202,7 +202,8 @@ def _best_segments(judge: _Judge, problems: Sequence[Problem]) -> list[Cut]:
             sub_microbatch_tokens=dict.fromkeys(names),
         )
         # Fewer segments win a tie: they send less.
-        costs.append((*judge.costs(cut, [sample], _FIRST_EVALUATIONS), len(costs), cut))
+        (cost,) = judge.costs(cut, [sample], _FIRST_EVALUATIONS)
+        costs.append((cost, len(costs), cut))
     return [cut for _, _, cut in sorted(costs)[:_NUM_STARTS]]
 
 

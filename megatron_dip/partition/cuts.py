@@ -1,6 +1,6 @@
 """Cuts: layers per module, segment and rank, and the changes that lead from one to another."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dip.partition.stages import Partition

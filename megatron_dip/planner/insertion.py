@@ -1,9 +1,10 @@
 """Serial schedule generation: works are put, one by one, into the first gap that is long enough.
 
 The list scheduler never leaves a rank idle while it has something to do, so a long clip waits
-wherever it meets a short one.  Here what comes earlier in a list keeps its time, and what comes later
-goes around it (serial generation scheme of project scheduling; Kolisch, "Serial and parallel
-resource-constrained project scheduling methods revisited", EJOR 90, 1996).  Memory is not looked at.
+wherever it meets a short one.  Here what comes earlier in a list keeps its time, and what comes
+later goes around it (serial generation scheme of project scheduling; Kolisch, "Serial and parallel
+resource-constrained project scheduling methods revisited", EJOR 90, 1996).  Memory is not looked
+at.
 """
 
 from typing import NamedTuple
@@ -61,7 +62,8 @@ class Insertion:
 
     def order(self, starts_us: FloatArray, duration_us: FloatArray) -> TaskOrder:
         """The order of every rank in a schedule made by :meth:`early`."""
-        # Of two that start together the one without duration is first; of two such, the upstream one.
+        # Of two that start together the one without duration is first, of two such the upstream
+        # one.
         sequence = self._sequences[0]
         rank = self._graphs[0].rank[sequence % len(self._graphs[0].rank)]
         by_time = np.lexsort((duration_us[sequence], starts_us[sequence], rank))

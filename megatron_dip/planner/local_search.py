@@ -8,11 +8,11 @@ First every rule of the portfolio.  Then, until the budget is spent, one of thes
   keys (forward-backward improvement of project scheduling; Valls, Ballestin, Quintanilla,
   "Justification and RCPSP", EJOR 165, 2005).  Either every action is disturbed by itself, or a few
   microbatches as a whole: large items only get past one another together with all that follows.
-- *insert*: the same by insertion (:mod:`megatron_dip.planner.insertion`): a rank may wait for a long
-  item that is on its way instead of starting something else.
+- *insert*: the same by insertion (:mod:`megatron_dip.planner.insertion`): a rank may wait for a
+  long item that is on its way instead of starting something else.
 
-A move that succeeds more often per schedule made is tried more often.  What is as good as the best is kept, so that
-the search can drift.
+A move that succeeds more often per schedule made is tried more often.  What is as good as the best
+is kept, so that the search can drift.
 """
 
 import itertools
@@ -32,7 +32,7 @@ __all__ = ["search_locally"]
 
 # How far times are disturbed, as parts of the makespan.
 _DISTURBANCES = (0.003, 0.01, 0.03, 0.1)
-# Of the evaluations that the portfolio may take: from a few good rules, moves go further than rules.
+# Of the evaluations, what rules may take: from a few good ones, moves lead further than more rules.
 _STARTS_SHARE = 0.25
 # How often another level of admission is tried.
 _OTHER_LEVEL = 0.25

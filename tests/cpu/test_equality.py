@@ -32,8 +32,8 @@ from megatron_dip.plan import Plan
 WHOLE_1, WHOLE_2 = Cut(num_segments=1), Cut(num_segments=2)
 SPLIT_1, SPLIT_2 = Cut.split(1), Cut.split(2)
 SPLIT_1_FALLBACK = Cut.split(1, planner="one_f_one_b")
-# Both modules there and back: from the second rank on to itself, then to the first; both also have a
-# stage without layers.
+# Both modules there and back: from the second rank on to itself, then to the first.  In both a
+# first or last stage has no layers.
 SNAKE = Cut(
     num_segments=3,
     vision_tokens=90,
