@@ -138,11 +138,11 @@ class Evaluator:
     def take(
         self, order: TaskOrder, starts_us: FloatArray, near: GreedySchedule
     ) -> GreedySchedule | None:
-        """The schedule of an order that was made elsewhere, with as much effort as two of here.
+        """The schedule of an order that was made elsewhere, with as much effort as one of here.
 
         It recomputes by the weights of ``near``; None where no recomputation makes the order fit.
         """
-        self.num_evaluations += 2
+        self.num_evaluations += 1
         if self.fitter is None:
             ends_us = starts_us + self.forwards.graph.duration_us
             makespan_us = float(ends_us[self.forwards.graph.exists].max())

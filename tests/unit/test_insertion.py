@@ -34,8 +34,8 @@ def test_what_is_inserted_first_does_not_wait_for_the_rest(case, seed):
     graph, random = table.whole, np.random.default_rng(seed)
     is_first = np.tile(table.microbatch == table.microbatch.max(), 3)
     insertion = Insertion(graph)
+    later = [1 + random.random(len(is_first)) for _ in range(2)]
     starts_us = [
-        insertion.early(np.where(is_first, 0.0, 1 + random.random(len(is_first))), graph.duration_us)
-        for _ in range(2)
+        insertion.early(np.where(is_first, 0.0, keys), graph.duration_us) for keys in later
     ]
     assert (starts_us[0] == starts_us[1])[is_first & graph.exists].all()
