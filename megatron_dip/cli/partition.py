@@ -28,10 +28,10 @@ def make_partition(
     ] = False,
     evaluations: Annotated[
         int, typer.Option(help="Schedules that are made to judge a cut on one sample.")
-    ] = 48,
+    ] = 64,
     changes: Annotated[
-        int, typer.Option(help="Changes of the best cut that are tried; 0 for even cuts only.")
-    ] = 400,
+        int, typer.Option(help="Changes that are tried; 0 for even cuts only.")
+    ] = 1000,
 ) -> None:
     """Choose segments, layers and sub-microbatch sizes for batches like the samples."""
     samples = [load_problem(path) for path in problem]

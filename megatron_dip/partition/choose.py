@@ -5,23 +5,28 @@ where, is decided here by planning sample batches on candidate cuts with the pla
 the real ones.  So whatever a schedule hides costs nothing and whatever it cannot hide counts: head
 and embedding, fill and drain, overheads of layers and transfers, memory.
 
-1. *Segments*: every combination of numbers of segments with balanced layers, judged on one sample;
-   the best of them go on to all samples.
-2. *Sizes and layers*: from the best, hill climbing on all samples over the size of sub-microbatches
-   of each module and over single layers between ranks and between segments.
+1. *Segments*: every combination of numbers of segments with balanced layers, all passed in one
+   direction or there and back, judged on one sample; the best of them go on to all samples.
+2. *Changes*: from the best, random changes of single layers, of the path through the ranks and of
+   the size of sub-microbatches.  A cut that is hardly worse may be the way to a better one: it is
+   kept if it is better than the one kept some changes ago (late acceptance; Burke and Bykov, EJOR
+   258, 2017).  What is clearly worse on the first samples is not judged on the others.
+3. *Finals*: the best of them once more, with many more schedules: luck drops out.
 
-The result depends on the samples alone.  Not modelled: a planner budget other than the one used
-here may favour another cut.
+A few batches are little to choose from: cuts are judged on as many more whose microbatches are
+drawn from all samples.  The result depends on the samples alone.
 """
 
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from random import Random
 from typing import NamedTuple
 
 from megatron_dip.errors import ConfigError, InfeasibleError, PartitionError
-from megatron_dip.partition.cuts import Cut, balanced_layers, neighbours
+from megatron_dip.partition.changes import changed
+from megatron_dip.partition.cuts import Cut, Layers, balanced_layers, there_and_back
 from megatron_dip.partition.stages import Partition
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.planner.search import search_schedule
@@ -38,10 +43,15 @@ Progress = Callable[[str, int, int], None]
 _SEGMENT_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 _PARTS = (2, 3, 4, 6, 8, 12, 16)
 """Into how many groups the largest microbatch of a module may be split."""
+_NUM_STARTS = 8
 _NUM_FINALISTS = 8
-_FIRST_EVALUATIONS = 16
-# A change has to pay for more than the noise of the search.
-_LEAST_GAIN = 2e-4
+_FIRST_EVALUATIONS = 32
+_FINAL_EVALUATIONS = 8
+"""Times as many as before."""
+# How many changes ago the cut was kept that a change must be better than.
+_MEMORY = 20
+# A cut that is worse by so much on the first sample is given up; by less on the first two, ...
+_CLEARLY_WORSE = 0.02
 
 
 class ChosenPartition(NamedTuple):
@@ -58,8 +68,8 @@ def choose_partition(
     problems: Sequence[Problem],
     *,
     split_backward: bool = False,
-    evaluations: int = 48,
-    max_changes: int = 400,
+    evaluations: int = 64,
+    max_changes: int = 1000,
     progress: Progress | None = None,
 ) -> ChosenPartition:
     """The best cut found for batches like ``problems``, under their memory limits.
@@ -68,7 +78,7 @@ def choose_partition(
         problems: Sample batches of one model on one machine.
         split_backward: Whether the batches will be planned with split backwards.
         evaluations: Schedules that are made to judge a cut on one sample.
-        max_changes: Cuts that hill climbing may judge.
+        max_changes: Changes that are judged.
         progress: Told about every cut that is judged.
 
     Raises:
@@ -82,18 +92,18 @@ def choose_partition(
             f"evaluations {evaluations}, max_changes {max_changes} (expected at least 1 and 0)"
         )
     _check_alike(problems)
-    judge = _Judge(problems, evaluations, split_backward, progress)
-    finalists = _best_segments(judge, problems)
-    best = min(finalists, key=judge)
-    best = _climb(judge, best, max_changes)
-    cost = judge(best)
+    samples = [*problems, *_mixed(problems)]
+    judge = _Judge(samples, evaluations, split_backward, progress)
+    starts = _best_segments(judge, problems)
+    finalists = _change(judge, min(starts, key=judge), max_changes)
+    best, cost = _best_of(judge, finalists, evaluations * _FINAL_EVALUATIONS)
     if not math.isfinite(cost):
         raise judge.infeasible
     return ChosenPartition(best.partition(), 1 / cost, judge.num_judged)
 
 
 class _Judge:
-    """Mean of ranks x makespan / useful work over the samples: infinite where memory is short."""
+    """Ranks x makespan / useful work on samples: infinite where memory is short."""
 
     def __init__(
         self,
@@ -107,29 +117,39 @@ class _Judge:
         self.infeasible = InfeasibleError("no cut was judged")
         self.step = ""
         self.at_most = 0
-        self._evaluations = evaluations
+        self.evaluations = evaluations
         self._split_backward = split_backward
         self._progress = progress
-        self._known: dict[str, float] = {}
 
     def __call__(self, cut: Cut) -> float:
-        if cut.name not in self._known:
-            self._known[cut.name] = self.cost(cut, self.problems, self._evaluations)
-        return self._known[cut.name]
+        """The mean over all samples."""
+        return statistics.mean(self.costs(cut, self.problems, self.evaluations))
 
-    def cost(self, cut: Cut, problems: Sequence[Problem], evaluations: int) -> float:
-        """As calling it, with fewer samples or schedules."""
+    def costs(
+        self,
+        cut: Cut,
+        problems: Sequence[Problem],
+        evaluations: int,
+        known: Sequence[float] | None = None,
+    ) -> list[float]:
+        """Per sample; the last one is infinite where the cut is clearly worse than one that costs
+        ``known``, and has not been judged on the others."""
         self.num_judged += 1
         if self._progress is not None:
             self._progress(self.step, self.num_judged, max(self.at_most, self.num_judged))
         partition = cut.partition()
-        try:
-            return statistics.mean(
-                self._relative_makespan(problem, partition, evaluations) for problem in problems
-            )
-        except InfeasibleError as error:
-            self.infeasible = error
-            return math.inf
+        costs: list[float] = []
+        for problem in problems:
+            try:
+                costs.append(self._relative_makespan(problem, partition, evaluations))
+            except InfeasibleError as error:
+                self.infeasible = error
+                return [*costs, math.inf]
+            if known is not None:
+                margin = 1 + _CLEARLY_WORSE / math.sqrt(len(costs))
+                if sum(costs) > margin * sum(known[: len(costs)]):
+                    return [*costs, math.inf]
+        return costs
 
     def _relative_makespan(self, problem: Problem, partition: Partition, evaluations: int) -> float:
         groups = form_sub_microbatches(problem, partition.sub_microbatch_tokens)
@@ -153,54 +173,88 @@ def _check_alike(problems: Sequence[Problem]) -> None:
             )
 
 
+def _mixed(problems: Sequence[Problem]) -> list[Problem]:
+    """As many batches again, their microbatches drawn from those of all; none of a single one."""
+    if len(problems) == 1:
+        return []
+    random = Random(0)
+    microbatches = [batch for problem in problems for batch in problem.microbatches]
+    return [
+        problem.model_copy(
+            update={"microbatches": tuple(random.sample(microbatches, problem.num_microbatches))}
+        )
+        for problem in problems
+    ]
+
+
 def _best_segments(judge: _Judge, problems: Sequence[Problem]) -> list[Cut]:
-    """The most promising numbers of segments, on the sample with the median work."""
+    """The most promising numbers and directions of segments, on the sample with the median work."""
     names = problems[0].module_order
-    options = [_segment_counts(problems[0], name) for name in names]
+    options = [_even_layers(problems, name) for name in names]
     judge.step = "segments"
-    judge.at_most = math.prod(map(len, options))
+    judge.at_most = math.prod(map(len, options)) + _NUM_STARTS
     by_work = sorted(problems, key=useful_work_us)
     sample = by_work[len(by_work) // 2]
     costs: list[tuple[float, int, Cut]] = []
-    for counts in itertools.product(*options):
-        layers = {
-            name: balanced_layers(problems, name, count)
-            for name, count in zip(names, counts, strict=True)
-        }
-        cut = Cut(layers=layers, sub_microbatch_tokens=dict.fromkeys(names))
+    for layers in itertools.product(*options):
+        cut = Cut(
+            layers=dict(zip(names, layers, strict=True)),
+            sub_microbatch_tokens=dict.fromkeys(names),
+        )
         # Fewer segments win a tie: they send less.
-        costs.append((judge.cost(cut, [sample], _FIRST_EVALUATIONS), len(costs), cut))
-    return [cut for _, _, cut in sorted(costs)[:_NUM_FINALISTS]]
+        (cost,) = judge.costs(cut, [sample], _FIRST_EVALUATIONS)
+        costs.append((cost, len(costs), cut))
+    return [cut for _, _, cut in sorted(costs)[:_NUM_STARTS]]
 
 
-def _segment_counts(problem: Problem, module: str) -> list[int]:
-    most = max(1, problem.module(module).num_layers // problem.num_ranks)
-    return [count for count in _SEGMENT_COUNTS if count <= most]
+def _even_layers(problems: Sequence[Problem], module: str) -> list[Layers]:
+    most = max(1, problems[0].module(module).num_layers // problems[0].num_ranks)
+    found = []
+    for count in _SEGMENT_COUNTS:
+        if count <= most:
+            layers = balanced_layers(problems, module, count)
+            found.append(layers)
+            if count > 1:
+                found.append(there_and_back(layers))
+    return found
 
 
-def _climb(judge: _Judge, cut: Cut, max_changes: int) -> Cut:
-    """Changes that pay, until none does or ``max_changes`` have been judged."""
-    judge.step = "sizes and layers"
-    judge.at_most = last = judge.num_judged + max_changes
-    changes = _changes(judge.problems, cut)
-    place = num_failed = 0
-    while num_failed < len(changes) and judge.num_judged < last:
-        # After a gain the search goes on where it was: what comes first has just been tried.
-        change = changes[place % len(changes)]
-        place += 1
-        num_failed += 1
-        if judge(change) < judge(cut) * (1 - _LEAST_GAIN):
-            cut, num_failed = change, 0
-            changes = _changes(judge.problems, cut)
-    return cut
+def _change(judge: _Judge, start: Cut, max_changes: int) -> list[Cut]:
+    """The best cuts that ``max_changes`` random changes lead to, the best one first."""
+    judge.step = "changes"
+    judge.at_most = judge.num_judged + 1 + max_changes
+    sizes = _sizes(judge.problems)
+    random = Random(0)
+    current, costs = start, judge.costs(start, judge.problems, judge.evaluations)
+    cost = statistics.mean(costs)
+    found = {start.name: (cost, start)}
+    earlier = [cost] * _MEMORY
+    for number in range(max_changes):
+        change = changed(current, sizes, random)
+        if change.name not in found:
+            known = costs if math.isfinite(cost) else None
+            new = judge.costs(change, judge.problems, judge.evaluations, known)
+            new_cost = statistics.mean(new)
+            found[change.name] = (new_cost, change)
+            if new_cost <= max(cost, earlier[number % _MEMORY]) and math.isfinite(new_cost):
+                current, costs, cost = change, new, new_cost
+        earlier[number % _MEMORY] = cost
+    best = sorted(found.values(), key=lambda pair: pair[0])
+    return [cut for _, cut in best[:_NUM_FINALISTS]]
 
 
-def _changes(problems: Sequence[Problem], cut: Cut) -> list[Cut]:
-    return [*_sizes(problems, cut), *neighbours(cut)]
+def _best_of(judge: _Judge, cuts: Sequence[Cut], evaluations: int) -> tuple[Cut, float]:
+    """The best of ``cuts`` and what it costs."""
+    judge.step = "finals"
+    judge.at_most = judge.num_judged + len(cuts)
+    costs = [statistics.mean(judge.costs(cut, judge.problems, evaluations)) for cut in cuts]
+    best = min(range(len(cuts)), key=costs.__getitem__)
+    return cuts[best], costs[best]
 
 
-def _sizes(problems: Sequence[Problem], cut: Cut) -> Iterator[Cut]:
-    """``cut`` with every size of sub-microbatch that is worth a try, module by module."""
+def _sizes(problems: Sequence[Problem]) -> dict[str, list[int | None]]:
+    """Sizes of sub-microbatches that are worth a try, of modules that can be split."""
+    sizes: dict[str, list[int | None]] = {}
     for name in problems[0].module_order:
         shares = [
             [item.tokens for item in problem.items(name, number)]
@@ -209,5 +263,5 @@ def _sizes(problems: Sequence[Problem], cut: Cut) -> Iterator[Cut]:
         ]
         if max(map(len, shares), default=0) > 1:
             most = max(map(sum, shares))
-            for size in (None, *(math.ceil(most / parts) for parts in _PARTS)):
-                yield cut.with_tokens(name, size)
+            sizes[name] = [None, *(math.ceil(most / parts) for parts in _PARTS)]
+    return sizes

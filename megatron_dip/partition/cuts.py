@@ -1,16 +1,20 @@
 """Cuts: layers per module, segment and rank, and the changes that lead from one to another."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dip.partition.stages import Partition
 from megatron_dip.partition.uniform import partition_from_layers
 from megatron_dip.workload import Item, Problem
 
-__all__ = ["Cut", "Layers", "balanced_layers", "neighbours"]
+__all__ = ["Cut", "Layers", "Path", "balanced_layers", "layers_of", "path_of", "there_and_back"]
 
 Layers = tuple[tuple[int, ...], ...]
 """Layers of one module, per segment and rank."""
+
+Path = tuple[tuple[int, int], ...]
+"""The ranks that data of one module visits, one after the other, with the layers that it passes on
+each.  Since a segment may have no layers on a rank, a path may visit ranks in any order."""
 
 _KINDS = ("forward_us", "input_grad_us", "weight_grad_us")
 
@@ -68,36 +72,36 @@ def balanced_layers(problems: Sequence[Problem], module: str, num_segments: int)
     return _spread(counts, num_segments)
 
 
-def neighbours(cut: Cut) -> Iterator[Cut]:
-    """Cuts that differ in the place of one layer, or of one layer per rank."""
-    for module, layers in cut.layers.items():
-        num_segments, num_ranks = len(layers), len(layers[0])
-        counts = [sum(segment[rank] for segment in layers) for rank in range(num_ranks)]
-        for source in range(num_ranks):
-            for target in range(num_ranks):
-                if source != target and counts[source]:
-                    moved = list(counts)
-                    moved[source] -= 1
-                    moved[target] += 1
-                    yield cut.with_layers(module, _move_rank(layers, source, target))
-        for source in range(num_segments):
-            for target in range(num_segments):
-                if source != target and all(layers[source]):
-                    rows = [list(row) for row in layers]
-                    for rank in range(num_ranks):
-                        rows[source][rank] -= 1
-                        rows[target][rank] += 1
-                    yield cut.with_layers(module, tuple(tuple(row) for row in rows))
+def path_of(layers: Layers) -> Path:
+    """The stages with layers, in the order in which data passes them."""
+    return tuple((rank, count) for row in layers for rank, count in enumerate(row) if count)
 
 
-def _move_rank(layers: Layers, source: int, target: int) -> Layers:
-    """One layer goes from a rank to another: from its fullest segment to the emptiest."""
-    rows = [list(row) for row in layers]
-    full = max(range(len(rows)), key=lambda segment: (rows[segment][source], segment))
-    empty = min(range(len(rows)), key=lambda segment: (rows[segment][target], segment))
-    rows[full][source] -= 1
-    rows[empty][target] += 1
+def layers_of(path: Sequence[tuple[int, int]], num_ranks: int) -> Layers:
+    """Segments that lead along ``path``: a new one wherever the rank does not rise."""
+    rows: list[list[int]] = []
+    last = num_ranks
+    for rank, count in path:
+        if rank <= last:
+            rows.append([0] * num_ranks)
+        rows[-1][rank] = count
+        last = rank
     return tuple(tuple(row) for row in rows)
+
+
+def there_and_back(layers: Layers) -> Layers:
+    """``layers`` with every other segment from the last rank to the first, like a snake.
+
+    Where it turns nothing is sent, and on every rank some stages are followed by the rank above and
+    some by the one below, so that a small item need not stay behind a large one that goes the same
+    way (V-shaped layouts of Qi et al., "Pipeline Parallelism with Controllable Memory", arXiv
+    2405.15362).
+    """
+    num_ranks = len(layers[0])
+    path: list[tuple[int, int]] = []
+    for segment, row in enumerate(layers):
+        path += path_of((row,))[:: -1 if segment % 2 else 1]
+    return layers_of(path, num_ranks)
 
 
 def _spread(counts: Sequence[int], num_segments: int) -> Layers:

@@ -106,6 +106,11 @@ class Evaluator:
         return self.left_ms <= 0
 
     @property
+    def spent_share(self) -> float:
+        """The part of a budget in evaluations that is spent; 0 for one in milliseconds."""
+        return self.num_evaluations / (self._budget.evaluations or math.inf)
+
+    @property
     def left_ms(self) -> float:
         """What is left of a budget in milliseconds; infinite without one."""
         if self._budget.milliseconds is None:
@@ -128,6 +133,23 @@ class Evaluator:
         """
         self.num_evaluations += 1
         schedule = self._fit(order, weights)
+        return None if schedule is None else self._remember(schedule)
+
+    def take(
+        self, order: TaskOrder, starts_us: FloatArray, near: GreedySchedule
+    ) -> GreedySchedule | None:
+        """The schedule of an order that was made elsewhere, with as much effort as one of here.
+
+        It recomputes by the weights of ``near``; None where no recomputation makes the order fit.
+        """
+        self.num_evaluations += 1
+        if self.fitter is None:
+            ends_us = starts_us + self.forwards.graph.duration_us
+            makespan_us = float(ends_us[self.forwards.graph.exists].max())
+            return self._remember(
+                GreedySchedule(order, starts_us, makespan_us, near.num_recomputed)
+            )
+        schedule = self._fit(order, near.weights)
         return None if schedule is None else self._remember(schedule)
 
     def schedule(self, batch: BatchRules, point: Point) -> GreedySchedule | None:

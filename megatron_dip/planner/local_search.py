@@ -1,6 +1,6 @@
 """The default search: priority rules, then small changes of the best schedule.
 
-First every rule of the portfolio.  Then, until the budget is spent, one of two moves:
+First every rule of the portfolio.  Then, until the budget is spent, one of these moves:
 
 - *reorder*: two microbatches change places in the order of the best rule;
 - *justify*: the best schedule is made anew from its end, every action as late as it can be, and
@@ -8,17 +8,21 @@ First every rule of the portfolio.  Then, until the budget is spent, one of two 
   keys (forward-backward improvement of project scheduling; Valls, Ballestin, Quintanilla,
   "Justification and RCPSP", EJOR 165, 2005).  Either every action is disturbed by itself, or a few
   microbatches as a whole: large items only get past one another together with all that follows.
+- *insert*: the same by insertion (:mod:`megatron_dip.planner.insertion`): a rank may wait for a
+  long item that is on its way instead of starting something else.
 
-A move that succeeds more often is tried more often.  What is as good as the best is kept, so that
-the search can drift.
+A move that succeeds more often per schedule made is tried more often.  What is as good as the best
+is kept, so that the search can drift.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
 from megatron_dip.planner.evaluator import Evaluator, Point
 from megatron_dip.planner.greedy import GreedySchedule
+from megatron_dip.planner.insertion import Insertion
 from megatron_dip.planner.kernels import BY_KEY
 from megatron_dip.planner.portfolio import Portfolio, Rule
 from megatron_dip.planner.rules import BatchRules, places
@@ -28,8 +32,13 @@ __all__ = ["search_locally"]
 
 # How far times are disturbed, as parts of the makespan.
 _DISTURBANCES = (0.003, 0.01, 0.03, 0.1)
+# Of the evaluations, what rules may take: from a few good ones, moves lead further than more rules.
+_STARTS_SHARE = 0.25
 # How often another level of admission is tried.
 _OTHER_LEVEL = 0.25
+
+_Rebuild = Callable[[GreedySchedule, FloatArray, int], GreedySchedule | None]
+"""From a schedule, disturbances and a level of admission."""
 
 
 def search_locally(evaluator: Evaluator, seed: int) -> None:
@@ -49,6 +58,7 @@ class _LocalSearch:
         self._microbatch = np.tile(self._batch.microbatch, 3)[graph.exists]
         self._is_split = bool(graph.exists[2 * len(graph.rank) :].any())
         self._backwards: BatchRules | None = None
+        self._insertion: Insertion | None = None
         self._rule, self._order = next(self._portfolio.starts())
         self._level = 0
         self._current = evaluator.evaluate(self._rule_point(self._rule, self._order, 0))
@@ -58,6 +68,8 @@ class _LocalSearch:
         evaluator = self._evaluator
         self._try_levels()
         for rule, order in itertools.islice(self._portfolio.starts(), 1, None):
+            if evaluator.spent_share > _STARTS_SHARE:
+                break
             if evaluator.is_over:
                 return
             schedule = evaluator.evaluate(self._rule_point(rule, order, self._level))
@@ -67,15 +79,18 @@ class _LocalSearch:
         if not self._is_split:
             self._backwards = BatchRules.backwards(evaluator.table, evaluator.levels)
         moves = [self._reorder, self._justify]
+        if not self._is_split:
+            self._insertion = Insertion(evaluator.table.whole)
+            moves.append(self._insert)
         if evaluator.fitter is not None:
             moves.append(self._refit)
-        tries, wins = np.ones(len(moves)), np.ones(len(moves))
+        spent, wins = np.ones(len(moves)), np.ones(len(moves))
         while not evaluator.is_over:
-            rates = np.cumsum(wins / tries)
+            rates = np.cumsum(wins / spent)
             move = int(np.searchsorted(rates, self._random.random() * rates[-1], side="right"))
-            before_us = self._current.makespan_us
+            before, before_us = evaluator.num_evaluations, self._current.makespan_us
             moves[move]()
-            tries[move] += 1
+            spent[move] += evaluator.num_evaluations - before
             wins[move] += self._current.makespan_us < before_us
 
     def _try_levels(self) -> None:
@@ -103,15 +118,21 @@ class _LocalSearch:
         self._keep(schedule, level)
 
     def _justify(self) -> None:
+        self._improve(self._rebuild, self._next_level())
+
+    def _insert(self) -> None:
+        self._improve(self._rebuild_by_insertion, self._level)
+
+    def _improve(self, rebuild: _Rebuild, level: int) -> None:
+        """The best schedule disturbed and made anew, for as long as that makes it better."""
         width_us = self._current.makespan_us * self._random.choice(_DISTURBANCES)
         noise_us = self._noise_us(width_us)
-        level = self._next_level()
-        schedule = self._rebuild(self._current, noise_us, level)
+        schedule = rebuild(self._current, noise_us, level)
         while schedule is not None:
             self._keep(schedule, level)
             if self._evaluator.is_over:
                 return
-            again = self._rebuild(schedule, np.zeros(len(noise_us)), level)
+            again = rebuild(schedule, np.zeros(len(noise_us)), level)
             if again is None or again.makespan_us >= schedule.makespan_us:
                 return
             schedule = again
@@ -152,9 +173,7 @@ class _LocalSearch:
         self, schedule: GreedySchedule, noise_us: FloatArray, level: int
     ) -> GreedySchedule | None:
         starts_us = schedule.starts_us + noise_us
-        duration_us = self._duration_us
-        if self._evaluator.fitter is not None:
-            duration_us = self._evaluator.fitter.timed_graph(schedule.num_recomputed).duration_us
+        duration_us = self._times_us(schedule)
         if self._backwards is not None:
             ends_us = starts_us + duration_us
             point = Point(
@@ -172,6 +191,23 @@ class _LocalSearch:
         return self._evaluator.evaluate(
             Point(self._places(starts_us), BY_KEY, order, level, near=schedule)
         )
+
+    def _rebuild_by_insertion(
+        self, schedule: GreedySchedule, noise_us: FloatArray, level: int
+    ) -> GreedySchedule | None:
+        assert self._insertion is not None, "a move only for whole backwards"
+        duration_us = self._times_us(schedule)
+        ends_us = schedule.starts_us + duration_us + noise_us
+        late_us = self._insertion.late(ends_us, duration_us)
+        starts_us = self._insertion.early(late_us, duration_us)
+        order = self._insertion.order(starts_us, duration_us)
+        return self._evaluator.take(order, starts_us, schedule)
+
+    def _times_us(self, schedule: GreedySchedule) -> FloatArray:
+        """[3 N]: durations with what ``schedule`` recomputes."""
+        if self._evaluator.fitter is None:
+            return self._duration_us
+        return self._evaluator.fitter.timed_graph(schedule.num_recomputed).duration_us
 
     def _keep(self, schedule: GreedySchedule, level: int) -> None:
         if schedule.makespan_us <= self._current.makespan_us:

@@ -32,10 +32,15 @@ from megatron_dip.plan import Plan
 WHOLE_1, WHOLE_2 = Cut(num_segments=1), Cut(num_segments=2)
 SPLIT_1, SPLIT_2 = Cut.split(1), Cut.split(2)
 SPLIT_1_FALLBACK = Cut.split(1, planner="one_f_one_b")
-UNEVEN = Cut(
-    num_segments=2,
+# Both modules there and back: from the second rank on to itself, then to the first.  In both a
+# first or last stage has no layers.
+SNAKE = Cut(
+    num_segments=3,
     vision_tokens=90,
-    layers=(("vision", ((5, 2), (0, 1))), ("language", ((0, 3), (4, 1)))),
+    layers=(
+        ("vision", ((3, 2), (0, 1), (2, 0))),
+        ("language", ((0, 2), (0, 1), (4, 1))),
+    ),
 )
 SGD_TOLERANCE, ADAM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4, 1e-4
 DISTRIBUTED = (
@@ -72,8 +77,8 @@ def identify(value: object) -> str | None:
     if isinstance(value, Cut):
         split = "split" if value.is_split else "whole"
         fallback = "-1f1b" if value.planner != "dual_queue" else ""
-        uneven = "-uneven" if value.layers else ""
-        return f"{value.num_segments}-segments-{split}{uneven}{fallback}"
+        snake = "-snake" if value.layers else ""
+        return f"{value.num_segments}-segments-{split}{snake}{fallback}"
     return None
 
 
@@ -142,7 +147,7 @@ def test_runs_start_from_the_checkpoint_and_learn(runs: Runs) -> None:
     ("layout", "cut"),
     [
         (PP2, WHOLE_1),
-        (PP2, SPLIT_1),
+        (PP2, SNAKE),
         (PP2, SPLIT_2),
         (PP4, WHOLE_1),
         (PP4, SPLIT_2),
@@ -201,7 +206,7 @@ def test_replicas_with_different_plans_reduce_gradients_and_train_alike(
     assert any(a.actions != b.actions for a, b in pairs)
 
 
-@pytest.mark.parametrize("cut", [None, UNEVEN], ids=["stock", "other-partition"])
+@pytest.mark.parametrize("cut", [None, SNAKE], ids=["stock", "other-partition"])
 def test_a_checkpoint_of_one_partition_goes_on_under_others(runs: Runs, cut: Cut | None) -> None:
     resumed = replace(ADAM_STOCK, cut=cut, saves=False, resumes=ADAM_WHOLE_2)
     compare(runs, resumed, ADAM_WHOLE_2, ADAM_TOLERANCE)
@@ -215,7 +220,7 @@ def test_a_checkpoint_of_the_stock_schedule_goes_on_under_plans(runs: Runs) -> N
 def test_a_distributed_optimizer_of_two_replicas_goes_on_in_one_under_another_partition(
     runs: Runs,
 ) -> None:
-    resumed = replace(ADAM_REPLICAS, layout=PP2, cut=UNEVEN, saves=False, resumes=ADAM_REPLICAS)
+    resumed = replace(ADAM_REPLICAS, layout=PP2, cut=SNAKE, saves=False, resumes=ADAM_REPLICAS)
     compare(runs, resumed, ADAM_REPLICAS, ADAM_TOLERANCE)
 
 

@@ -1,6 +1,7 @@
 """The partitioner: what it chooses on batches whose best cut is known."""
 
 import itertools
+from random import Random
 
 import pytest
 from planning_cases import MODULE_GRAPHS, chain_case, encoder_case, make_item, make_problem
@@ -9,8 +10,15 @@ from typer.testing import CliRunner
 from megatron_dip.cli.main import app
 from megatron_dip.errors import ConfigError, InfeasibleError, PartitionError
 from megatron_dip.partition import load_partition, partition_from_layers
+from megatron_dip.partition.changes import changed
 from megatron_dip.partition.choose import choose_partition
-from megatron_dip.partition.cuts import Cut, balanced_layers, neighbours
+from megatron_dip.partition.cuts import (
+    Cut,
+    balanced_layers,
+    layers_of,
+    path_of,
+    there_and_back,
+)
 from megatron_dip.planner import make_plan
 from megatron_dip.workload import Problem
 
@@ -52,19 +60,34 @@ def test_the_rank_with_the_head_gets_fewer_layers():
     assert balanced_layers([headed_chain(6, 1, head_us=6.0)], "language", 2) == ((2, 1), (2, 1))
 
 
-def test_neighbours_keep_all_layers_and_change_something():
-    cut = Cut(layers={"language": ((2, 1), (1, 2))}, sub_microbatch_tokens={"language": None})
-    found = [change.layers["language"] for change in neighbours(cut)]
-    assert len(found) == 4 == len(set(found))
-    assert all(sum(map(sum, layers)) == 6 for layers in found)
-    assert ((1, 2), (1, 2)) in found
-    assert ((3, 2), (0, 1)) in found
+def test_a_path_may_visit_ranks_in_any_order():
+    path = ((2, 1), (0, 1), (0, 2), (1, 1), (2, 3))
+    layers = layers_of(path, 3)
+    assert layers == ((0, 0, 1), (1, 0, 0), (2, 1, 3))
+    assert path_of(layers) == path
+
+
+def test_segments_there_and_back_turn_on_the_rank_where_they_are():
+    layers = there_and_back(((1, 2, 3), (4, 5, 0), (6, 7, 8)))
+    assert path_of(layers) == ((0, 1), (1, 2), (2, 3), (1, 5), (0, 4), (0, 6), (1, 7), (2, 8))
+
+
+def test_changes_keep_all_layers_and_lead_everywhere():
+    cut = Cut(layers={"language": ((2, 1),)}, sub_microbatch_tokens={"language": None})
+    sizes, random = {"language": [None, 8]}, Random(1)
+    seen = set()
+    for _ in range(3000):
+        cut = changed(cut, sizes, random)
+        cut.partition().check_layers({"language": 3}, 2)
+        seen.add((path_of(cut.layers["language"]), cut.sub_microbatch_tokens["language"]))
+    # Three layers on two ranks in stages of 3, 2 and 1, 1 and 2, or 1 each: 2 + 4 + 4 + 8 paths.
+    assert len(seen) == 2 * 18
 
 
 @pytest.mark.parametrize("head_us", [0.0, 3.0, 8.0])
 def test_no_cut_of_a_tiny_model_is_better_than_the_chosen_one(head_us):
     problem = headed_chain(4, 3, head_us)
-    chosen = choose_partition([problem])
+    chosen = choose_partition([problem], max_changes=100)
     cuts = [
         (segment[:2],) if not any(segment[2:]) else (segment[:2], segment[2:])
         for segment in itertools.product(range(5), repeat=4)
@@ -73,12 +96,12 @@ def test_no_cut_of_a_tiny_model_is_better_than_the_chosen_one(head_us):
     best_us = min(makespan_us(problem, {"language": cut}) for cut in cuts)
     plan = make_plan(problem, chosen.partition, evaluations=48)
     assert plan.estimate is not None
-    assert plan.estimate.makespan_us == pytest.approx(best_us, rel=1e-12)
+    assert plan.estimate.makespan_us <= best_us * (1 + 1e-12)
 
 
 def test_images_are_split_where_few_microbatches_must_fill_many_ranks():
     samples = [images(4, 8, num_ranks=4), images(2, 8, num_ranks=4)]
-    chosen = choose_partition(samples)
+    chosen = choose_partition(samples, max_changes=60)
     assert chosen.partition.sub_microbatch_tokens["vision"] < 8
     split_us = whole_us = 0.0
     for sample in samples:
@@ -93,7 +116,7 @@ def test_images_are_split_where_few_microbatches_must_fill_many_ranks():
 
 def test_modules_are_cut_into_segments_where_fill_and_drain_are_long():
     sample = headed_chain(8, 2, head_us=0.0)
-    chosen = choose_partition([sample])
+    chosen = choose_partition([sample], max_changes=60)
     assert chosen.partition.chains["language"][-1].segment > 0
     plan = make_plan(sample, chosen.partition, evaluations=48)
     assert plan.estimate is not None
@@ -102,9 +125,13 @@ def test_modules_are_cut_into_segments_where_fill_and_drain_are_long():
 
 def test_a_rank_with_little_memory_gets_fewer_layers():
     fields = {"layer_static_bytes": 1000, "head_us": 0.0}
-    wide = choose_partition([headed_chain(4, 2, memory_limit_bytes=[9000, 9000], **fields)])
+    wide = choose_partition(
+        [headed_chain(4, 2, memory_limit_bytes=[9000, 9000], **fields)], max_changes=60
+    )
     assert sum(stage.num_layers for stage in wide.partition.stages_on(0)) == 2
-    tight = choose_partition([headed_chain(4, 2, memory_limit_bytes=[1500, 9000], **fields)])
+    tight = choose_partition(
+        [headed_chain(4, 2, memory_limit_bytes=[1500, 9000], **fields)], max_changes=60
+    )
     assert sum(stage.num_layers for stage in tight.partition.stages_on(0)) == 1
 
 
@@ -116,7 +143,7 @@ def test_a_limit_that_no_cut_keeps_is_reported():
 
 def test_the_same_samples_give_the_same_partition():
     samples = [images(4, 4)]
-    first, second = choose_partition(samples), choose_partition(samples)
+    first, second = (choose_partition(samples, max_changes=40) for _ in range(2))
     assert first.partition.digest() == second.partition.digest()
 
 
@@ -131,9 +158,11 @@ def test_samples_must_be_alike_and_numbers_positive():
 
 def test_progress_is_told_for_every_cut():
     told: list[tuple[str, int, int]] = []
-    chosen = choose_partition([images(2, 2)], progress=lambda *step: told.append(step))
+    chosen = choose_partition(
+        [images(2, 2)], max_changes=40, progress=lambda *step: told.append(step)
+    )
     assert [done for _, done, _ in told] == list(range(1, chosen.num_judged + 1))
-    assert {step for step, _, _ in told} == {"segments", "sizes and layers"}
+    assert {step for step, _, _ in told} == {"segments", "changes", "finals"}
     assert all(done <= most for _, done, most in told)
 
 
@@ -141,7 +170,7 @@ def test_the_command_writes_a_partition_that_plans_take(tmp_path):
     sample, output, plan = tmp_path / "a.json", tmp_path / "p.json", tmp_path / "plan.json"
     sample.write_text(encoder_case()[0].model_dump_json())
     arguments = ["partition", "--problem", str(sample), "--problem", str(sample)]
-    result = CliRunner().invoke(app, [*arguments, "-o", str(output)])
+    result = CliRunner().invoke(app, [*arguments, "--changes", "20", "-o", str(output)])
     assert result.exit_code == 0, result.output
     assert "useful work on the samples" in result.output
     load_partition(output).check_covers(encoder_case()[0])
