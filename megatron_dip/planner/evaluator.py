@@ -78,8 +78,10 @@ class Evaluator:
         self.table = table
         self.levels: tuple[IntArray, ...] = (table.stored_bytes,)
         self.fitter: MemoryFitter | None = None
+        fitter = MemoryFitter(table, split_backward=split_backward)
+        self.holds_back = not can_recompute and not fitter.fits_at_once
+        """Whether works have to wait for memory: orders made elsewhere do not know of it."""
         if can_recompute:
-            fitter = MemoryFitter(table, split_backward=split_backward)
             self.levels = memory_levels(fitter.savings, table.rank, table.microbatch)
             if not fitter.fits_at_once:
                 self.fitter = fitter
@@ -142,6 +144,7 @@ class Evaluator:
 
         It recomputes by the weights of ``near``; None where no recomputation makes the order fit.
         """
+        assert not self.holds_back, "an order made elsewhere may hold too much"
         self.num_evaluations += 1
         if self.fitter is None:
             ends_us = starts_us + self.forwards.graph.duration_us

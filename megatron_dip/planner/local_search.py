@@ -79,7 +79,7 @@ class _LocalSearch:
         if not self._is_split:
             self._backwards = BatchRules.backwards(evaluator.table, evaluator.levels)
         moves = [self._reorder, self._justify]
-        if not self._is_split:
+        if not self._is_split and not evaluator.holds_back:
             self._insertion = Insertion(evaluator.table.whole)
             moves.append(self._insert)
         if evaluator.fitter is not None:
