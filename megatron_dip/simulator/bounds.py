@@ -3,44 +3,87 @@
 import numpy as np
 
 from megatron_dip.compiled import compiled
-from megatron_dip.simulator.arrays import FloatArray, TaskGraph
+from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskGraph
 from megatron_dip.simulator.tasks import TaskTable
 from megatron_dip.workload import Problem
 
-__all__ = ["lower_bound_us", "tails_us", "useful_work_us"]
+__all__ = ["heads_us", "lower_bound_us", "tails_us", "useful_work_us"]
 
 
 def lower_bound_us(table: TaskTable, *, split_backward: bool = False) -> float:
-    """The longest chain of dependencies, or the busiest rank, whichever takes longer.
+    """What the busiest rank takes if it may interrupt its actions and all others are never busy.
 
-    A rank cannot begin before the first of its inputs can arrive, then has all of its work to do,
-    and after its last action the shortest chain that follows one of them.  With whole backwards a
-    gradient leaves after ``B``.  With ``split_backward`` it leaves after ``I``, and ``W`` may be
-    the last thing that a rank does: that bound holds for whole backwards too, and for both kinds in
-    one schedule.  Give a table without recomputation for a bound on every schedule.
+    A rank cannot begin an action before the longest chain before it is done, and after it the
+    longest chain that follows must run.  Of what a rank can begin, that with the longest chain
+    behind it goes first: no order ends earlier (Jackson's preemptive schedule; Carlier, "The
+    one-machine sequencing problem", EJOR 11, 1982).  That is never below the longest chain of
+    dependencies, nor below the earliest start + work + shortest tail of a rank.
+
+    With whole backwards a gradient leaves after ``B``.  With ``split_backward`` it leaves after
+    ``I``, and ``W`` may be the last thing that a rank does: that bound holds for whole backwards
+    too, and for both kinds in one schedule.  Give a table without recomputation for a bound on
+    every schedule.
     """
     graph = table.split if split_backward else table.whole
-    heads, rests = np.zeros(len(graph.exists)), _rests_us(graph)
-    _follow(graph, heads)
-    bound = float((heads + graph.duration_us + rests).max(initial=0.0))
-    rank = np.tile(graph.rank, 3)
+    heads, tails = heads_us(graph), tails_us(graph)
+    tasks = np.flatnonzero(graph.exists)
+    tasks = tasks[np.argsort(heads[tasks], kind="stable")]
+    rank = np.tile(graph.rank, 3)[tasks]
+    bound = 0.0
     for number in range(table.num_ranks):
-        tasks = np.flatnonzero(graph.exists & (rank == number))
-        if len(tasks):
-            busy = graph.duration_us[tasks].sum()
-            bound = max(bound, float(heads[tasks].min() + busy + rests[tasks].min()))
+        own = tasks[rank == number]
+        duration = graph.duration_us[own]
+        bound = max(bound, _one_rank_us(heads[own], duration, tails[own] - duration))
     return bound
+
+
+def heads_us(graph: TaskGraph) -> FloatArray:
+    """[3 N]: the longest chain that a task waits for; zero for tasks that the batch lacks."""
+    heads = np.zeros(len(graph.exists))
+    _follow(graph, heads)
+    return heads
 
 
 def tails_us(graph: TaskGraph) -> FloatArray:
     """[3 N]: the longest chain that starts with a task; zero for tasks that the batch lacks."""
-    return graph.duration_us + _rests_us(graph)
-
-
-def _rests_us(graph: TaskGraph) -> FloatArray:
     rests = np.zeros(len(graph.exists))
     _look_ahead(graph, rests)
-    return rests
+    return graph.duration_us + rests
+
+
+def _one_rank_us(heads: FloatArray, duration_us: FloatArray, rests: FloatArray) -> float:
+    """When the last chain behind a rank's actions ends; actions in the order of their heads.
+
+    What has at least a given rest goes before all else, as if that were not there: with no gap but
+    before a head.  So the result is the most, over all rests, of that rest and the end of these.
+    """
+    size = 1 << max(0, len(heads) - 1).bit_length()
+    work_us, end_us = np.zeros(2 * size), np.full(2 * size, -np.inf)
+    longest_rest_first = np.argsort(-rests, kind="stable")
+    return _latest_end(longest_rest_first, heads, duration_us, rests, work_us, end_us)
+
+
+@compiled
+def _latest_end(
+    tasks: IntArray,
+    heads: FloatArray,
+    duration_us: FloatArray,
+    rests: FloatArray,
+    work_us: FloatArray,
+    end_us: FloatArray,
+) -> float:
+    """As above; ``work_us`` and ``end_us`` are a tree over the heads, which starts empty."""
+    latest_us = 0.0
+    for task in tasks:
+        node = len(work_us) // 2 + task
+        work_us[node], end_us[node] = duration_us[task], heads[task] + duration_us[task]
+        while node > 1:
+            node //= 2
+            left, right = 2 * node, 2 * node + 1
+            work_us[node] = work_us[left] + work_us[right]
+            end_us[node] = max(end_us[left] + work_us[right], end_us[right])
+        latest_us = max(latest_us, end_us[1] + rests[task])
+    return latest_us
 
 
 # Works are numbered upstream first: forwards go to higher numbers, gradients to lower ones.

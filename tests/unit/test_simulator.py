@@ -32,6 +32,7 @@ from megatron_dip.simulator import (
     simulate_order,
     useful_work_us,
 )
+from megatron_dip.simulator.bounds import heads_us, tails_us
 from megatron_dip.simulator.simulate import decode_order, encode_order
 
 
@@ -203,6 +204,31 @@ def test_no_schedule_beats_the_bound_of_its_kind(case):
     assert split <= whole * (1 + 1e-12)
     for kind, bound in ((False, whole), (True, split)):
         assert best_makespan_us(table, kind) >= bound * (1 - 1e-12)
+
+
+def most_of_any_works(table, rank: int) -> float:
+    """Of all works of a rank with at least some head and some tail: head + works + tail."""
+    graph = table.whole
+    tasks = np.flatnonzero(graph.exists & (np.tile(graph.rank, 3) == rank))
+    heads, us = heads_us(graph)[tasks], graph.duration_us[tasks]
+    rests = tails_us(graph)[tasks] - us
+    return max(
+        (
+            head + us[(heads >= head) & (rests >= rest)].sum() + rest
+            for head in heads
+            for rest in rests
+            if ((heads >= head) & (rests >= rest)).any()
+        ),
+        default=0.0,
+    )
+
+
+@given(case=cases())
+@settings(max_examples=60, deadline=None)
+def test_the_bound_is_that_of_the_worst_works_of_a_rank(case):
+    table = build_task_table(make_graph(*case))
+    expected = max(most_of_any_works(table, rank) for rank in range(table.num_ranks))
+    assert lower_bound_us(table) == pytest.approx(expected)
 
 
 def test_useful_work_leaves_overheads_out():
