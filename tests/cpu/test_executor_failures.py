@@ -3,6 +3,8 @@
 import pytest
 from runtime_suites import LIMIT_S, CaseReport, run_suite
 
+pytestmark = pytest.mark.alone
+
 Cases = dict[str, list[CaseReport | None]]
 
 

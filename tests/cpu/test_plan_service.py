@@ -28,6 +28,8 @@ from megatron_dip.runtime import (
 )
 from megatron_dip.workload import Problem, TransferCost
 
+pytestmark = pytest.mark.alone
+
 EVALUATIONS = 256
 PATIENCE_SECONDS = 60.0
 LIMITS = ProcessLimits(memory_bytes=4 * 2**30, nice=0)
@@ -171,7 +173,7 @@ def test_a_search_that_takes_too_long_gives_its_best_so_far_within_the_limit(run
         one.service.request(batch)
         one.until(lambda: one.service._jobs[batch.digests].best is not None)
         obtained = one.service.obtain(batch)
-        assert obtained.origin is Origin.CUT_SHORT and 300 <= obtained.waited_ms < 15_000
+        assert obtained.origin is Origin.CUT_SHORT and 290 < obtained.waited_ms < 15_000
         plan = unpack_plan(obtained.packed, batch.problem, one.partition)
         first = make_plan(batch.problem, one.partition)
         assert plan.estimate.makespan_us <= first.estimate.makespan_us
@@ -199,7 +201,7 @@ def test_a_process_that_is_stuck_means_an_unsearched_plan_after_the_limit_and_is
         patient = replace(one.service._limits, wait_ms=1000 * PATIENCE_SECONDS)
         one.service._limits = replace(one.service._limits, search_ms=100.0)
         obtained = one.service.obtain(one.batch(0))
-        assert obtained.origin is Origin.FALLBACK and 200 <= obtained.waited_ms < 15_000
+        assert obtained.origin is Origin.FALLBACK and 190 < obtained.waited_ms < 15_000
         one.service.request(one.batch(1))
         one.until(lambda: one.pool.process_ids != (stuck,))
         assert "was stuck, and was ended" in caplog.text
