@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
 from megatron_dip.plan import load_plan, save_plan
-from megatron_dip.planner import make_plan
+from megatron_dip.planner import load_joint_plan, make_plan, restrict_plan
 
 
 @pytest.fixture
@@ -44,6 +44,17 @@ def test_plan_writes_a_plan_that_validates(files):
     assert len(made.graph.subs("vision", 0)) == 2
     assert any(action.type.value == "W" for action in made.actions[0])
     assert run("validate", files / "plan.json").exit_code == 0
+
+
+def test_several_problems_get_one_plan_that_holds_for_each(files):
+    problem, partition = encoder_case()
+    text_only = problem.model_copy(update={"microbatches": problem.microbatches[1:] * 2})
+    (files / "text.json").write_text(text_only.model_dump_json())
+    result = run(*plan_arguments(files), "--problem", files / "text.json")
+    assert result.exit_code == 0, result.output
+    one_plan = load_joint_plan(files / "plan.json", partition)
+    for batch in (problem, text_only):
+        assert restrict_plan(one_plan, batch).problem == batch
 
 
 @pytest.mark.parametrize("search", ["local", "mcts"])
