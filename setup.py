@@ -62,7 +62,6 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout",
-            "pytest-xdist",
             "hypothesis",
             # One minor version, because formatting differs between them.
             "ruff>=0.17,<0.18",

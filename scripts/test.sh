@@ -43,18 +43,8 @@ limited "$check_limit_s" "ruff check" "$python" -m ruff check .
 limited "$check_limit_s" "ruff format" "$python" -m ruff format --check --quiet --diff .
 echo "test: mypy"
 limited "$check_limit_s" "mypy" "$python" -m mypy
-pytest=("$python" -m pytest --durations=10 --durations-min=1)
-if (($# > 0)); then
-    echo "test: pytest $*"
-    limited "$pytest_limit_s" "pytest" "${pytest[@]}" "$@"
-else
-    # Ranks wait for one another much of the time: a second file of tests fills the gaps.
-    echo "test: pytest, two files at a time"
-    limited "$pytest_limit_s" "pytest, two at a time" \
-        "${pytest[@]}" --numprocesses 2 --dist loadfile -m "not alone"
-    echo "test: pytest, tests with limits on time"
-    limited "$pytest_limit_s" "pytest, one at a time" "${pytest[@]}" -m alone
-fi
+echo "test: pytest"
+limited "$pytest_limit_s" "pytest" "$python" -m pytest --durations=10 --durations-min=1 "$@"
 
 if ((${#failed[@]} > 0)); then
     printf 'test: failed: %s\n' "$(printf '%s, ' "${failed[@]}" | sed 's/, $//')" >&2

@@ -5,8 +5,6 @@ from runtime_suites import LIMIT_S, CaseReport, run_suite
 
 from megatron_dip.runtime import connected_groups
 
-pytestmark = pytest.mark.alone
-
 Cases = dict[str, list[CaseReport | None]]
 
 

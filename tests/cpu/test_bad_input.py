@@ -21,8 +21,6 @@ from megatron_dip.data.index import build_index, usable_samples
 from megatron_dip.errors import DataError
 from megatron_dip.plan.plan import save_plan
 
-pytestmark = pytest.mark.alone
-
 Edit = Callable[[Any], None]
 
 

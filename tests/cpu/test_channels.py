@@ -6,8 +6,6 @@ from runtime_suites import LIMIT_S, CaseReport, run_suite
 from megatron_dip.partition import partition_from_layers
 from megatron_dip.runtime import pipeline_channels
 
-pytestmark = pytest.mark.alone
-
 UPSTREAM = {"vision": (), "language": ("vision",)}
 
 

@@ -3,8 +3,6 @@
 import pytest
 from runtime_suites import LIMIT_S, CaseReport, run_suite
 
-pytestmark = pytest.mark.alone
-
 Cases = dict[str, list[CaseReport | None]]
 
 

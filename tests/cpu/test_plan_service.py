@@ -28,8 +28,6 @@ from megatron_dip.runtime import (
 )
 from megatron_dip.workload import Problem, TransferCost
 
-pytestmark = pytest.mark.alone
-
 EVALUATIONS = 256
 PATIENCE_SECONDS = 60.0
 LIMITS = ProcessLimits(memory_bytes=4 * 2**30, nice=0)

@@ -15,8 +15,6 @@ from planner_processes import Killer, Watcher, is_planner
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import TrainingRun, train
 
-pytestmark = pytest.mark.alone
-
 NUM_ITERATIONS = 12
 PATIENT = {"wait_limit_ms": 60_000.0, "search_limit_ms": 60_000.0}
 _SIZES = "--micro-batch-size 2 --global-batch-size 8 --lr 0.002 --min-lr 0.002"

@@ -39,10 +39,11 @@ def test_a_profile_of_every_module_is_measured_and_planned_from(tmp_path):
     size = ItemSize(tokens=48, spans=(48,))
     item = builder.build([{"vision": [size], "language": [size]}]).items("vision", 0)[0]
     vision = profile.modules["vision"]
-    at_48, core_at_48 = vision.linear[-1], vision.attention[-1]
+    at_48 = vision.linear[-1]
     assert at_48.size == 48
-    expected = at_48.forward_us - vision.overhead_us + core_at_48.forward_us
-    assert item.forward_us == pytest.approx(expected)
+    # A larger size never takes less: what was measured of a smaller one counts where it took more.
+    linear, core = (max(p.forward_us for p in part) for part in (vision.linear, vision.attention))
+    assert item.forward_us == pytest.approx(linear - vision.overhead_us + core)
     assert item.activation_bytes == at_48.activation_bytes
     with pytest.raises(ConfigError, match="precision is fp32, but the run is in bf16"):
         config_builder(load_config(config), is_fp32=False)

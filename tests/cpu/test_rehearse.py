@@ -18,8 +18,6 @@ from megatron_dip.plan import save_plan
 from megatron_dip.planner import make_plan
 from megatron_dip.rehearsal import rehearse
 
-pytestmark = pytest.mark.alone
-
 CASE = Case(
     name="encoder",
     upstream={"vision": (), "language": ("vision",)},
