@@ -126,15 +126,25 @@ def test_planner_processes_that_are_killed_change_no_loss_and_lose_no_step(
     tally.touch()
     changes = f"""
 from pathlib import Path
-forward_step = example.forward_step
+from megatron_dip.runtime import PlanService
+forward_step, make_service = example.forward_step, PlanService.__init__
+services = []
+
+def remember(service, **options):
+    make_service(service, **options)
+    services.append(service)
 
 def waiting(data_iterator, model):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 45
     while Path({str(tally)!r}).stat().st_size < get_args().curr_iteration // 2:
         assert time.monotonic() < deadline, "no planner process was killed"
+        # Only training comes by to replace what was killed.
+        for service in services:
+            service._poll()
         time.sleep(0.02)
     return forward_step(data_iterator, model)
 
+PlanService.__init__ = remember
 example.forward_step = waiting
 """
     script = write_script(tmp_path, changes)
