@@ -55,7 +55,8 @@ class TinyStage(torch.nn.Module):
 
     def forward(self) -> torch.Tensor:
         rows = torch.ones(ROWS, 1, WIDTH) if self._input is None else self._input
-        output: torch.Tensor = self.linear(rows)
+        # Megatron frees what was sent, and refuses to where it is a view, as that of a product is.
+        output: torch.Tensor = self.linear(rows).clone()
         return output
 
 
