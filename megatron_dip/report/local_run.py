@@ -28,6 +28,8 @@ _MARK = "MEGATRON_DIP_LOCAL_RUN"
 """In the environment of a launcher and of all that it starts: ranks have sessions of their own, and
 what a launcher that was killed leaves behind is no longer its child."""
 _GRACE_SECONDS = 10.0
+# A process that is just becoming another program has no environment to be seen.
+_LOOKS_IN_VAIN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,10 @@ class Launcher:
             except subprocess.TimeoutExpired:
                 self._process.kill()
         deadline = time.monotonic() + grace_seconds
-        while (left := self._left()) and time.monotonic() < deadline:
+        num_looks_in_vain = 0
+        while num_looks_in_vain < _LOOKS_IN_VAIN and time.monotonic() < deadline:
+            left = self._left()
+            num_looks_in_vain = 0 if left else num_looks_in_vain + 1
             for pid in left:
                 try:
                     os.kill(pid, signal.SIGKILL)

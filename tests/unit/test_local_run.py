@@ -11,10 +11,11 @@ import pytest
 
 from megatron_dip.report.local_run import launched
 
-# As torchrun does: every rank has a session of its own.  These ignore what asks them to end.
-RANK = "setsid sh -c 'trap \"\" TERM HUP; exec sleep 600' & echo $!"
-LAUNCHER = f"{RANK}; {RANK}"
-LASTING_LAUNCHER = f"{LAUNCHER}; sleep 600"
+# As torchrun does: every rank has a session of its own.  These ignore what asks them to end, and
+# say who they are when they do.
+RANK = "setsid sh -c 'trap \"\" TERM HUP; echo $$; exec sleep 600' &"
+LAUNCHER = f"{RANK} {RANK}"
+LASTING_LAUNCHER = f"{LAUNCHER} sleep 600"
 CALLER = """
 import os, sys
 from megatron_dip.report.local_run import launched
@@ -26,11 +27,13 @@ LIMIT_S = 30.0
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and has not ended: one that nobody waited for is empty."""
+    """Whether a process is there and has not ended: one that nobody waited for is a zombie."""
     try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+        status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
+    # The name, in parentheses, may hold anything.
+    return status.rpartition(") ")[2][0] not in "ZX"
 
 
 def assert_ended(lines: list[str]) -> None:
