@@ -37,7 +37,7 @@ class Budget(NamedTuple):
 class Point(NamedTuple):
     """What a search chooses; see :meth:`BatchRules.make`."""
 
-    key: IntArray
+    key: FloatArray | IntArray
     turn: int
     microbatch_order: IntArray
     level: int = 0
@@ -161,25 +161,28 @@ class Evaluator:
         With time running backwards it recomputes what ``point.near`` does.
         """
         self.num_evaluations += 1
+        # Times of a schedule that was disturbed do not come again.
+        if point.near is not None:
+            return self._make(batch, point)
         name = _digest(batch, point)
         if name not in self._kept:
             if len(self._kept) >= self._max_kept:
                 del self._kept[next(iter(self._kept))]
-            try:
-                self._kept[name] = self._make(batch, point)
-            except InfeasibleError:
-                self._kept[name] = None
+            self._kept[name] = self._make(batch, point)
         return self._kept[name]
 
     def _make(self, batch: BatchRules, point: Point) -> GreedySchedule | None:
         key, turn, microbatch_order, level, near = point
         rules = batch.make(key, turn, microbatch_order, level=level)
-        if self.fitter is None:
-            return schedule_greedily(batch, rules)
         duration_us = None
-        if near is not None and near.num_recomputed.any():
+        if self.fitter is not None and near is not None and near.num_recomputed.any():
             duration_us = self.fitter.timed_graph(near.num_recomputed).duration_us
-        schedule = schedule_greedily(batch, rules, duration_us)
+        try:
+            schedule = schedule_greedily(batch, rules, duration_us)
+        except InfeasibleError:
+            return None
+        if self.fitter is None:
+            return schedule
         if batch is not self.forwards:
             return schedule
         return self._fit(schedule.order, None if near is None else near.weights)
@@ -202,8 +205,4 @@ def _digest(batch: BatchRules, point: Point) -> bytes:
     digest = hashlib.blake2b(point.key.tobytes(), digest_size=16)
     digest.update(point.microbatch_order.tobytes())
     digest.update(bytes([point.turn, batch.opening_kind, point.level]))
-    if point.near is not None:
-        digest.update(point.near.num_recomputed.tobytes())
-        if point.near.weights is not None:
-            digest.update(point.near.weights.tobytes())
     return digest.digest()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_dip.errors import InfeasibleError
-from megatron_dip.planner.kernels import Rules, list_schedule, new_state
+from megatron_dip.planner.kernels import Rules, list_schedule
 from megatron_dip.planner.rules import BatchRules
 from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskOrder
 from megatron_dip.simulator.simulate import decode_order
@@ -45,8 +45,7 @@ def schedule_greedily(
     Raises:
         InfeasibleError: The rules admit nothing although work is left.
     """
-    state = new_state(batch.graph, rules)
-    graph = batch.graph
+    state, graph = batch.state, batch.graph
     if duration_us is not None:
         graph = graph._replace(duration_us=duration_us)
     makespan_us = list_schedule(graph, rules, state)
@@ -55,7 +54,8 @@ def schedule_greedily(
     order = TaskOrder(np.concatenate(lines), first)
     if len(order.task) < int(batch.graph.exists.sum()):
         raise InfeasibleError(_what_is_left(batch, order))
-    return GreedySchedule(order, state.starts_us, makespan_us, np.zeros(len(graph.rank), np.int64))
+    none_recomputed = np.zeros(len(graph.rank), np.int64)
+    return GreedySchedule(order, state.starts_us.copy(), makespan_us, none_recomputed)
 
 
 def _what_is_left(batch: BatchRules, order: TaskOrder) -> str:

@@ -23,6 +23,8 @@ class _Busy(NamedTuple):
     from_us: FloatArray
     """[num_ranks, T], ascending"""
     until_us: FloatArray
+    task: IntArray
+    """With what: of those without duration, all at once, what is upstream comes first."""
     length: IntArray
     """[num_ranks]"""
 
@@ -49,28 +51,27 @@ class Insertion:
         counts = np.bincount(np.tile(graph.rank, 3)[graph.exists], minlength=self._num_ranks)
         self._longest = int(counts.max())
 
-    def early(self, key_us: FloatArray, duration_us: FloatArray) -> FloatArray:
-        """[3 N]: starts; smaller keys are inserted first, but nothing before what it waits for."""
-        return self._insert(key_us, duration_us, 0)
+    def early(self, key_us: FloatArray, duration_us: FloatArray) -> tuple[FloatArray, TaskOrder]:
+        """Starts, [3 N], and the order of every rank.
+
+        Smaller keys are inserted first, but nothing before what it waits for.
+        """
+        starts_us, busy = self._insert(key_us, duration_us, 0)
+        first = np.concatenate([[0], np.cumsum(busy.length)])
+        lines = [line[:length] for line, length in zip(busy.task, busy.length, strict=True)]
+        return starts_us, TaskOrder(np.concatenate(lines), first)
 
     def late(self, ends_us: FloatArray, duration_us: FloatArray) -> FloatArray:
         """[3 N]: starts counted from the end of the batch, at or below zero: as late as can be.
 
         What ends last in ``ends_us`` is inserted first.
         """
-        return -self._insert(-ends_us, duration_us, 1) - duration_us
+        starts_us, _ = self._insert(-ends_us, duration_us, 1)
+        return -starts_us - duration_us
 
-    def order(self, starts_us: FloatArray, duration_us: FloatArray) -> TaskOrder:
-        """The order of every rank in a schedule made by :meth:`early`."""
-        # Of two that start together the one without duration is first, of two such the upstream
-        # one.
-        sequence = self._sequences[0]
-        rank = self._graphs[0].rank[sequence % len(self._graphs[0].rank)]
-        by_time = np.lexsort((duration_us[sequence], starts_us[sequence], rank))
-        first = np.searchsorted(rank[by_time], np.arange(self._num_ranks + 1))
-        return TaskOrder(sequence[by_time], first)
-
-    def _insert(self, key_us: FloatArray, duration_us: FloatArray, direction: int) -> FloatArray:
+    def _insert(
+        self, key_us: FloatArray, duration_us: FloatArray, direction: int
+    ) -> tuple[FloatArray, _Busy]:
         graph, inputs = self._graphs[direction], self._graphs[1 - direction]
         sequence = self._sequences[direction]
         key_us = key_us.copy()
@@ -78,9 +79,14 @@ class Insertion:
         sequence = sequence[np.argsort(key_us[sequence], kind="stable")]
         starts_us = np.zeros(len(duration_us))
         shape = (self._num_ranks, self._longest)
-        busy = _Busy(np.empty(shape), np.empty(shape), np.zeros(self._num_ranks, np.int64))
+        busy = _Busy(
+            np.empty(shape),
+            np.empty(shape),
+            np.empty(shape, np.int64),
+            np.zeros(self._num_ranks, np.int64),
+        )
         _insert_all(inputs, sequence, duration_us, busy, starts_us)
-        return starts_us
+        return starts_us, busy
 
 
 @compiled
@@ -122,6 +128,8 @@ def _insert_all(
         for later in range(busy.length[rank], place, -1):
             busy.from_us[rank, later] = busy.from_us[rank, later - 1]
             busy.until_us[rank, later] = busy.until_us[rank, later - 1]
+            busy.task[rank, later] = busy.task[rank, later - 1]
         busy.from_us[rank, place], busy.until_us[rank, place] = start_us, end_us
+        busy.task[rank, place] = task
         busy.length[rank] += 1
         starts_us[task] = start_us

@@ -22,8 +22,8 @@ ALTERNATE, CLOSERS_FIRST, BY_KEY = range(3)
 class Rules(NamedTuple):
     """What a schedule prefers and what it admits; N works, M microbatches, S stages."""
 
-    key: IntArray
-    """[3 N]: smaller goes first; all different."""
+    key: FloatArray
+    """[3 N]: smaller goes first, of equals what was ready first."""
     turn: int
     """ALTERNATE, CLOSERS_FIRST or BY_KEY."""
     opening_kind: int
@@ -60,13 +60,17 @@ class State(NamedTuple):
     queue_length: IntArray
     event_us: FloatArray
     event: IntArray
-    """A heap: a task that is ready, or -1 - rank for a rank that gets free."""
-    num_events: IntArray
-    """[1]"""
+    """Two per task, by time: a task that is ready, or -1 - rank for a rank that gets free."""
+    next_event: IntArray
+    """[1]: place of the first that has not happened."""
+    events_end: IntArray
+    """[1]: behind the last one."""
     running: IntArray
     """[num_ranks]: the task, or -1."""
+    touched: IntArray
+    """[num_ranks]: those to which something has happened now, each once."""
     is_touched: NDArray[np.bool_]
-    """[num_ranks]: something has happened to it."""
+    """[num_ranks]: whether it is among them; False between calls."""
     closer_next: NDArray[np.bool_]
     next_source: IntArray
     slack_bytes: IntArray
@@ -90,58 +94,118 @@ def list_schedule(graph: TaskGraph, rules: Rules, state: State) -> float:
     Returns:
         The makespan.
     """
+    _reset(graph, rules, state)
     for stage in range(len(rules.first_source) - 1):
         _offer_source(graph, rules, state, stage)
-    num_ranks = len(state.running)
+    num_touched = len(state.running)
+    for rank in range(num_touched):
+        state.touched[rank] = rank
     now_us = 0.0
-    state.is_touched[:] = True
     while True:
-        for rank in range(num_ranks):
-            if state.is_touched[rank] and state.running[rank] < 0:
+        for place in range(num_touched):
+            rank = state.touched[place]
+            state.is_touched[rank] = False
+            if state.running[rank] < 0:
                 _start_next(graph, rules, state, rank, now_us)
-        if state.num_events[0] == 0:
+        if state.next_event[0] == state.events_end[0]:
             return now_us
-        now_us = state.event_us[0]
-        state.is_touched[:] = False
-        while state.num_events[0] > 0 and state.event_us[0] == now_us:
-            event = _pop_event(state)
+        now_us = state.event_us[state.next_event[0]]
+        num_touched = 0
+        while (
+            state.next_event[0] < state.events_end[0]
+            and state.event_us[state.next_event[0]] == now_us
+        ):
+            event = state.event[state.next_event[0]]
+            state.next_event[0] += 1
             if event < 0:
                 rank = -1 - event
                 _end_task(graph, rules, state, rank)
             else:
-                rank = graph.rank[event % len(graph.rank)]
+                rank = graph.rank[_number_of(graph, event)]
                 _enqueue(graph, rules, state, event)
-            state.is_touched[rank] = True
+            if not state.is_touched[rank]:
+                state.is_touched[rank] = True
+                state.touched[num_touched] = rank
+                num_touched += 1
 
 
-def new_state(graph: TaskGraph, rules: Rules) -> State:
-    """The state before anything has started."""
-    num_ranks = len(rules.slack_bytes)
+def new_state(graph: TaskGraph, num_ranks: int, num_left: IntArray) -> State:
+    """Room for schedules of one batch, one after the other.
+
+    Args:
+        graph: The batch.
+        num_ranks: Also of ranks that have nothing to do.
+        num_left: [S, M] see :class:`Rules`.
+    """
     num_tasks = len(graph.exists)
     task_rank = np.tile(graph.rank, 3)[graph.exists]
     longest = max(1, int(np.bincount(task_rank, minlength=num_ranks).max()))
-    num_stages, num_microbatches = rules.num_left.shape
+    num_stages, num_microbatches = num_left.shape
     return State(
-        num_waiting=graph.num_inputs.copy(),
-        ready_us=np.zeros(num_tasks),
+        num_waiting=np.empty(num_tasks, np.int64),
+        ready_us=np.empty(num_tasks),
         queue=np.empty((3 * num_ranks, longest), np.int64),
-        queue_length=np.zeros(3 * num_ranks, np.int64),
-        event_us=np.empty(num_tasks + num_ranks),
-        event=np.empty(num_tasks + num_ranks, np.int64),
-        num_events=np.zeros(1, np.int64),
-        running=np.full(num_ranks, -1, np.int64),
-        is_touched=np.ones(num_ranks, np.bool_),
-        closer_next=np.zeros(num_ranks, np.bool_),
-        next_source=rules.first_source[:-1].copy(),
-        slack_bytes=rules.slack_bytes.copy(),
-        num_open=np.zeros(num_stages, np.int64),
-        is_open=np.zeros((num_stages, num_microbatches), np.bool_),
-        num_left=rules.num_left.copy(),
-        next_microbatch=np.zeros(num_stages, np.int64),
+        queue_length=np.empty(3 * num_ranks, np.int64),
+        event_us=np.empty(2 * len(task_rank)),
+        event=np.empty(2 * len(task_rank), np.int64),
+        next_event=np.empty(1, np.int64),
+        events_end=np.empty(1, np.int64),
+        running=np.empty(num_ranks, np.int64),
+        touched=np.empty(num_ranks, np.int64),
+        is_touched=np.zeros(num_ranks, np.bool_),
+        closer_next=np.empty(num_ranks, np.bool_),
+        next_source=np.empty(num_stages, np.int64),
+        slack_bytes=np.empty((num_ranks, num_microbatches), np.int64),
+        num_open=np.empty(num_stages, np.int64),
+        is_open=np.empty((num_stages, num_microbatches), np.bool_),
+        num_left=np.empty((num_stages, num_microbatches), np.int64),
+        next_microbatch=np.empty(num_stages, np.int64),
         order=np.empty((num_ranks, longest), np.int64),
-        order_length=np.zeros(num_ranks, np.int64),
-        starts_us=np.zeros(num_tasks),
+        order_length=np.empty(num_ranks, np.int64),
+        starts_us=np.empty(num_tasks),
     )
+
+
+@inlined
+def _reset(graph: TaskGraph, rules: Rules, state: State) -> None:
+    """Nothing has started."""
+    state.next_event[0] = state.events_end[0] = 0
+    for task in range(len(state.starts_us)):
+        state.num_waiting[task] = graph.num_inputs[task]
+        state.ready_us[task] = 0.0
+        state.starts_us[task] = 0.0
+    state.queue_length[:] = 0
+    state.order_length[:] = 0
+    state.running[:] = -1
+    state.closer_next[:] = False
+    num_stages, num_microbatches = state.num_left.shape
+    for rank in range(len(state.running)):
+        for place in range(num_microbatches):
+            state.slack_bytes[rank, place] = rules.slack_bytes[rank, place]
+    for stage in range(num_stages):
+        state.next_source[stage] = rules.first_source[stage]
+        state.num_open[stage] = 0
+        state.next_microbatch[stage] = 0
+        for microbatch in range(num_microbatches):
+            state.is_open[stage, microbatch] = False
+            state.num_left[stage, microbatch] = rules.num_left[stage, microbatch]
+
+
+@inlined
+def _number_of(graph: TaskGraph, task: int) -> int:
+    """The work of ``task``; by comparison, which takes a small part of a division's time."""
+    num_works = len(graph.rank)
+    if task >= 2 * num_works:
+        return task - 2 * num_works
+    return task - num_works if task >= num_works else task
+
+
+@inlined
+def _kind_of(graph: TaskGraph, task: int) -> int:
+    num_works = len(graph.rank)
+    if task >= 2 * num_works:
+        return 2
+    return 1 if task >= num_works else 0
 
 
 @inlined
@@ -154,9 +218,8 @@ def _offer_source(graph: TaskGraph, rules: Rules, state: State, stage: int) -> N
 
 @inlined
 def _enqueue(graph: TaskGraph, rules: Rules, state: State, task: int) -> None:
-    num_works = len(graph.rank)
-    kind = task // num_works
-    line = 3 * graph.rank[task % num_works]
+    kind = _kind_of(graph, task)
+    line = 3 * graph.rank[_number_of(graph, task)]
     if kind == 2:
         line += 2
     elif kind != rules.opening_kind:
@@ -165,7 +228,7 @@ def _enqueue(graph: TaskGraph, rules: Rules, state: State, task: int) -> None:
     state.queue_length[line] += 1
     key = rules.key[task]
     # Weight gradients wait in the order in which they came, so that memory held longest goes first.
-    while place > 0 and (kind == 2 or rules.key[state.queue[line, place - 1]] < key):
+    while place > 0 and (kind == 2 or rules.key[state.queue[line, place - 1]] <= key):
         state.queue[line, place] = state.queue[line, place - 1]
         place -= 1
     state.queue[line, place] = task
@@ -203,7 +266,7 @@ def _start_next(graph: TaskGraph, rules: Rules, state: State, rank: int, now_us:
 
 @inlined
 def _is_admitted(graph: TaskGraph, rules: Rules, state: State, task: int) -> bool:
-    number = task % len(graph.rank)
+    number = _number_of(graph, task)
     stage, rank = rules.stage[number], graph.rank[number]
     limit = rules.in_flight_limit[stage]
     if limit >= 0 and not state.is_open[stage, rules.microbatch[number]]:
@@ -232,7 +295,7 @@ def _next_microbatch(rules: Rules, state: State, stage: int) -> int:
 @inlined
 def _open(graph: TaskGraph, rules: Rules, state: State, task: int) -> None:
     """Count what a task takes: its own microbatch had counted it, earlier ones had not."""
-    number = task % len(graph.rank)
+    number = _number_of(graph, task)
     stage, rank, microbatch = rules.stage[number], graph.rank[number], rules.microbatch[number]
     if rules.in_flight_limit[stage] >= 0 and not state.is_open[stage, microbatch]:
         # It stays open in this table; what is in flight is counted apart.
@@ -264,7 +327,7 @@ def _start_last(graph: TaskGraph, rules: Rules, state: State, line: int, now_us:
         state.num_waiting[other] -= 1
         if state.num_waiting[other] == 0 and other < 2 * num_works:
             _push_event(state, state.ready_us[other], other)
-    stage = rules.stage[task % num_works]
+    stage = rules.stage[_number_of(graph, task)]
     place = state.next_source[stage] - 1
     if place >= rules.first_source[stage] and rules.source[place] == task:
         _offer_source(graph, rules, state, stage)
@@ -275,12 +338,12 @@ def _end_task(graph: TaskGraph, rules: Rules, state: State, rank: int) -> None:
     num_works = len(graph.rank)
     task = state.running[rank]
     state.running[rank] = -1
-    number = task % num_works
+    number = _number_of(graph, task)
     if task < 2 * num_works and graph.exists[2 * num_works + number]:
         if task >= num_works:
             _enqueue(graph, rules, state, 2 * num_works + number)
         return
-    if task // num_works == rules.opening_kind:
+    if _kind_of(graph, task) == rules.opening_kind:
         return
     stage, microbatch = rules.stage[number], rules.microbatch[number]
     if rules.in_flight_limit[stage] >= 0:
@@ -294,37 +357,12 @@ def _end_task(graph: TaskGraph, rules: Rules, state: State, rank: int) -> None:
 
 @inlined
 def _push_event(state: State, time_us: float, event: int) -> None:
-    place = state.num_events[0]
-    state.num_events[0] += 1
-    while place > 0:
-        parent = (place - 1) // 2
-        if state.event_us[parent] <= time_us:
-            break
-        state.event_us[place] = state.event_us[parent]
-        state.event[place] = state.event[parent]
-        place = parent
+    """Behind all that are not later: most events are later than most others, and few wait."""
+    place = state.events_end[0]
+    state.events_end[0] += 1
+    while place > state.next_event[0] and state.event_us[place - 1] > time_us:
+        state.event_us[place] = state.event_us[place - 1]
+        state.event[place] = state.event[place - 1]
+        place -= 1
     state.event_us[place] = time_us
     state.event[place] = event
-
-
-@inlined
-def _pop_event(state: State) -> int:
-    found = state.event[0]
-    state.num_events[0] -= 1
-    length = state.num_events[0]
-    time_us, event = state.event_us[length], state.event[length]
-    place = 0
-    while True:
-        child = 2 * place + 1
-        if child >= length:
-            break
-        if child + 1 < length and state.event_us[child + 1] < state.event_us[child]:
-            child += 1
-        if state.event_us[child] >= time_us:
-            break
-        state.event_us[place] = state.event_us[child]
-        state.event[place] = state.event[child]
-        place = child
-    state.event_us[place] = time_us
-    state.event[place] = event
-    return found

@@ -25,7 +25,7 @@ from megatron_dip.planner.greedy import GreedySchedule
 from megatron_dip.planner.insertion import Insertion
 from megatron_dip.planner.kernels import BY_KEY
 from megatron_dip.planner.portfolio import Portfolio, Rule
-from megatron_dip.planner.rules import BatchRules, places
+from megatron_dip.planner.rules import BatchRules
 from megatron_dip.simulator.arrays import FloatArray, IntArray
 
 __all__ = ["search_locally"]
@@ -177,7 +177,7 @@ class _LocalSearch:
         if self._backwards is not None:
             ends_us = starts_us + duration_us
             point = Point(
-                self._places(-ends_us),
+                -ends_us,
                 BY_KEY,
                 self._by_end(ends_us)[::-1].copy(),
                 level,
@@ -188,9 +188,7 @@ class _LocalSearch:
                 return None
             starts_us = late.makespan_us - late.starts_us - duration_us
         order = self._by_start(starts_us)
-        return self._evaluator.evaluate(
-            Point(self._places(starts_us), BY_KEY, order, level, near=schedule)
-        )
+        return self._evaluator.evaluate(Point(starts_us, BY_KEY, order, level, near=schedule))
 
     def _rebuild_by_insertion(
         self, schedule: GreedySchedule, noise_us: FloatArray, level: int
@@ -199,8 +197,7 @@ class _LocalSearch:
         duration_us = self._times_us(schedule)
         ends_us = schedule.starts_us + duration_us + noise_us
         late_us = self._insertion.late(ends_us, duration_us)
-        starts_us = self._insertion.early(late_us, duration_us)
-        order = self._insertion.order(starts_us, duration_us)
+        starts_us, order = self._insertion.early(late_us, duration_us)
         return self._evaluator.take(order, starts_us, schedule)
 
     def _times_us(self, schedule: GreedySchedule) -> FloatArray:
@@ -212,10 +209,6 @@ class _LocalSearch:
     def _keep(self, schedule: GreedySchedule, level: int) -> None:
         if schedule.makespan_us <= self._current.makespan_us:
             self._current, self._level = schedule, level
-
-    def _places(self, times_us: FloatArray) -> IntArray:
-        """Keys by time; tasks that the batch does not have come last."""
-        return places(np.where(self._exists, times_us, np.inf))
 
     def _by_end(self, ends_us: FloatArray) -> IntArray:
         """Microbatches by the time at which the last of their tasks ends."""

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.errors import InfeasibleError
-from megatron_dip.planner.kernels import Rules
+from megatron_dip.planner.kernels import Rules, new_state
 from megatron_dip.simulator.arrays import (
     BACKWARD_KIND,
     FORWARD_KIND,
+    FloatArray,
     IntArray,
     TaskGraph,
     reverse_graph,
@@ -107,6 +108,8 @@ class BatchRules:
             (len(self.stages), table.graph.problem.num_microbatches), dtype=np.int64
         )
         np.add.at(self._num_left, (self.stage, self.microbatch), 1)
+        self.state = new_state(graph, table.num_ranks, self._num_left)
+        """Of the schedule that is being made: one at a time."""
 
     @classmethod
     def forwards(
@@ -138,7 +141,7 @@ class BatchRules:
 
     def make(
         self,
-        key: IntArray,
+        key: FloatArray | IntArray,
         turn: int,
         microbatch_order: IntArray,
         in_flight_limit: IntArray | None = None,
@@ -147,7 +150,7 @@ class BatchRules:
         """The rules with these preferences.
 
         Args:
-            key: [3 N] smaller goes first, all different.
+            key: [3 N] smaller goes first.
             turn: ALTERNATE, CLOSERS_FIRST or BY_KEY.
             microbatch_order: [M] in which microbatches enter, and in which memory is set aside.
             in_flight_limit: [S] see :class:`Rules`; no limits where it is None.
@@ -172,7 +175,7 @@ class BatchRules:
         if in_flight_limit is None:
             in_flight_limit = np.full(len(self.stages), -1, dtype=np.int64)
         return Rules(
-            key=key,
+            key=np.asarray(key, dtype=np.float64),
             turn=turn,
             opening_kind=self.opening_kind,
             stage=self.stage,
