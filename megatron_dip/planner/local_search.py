@@ -11,12 +11,15 @@ First every rule of the portfolio.  Then, until the budget is spent, one of thes
 - *insert*: the same by insertion (:mod:`megatron_dip.planner.insertion`): a rank may wait for a
   long item that is on its way instead of starting something else.
 
+As long as justifying and inserting make a schedule better they are done to it in turn: where one
+of them finds nothing any more, the other often does.
+
 A move that succeeds more often per schedule made is tried more often.  What is as good as the best
 is kept, so that the search can drift.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -118,24 +121,28 @@ class _LocalSearch:
         self._keep(schedule, level)
 
     def _justify(self) -> None:
-        self._improve(self._rebuild, self._next_level())
+        self._improve((self._rebuild, self._rebuild_by_insertion), self._next_level())
 
     def _insert(self) -> None:
-        self._improve(self._rebuild_by_insertion, self._level)
+        self._improve((self._rebuild_by_insertion, self._rebuild), self._level)
 
-    def _improve(self, rebuild: _Rebuild, level: int) -> None:
+    def _improve(self, rebuilds: Sequence[_Rebuild], level: int) -> None:
         """The best schedule disturbed and made anew, for as long as that makes it better."""
+        if self._insertion is None:
+            rebuilds = (self._rebuild,)
         width_us = self._current.makespan_us * self._random.choice(_DISTURBANCES)
         noise_us = self._noise_us(width_us)
-        schedule = rebuild(self._current, noise_us, level)
-        while schedule is not None:
+        best_us = np.inf
+        schedule: GreedySchedule | None = self._current
+        for rebuild in itertools.cycle(rebuilds):
+            assert schedule is not None
+            schedule = rebuild(schedule, noise_us, level)
+            if schedule is None or schedule.makespan_us >= best_us:
+                return
             self._keep(schedule, level)
             if self._evaluator.is_over:
                 return
-            again = rebuild(schedule, np.zeros(len(noise_us)), level)
-            if again is None or again.makespan_us >= schedule.makespan_us:
-                return
-            schedule = again
+            best_us, noise_us = schedule.makespan_us, np.zeros(len(noise_us))
 
     def _noise_us(self, width_us: float) -> FloatArray:
         """[3 N]: for every action by itself, or for one to four microbatches."""
