@@ -212,11 +212,10 @@ class PipelineGraph:
 
     def forward_outputs(self, work: Work) -> tuple[Message, ...]:
         """Messages made by the forward of ``work``."""
-        wiring, number = self.wiring, self.numbers[work]
-        first, end = wiring.first_message[number : number + 2].tolist()
+        number, (first, targets) = self.numbers[work], self._targets
         return tuple(
-            Message(work.stage, self.stages[target].stage, work.microbatch, work.sub, False)
-            for target in wiring.target[first:end].tolist()
+            Message(work.stage, target, work.microbatch, work.sub, False)
+            for target in targets[slice(*first[number : number + 2])]
         )
 
     def forward_inputs(self, work: Work) -> tuple[Message, ...]:
@@ -229,6 +228,12 @@ class PipelineGraph:
         return tuple(
             Message(maker.stage, work.stage, maker.microbatch, maker.sub, False) for maker in makers
         )
+
+    @cached_property
+    def _targets(self) -> tuple[list[int], list[int]]:
+        """Work n makes messages to the stages second[first[n]] to second[first[n + 1]]."""
+        wiring = self.wiring
+        return wiring.first_message.tolist(), wiring.place_stage[wiring.target].tolist()
 
     @cached_property
     def _sources(self) -> tuple[list[int], list[int]]:
@@ -265,11 +270,13 @@ class PipelineGraph:
         """Works that read ``message``."""
         if message.is_gradient:
             return (Work(message.target, message.microbatch, message.sub),)
+        number, (first, targets) = (
+            self.numbers[Work(message.source, message.microbatch, message.sub)],
+            self._targets,
+        )
         wiring = self.wiring
-        number = self.numbers[Work(message.source, message.microbatch, message.sub)]
-        first, end = wiring.first_message[number : number + 2].tolist()
-        for index in range(first, end):
-            if self.stages[wiring.target[index]].stage == message.target:
+        for index in range(*first[number : number + 2]):
+            if targets[index] == message.target:
                 readers = wiring.reader[slice(*wiring.first_reader[index : index + 2])]
                 return tuple(self.works[reader] for reader in readers.tolist())
         return ()
