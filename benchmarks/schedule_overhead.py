@@ -138,13 +138,12 @@ def make_tiny_plan() -> Plan:
     return make_plan(problem, partition, algorithm="one_f_one_b")
 
 
-def make_executor(model: TinyStage, plan: Plan) -> Executor:
+def make_executor(plan: Plan) -> Executor:
     rank = parallel_state.get_pipeline_model_parallel_rank()
     channels = pipeline_channels(plan.partition, {"language": ()})
     rule = {"language": BoundaryRule(width=WIDTH, dtype=torch.float32)}
     return Executor(
         rank=rank,
-        runner=StepRunner(model),
         channels=Channels(
             rank=rank,
             pipeline=[0, 1],
@@ -177,7 +176,8 @@ def main() -> None:
     config.hidden_size = WIDTH  # type: ignore[attr-defined]
     model = TinyStage(config)
     plan = make_tiny_plan()
-    executor = make_executor(model, plan)
+    runner = StepRunner(model)
+    executor = make_executor(plan)
 
     def run_megatron() -> None:
         schedules.forward_backward_pipelining_without_interleaving(
@@ -192,7 +192,7 @@ def main() -> None:
 
     samples: dict[str, list[float]] = {"megatron_us": [], "executor_us": []}
     for number in range(ROUNDS):
-        megatron, ours = time_us(run_megatron), time_us(lambda: executor.run(plan))
+        megatron, ours = time_us(run_megatron), time_us(lambda: executor.run(plan, runner))
         if number:  # The first round warms up.
             samples["megatron_us"].append(megatron)
             samples["executor_us"].append(ours)

@@ -17,7 +17,7 @@ from megatron_dip.partition import Stage
 from megatron_dip.plan import Action, ActionType, Message, Plan, Work
 from megatron_dip.runtime.boundary import BoundaryRules
 from megatron_dip.runtime.channels import Channels, Receive
-from megatron_dip.runtime.program import Operand, Task, Transfer, rank_program
+from megatron_dip.runtime.program import Operand, RankProgram, Task, Transfer, rank_program
 from megatron_dip.runtime.runner import ForwardCall, SavedForward, StageInput, StageRunner
 from megatron_dip.runtime.timeline import Recorder
 
@@ -32,43 +32,54 @@ class Executor:
 
     Args:
         rank: Pipeline rank.
-        runner: How stages compute.
         channels: Transfers to the other ranks.
         boundaries: Shapes of what is received.
-        recorder: Where spans of computing and waiting are added.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        runner: StageRunner,
-        channels: Channels,
-        boundaries: BoundaryRules,
-        recorder: Recorder | None = None,
-    ) -> None:
+    def __init__(self, *, rank: int, channels: Channels, boundaries: BoundaryRules) -> None:
         self.rank = rank
-        self.runner = runner
         self.channels = channels
         self.boundaries = boundaries
-        self.recorder = recorder or Recorder()
+        self._prepared: tuple[Plan, RankProgram] | None = None
 
-    def run(self, plan: Plan, *, forward_only: bool = False) -> None:
-        """Execute this rank's actions; returns when all are done and all sends have ended.
+    def prepare(self, plan: Plan) -> RankProgram:
+        """What this rank does under ``plan``; kept until it is asked for another plan.
 
         Raises:
-            PlanError: The plan is not for its batch.
+            PlanError: The plan is not one for its batch.
+        """
+        if self._prepared is None or self._prepared[0] is not plan:
+            self._prepared = (plan, rank_program(plan, self.rank, self.boundaries))
+        return self._prepared[1]
+
+    def run(
+        self,
+        plan: Plan,
+        runner: StageRunner,
+        recorder: Recorder | None = None,
+        *,
+        forward_only: bool = False,
+    ) -> None:
+        """Execute this rank's actions; returns when all are done and all sends have ended.
+
+        Args:
+            plan: What to run; the same on all ranks.
+            runner: How stages compute.
+            recorder: Where spans of computing and waiting are added.
+            forward_only: Run the forwards alone, and keep nothing for backwards.
+
+        Raises:
+            PlanError: The plan is not one for its batch.
             ExecutionError: An action failed; its message shows the action within the schedule.
                 Or something that was made or received was not used by any action.
             ChannelError: A send did not end within the time limit, or an earlier run failed.
         """
         self.channels.check_usable()
-        program = rank_program(plan, self.rank, self.boundaries)
-        steps = program.steps
-        if forward_only:
-            steps = tuple(step for step in steps if step[0].type in _FORWARD_TYPES)
-        run = _PlanRun(self, plan, forward_only, dict(program.num_readers))
         try:
+            steps = self.prepare(plan).steps
+            if forward_only:
+                steps = tuple(step for step in steps if step[0].type in _FORWARD_TYPES)
+            run = _PlanRun(self, plan, runner, recorder or Recorder(), forward_only)
             with torch.set_grad_enabled(not forward_only):
                 self._run_steps(run, steps)
             self.channels.drain()
@@ -94,13 +105,18 @@ class _PlanRun:
     """The state of one plan while it runs on one rank."""
 
     def __init__(
-        self, executor: Executor, plan: Plan, forward_only: bool, unread: dict[Message, int]
+        self,
+        executor: Executor,
+        plan: Plan,
+        runner: StageRunner,
+        recorder: Recorder,
+        forward_only: bool,
     ) -> None:
-        self.plan = plan
         self.rank = executor.rank
-        self.runner = executor.runner
         self.channels = executor.channels
-        self.recorder = executor.recorder
+        self.partition = plan.partition
+        self.runner = runner
+        self.recorder = recorder
         self.forward_only = forward_only
         self.stash: dict[Work, SavedForward] = {}
         self.receives: dict[Message, Receive] = {}
@@ -108,7 +124,7 @@ class _PlanRun:
         self.tensors: dict[Message, torch.Tensor] = {}
         """Arrived, or made here, and not yet sent or read by all of its readers; a gradient sums
         up here until its last contributor is done."""
-        self.unread = unread
+        self.unread = dict(executor.prepare(plan).num_readers)
         """Readers to come, of messages that had more than one."""
 
     def handlers(self) -> Mapping[ActionType, Callable[[Action, Any], None]]:
@@ -131,16 +147,17 @@ class _PlanRun:
         Raises:
             ExecutionError: Names what is left.
         """
-        sent = {message for message in self.tensors if self._is_sent(message)}
         left = {
             "forwards without backward": [
                 str(work.action(ActionType.FORWARD)) for work in self.stash
             ],
             "receives never read": [str(message.receive) for message in self.receives],
             "tensors not read by all": [
-                str(message.receive) for message in self.tensors if message not in sent
+                str(message.receive) for message in self.tensors if not self._is_sent(message)
             ],
-            "tensors never sent": [str(message.send) for message in sent],
+            "tensors never sent": [
+                str(message.send) for message in self.tensors if self._is_sent(message)
+            ],
         }
         found = [f"{what}: {' '.join(names)}" for what, names in left.items() if names]
         if found:
@@ -150,7 +167,7 @@ class _PlanRun:
             )
 
     def _is_sent(self, message: Message) -> bool:
-        return self.plan.partition[message.target].rank != self.rank
+        return self.partition[message.target].rank != self.rank
 
     # ---- computing --------------------------------------------------------------------------
 
