@@ -154,10 +154,10 @@ class PipelineGraph:
     def sub_microbatch(self, work: Work) -> SubMicrobatch:
         """The items that ``work`` computes on; raises PlanError where there is none."""
         module = self.partition[work.stage].module
-        subs = self.subs(module, work.microbatch)
-        if not 0 <= work.sub < len(subs):
+        group = self._groups.get((module, work.microbatch), range(0))
+        if not 0 <= work.sub < len(group):
             raise PlanError(f"{module} has no sub-microbatch {work.sub} in {work.microbatch}")
-        return subs[work.sub]
+        return self.sub_microbatches[group[work.sub]]
 
     # ---- works and their numbers ------------------------------------------------------------
 
@@ -187,9 +187,15 @@ class PipelineGraph:
 
     def is_loss_stage(self, stage: int) -> bool:
         """True for the last stage of a module that no other reads: its output is the loss."""
-        module = self.partition[stage].module
-        is_last = self.partition.last_stage(module).stage == stage
-        return is_last and not any(self._downstream(module))
+        return stage in self._loss_stages
+
+    @cached_property
+    def _loss_stages(self) -> frozenset[int]:
+        names = self.problem.module_order
+        read = {name for module in names for name in self.problem.module(module).upstream}
+        return frozenset(
+            self.partition.last_stage(name).stage for name in names if name not in read
+        )
 
     def compute_actions(self, work: Work, split_backward: bool = False) -> tuple[Action, ...]:
         """The compute actions of ``work`` in the order in which they must run."""
@@ -204,11 +210,6 @@ class PipelineGraph:
         return tuple(work.action(kind) for kind in kinds)
 
     # ---- messages ---------------------------------------------------------------------------
-
-    def _downstream(self, module: str) -> Iterator[str]:
-        for other in self.problem.module_order:
-            if module in self.problem.module(other).upstream:
-                yield other
 
     def forward_outputs(self, work: Work) -> tuple[Message, ...]:
         """Messages made by the forward of ``work``."""
