@@ -13,7 +13,7 @@ import torch
 from megatron_dip.errors import PlanError
 from megatron_dip.partition import Stage
 from megatron_dip.plan import Action, ActionType, Message, Plan, Work
-from megatron_dip.runtime.boundary import BoundaryRules, message_shape
+from megatron_dip.runtime.boundary import BoundaryRules, MessageShapes
 from megatron_dip.workload import SubMicrobatch
 
 __all__ = ["Operand", "RankProgram", "Source", "Task", "Transfer", "rank_program"]
@@ -74,6 +74,7 @@ def rank_program(plan: Plan, rank: int, boundaries: BoundaryRules) -> RankProgra
         PlanError: An action is of nothing that is in the batch.
     """
     graph = plan.graph
+    shapes = MessageShapes(graph, boundaries)
     tasks: dict[Work, Task] = {}
 
     def operand(action: Action) -> Operand:
@@ -81,8 +82,7 @@ def rank_program(plan: Plan, rank: int, boundaries: BoundaryRules) -> RankProgra
             return graph.partition[action.stage]
         if action.peer is not None:
             message = Message.of(action)
-            shape, dtype = message_shape(graph, message, boundaries)
-            return Transfer(message, graph.partition[action.peer].rank, shape, dtype)
+            return Transfer(message, graph.partition[action.peer].rank, *shapes.of(message))
         assert action.microbatch is not None
         work = Work(action.stage, action.microbatch, action.sub)
         if work not in tasks:
