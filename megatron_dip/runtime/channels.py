@@ -158,7 +158,8 @@ class Channels:
         self.rank = rank
         self.device = device
         self._timeout = timedelta(seconds=timeout_seconds)
-        self._links: dict[Channel, _Link] = {}
+        # By the tuple that a channel is: making one for every message would cost more.
+        self._links: dict[tuple[int, int, bool], _Link] = {}
         for channel, group in groups.items():
             is_gloo = dist.get_backend(group) == "gloo"
             self._links[channel] = _Link(
@@ -198,7 +199,7 @@ class Channels:
         Raises:
             ChannelError: The peer died.
         """
-        link = self._links[Channel(self.rank, receiver, message.is_gradient)]
+        link = self._links[self.rank, receiver, message.is_gradient]
         tensor = tensor.contiguous()
         if link.is_staged:
             staged = torch.empty_like(tensor, device="cpu", pin_memory=True)
@@ -220,7 +221,7 @@ class Channels:
         Raises:
             ChannelError: The peer died.
         """
-        link = self._links[Channel(sender, self.rank, message.is_gradient)]
+        link = self._links[sender, self.rank, message.is_gradient]
         device = "cpu" if link.is_staged else self.device
         buffer = torch.empty(shape, dtype=dtype, device=device, pin_memory=link.is_staged)
         try:
