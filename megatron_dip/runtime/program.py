@@ -2,10 +2,14 @@
 
 The graph answers for any work of any rank.  Asked in every action, it would cost more than a small
 action does; here it is asked once for every work, and forward and backward share the answer.
+
+Receives are posted one compute action before their place in the plan.  Posting waits for nothing,
+so nothing can come to wait for it; and a send whose receive is there already leaves at once, where
+gloo otherwise needs an answer first, for which a sender that computes has no processor.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,7 +20,7 @@ from megatron_dip.plan import Action, ActionType, Message, Plan, Work
 from megatron_dip.runtime.boundary import BoundaryRules, MessageShapes
 from megatron_dip.workload import SubMicrobatch
 
-__all__ = ["Operand", "RankProgram", "Source", "Task", "Transfer", "rank_program"]
+__all__ = ["Operand", "RankProgram", "Source", "Task", "Transfer", "posted_early", "rank_program"]
 
 
 class Source(NamedTuple):
@@ -60,7 +64,7 @@ Operand = Task | Transfer | Stage
 
 
 class RankProgram(NamedTuple):
-    """The actions of one rank, in order."""
+    """The actions of one rank, in the order in which it runs them."""
 
     steps: tuple[tuple[Action, Operand], ...]
     num_readers: Mapping[Message, int]
@@ -89,9 +93,24 @@ def rank_program(plan: Plan, rank: int, boundaries: BoundaryRules) -> RankProgra
             tasks[work] = _task(plan, work)
         return tasks[work]
 
-    steps = tuple((action, operand(action)) for action in plan.actions[rank])
+    steps = tuple((action, operand(action)) for action in posted_early(plan.actions[rank]))
     readers = Counter(source.message for task in tasks.values() for source in task.sources)
     return RankProgram(steps, {message: num for message, num in readers.items() if num > 1})
+
+
+def posted_early(actions: Iterable[Action]) -> list[Action]:
+    """Every receive before the compute action that it follows; all else stays in order."""
+    moved: list[Action] = []
+    last_compute = 0
+    for action in actions:
+        if action.type.is_receive:
+            moved.insert(last_compute, action)
+            last_compute += 1
+            continue
+        if action.type.is_compute:
+            last_compute = len(moved)
+        moved.append(action)
+    return moved
 
 
 def _task(plan: Plan, work: Work) -> Task:
