@@ -5,14 +5,23 @@
 
 Two ranks, one tiny linear layer each, so that computing takes next to nothing and the rest is
 schedule and transfers.  Both run the same 1F1B order through Megatron's own forward and backward
-steps; rounds alternate.  Prints, as JSON, the median time of one forward or backward step.
+steps; rounds alternate.  Prints, as JSON, medians in microseconds for one forward or backward step,
+and the median over rounds of the executor's time over Megatron's:
+
+- the time that passed, which on a busy machine is mostly waiting for the other rank to be woken;
+- the processor time of the threads that run the schedule, mean of both ranks;
+- what a rank does once for every new plan, while gradients of the step before are reduced: reading
+  it from its bytes and looking up what the actions need, shared out over the steps of the plan.
 """
 
 import json
-import statistics
+import platform
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from datetime import date
+from importlib.metadata import version
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +30,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import schedules
 
 from megatron_dip.partition import uniform_partition
-from megatron_dip.plan import Plan
+from megatron_dip.plan import Plan, pack_plan, unpack_plan
 from megatron_dip.planner import make_plan
 from megatron_dip.runtime import (
     BoundaryRule,
@@ -138,13 +147,12 @@ def make_tiny_plan() -> Plan:
     return make_plan(problem, partition, algorithm="one_f_one_b")
 
 
-def make_executor(model: TinyStage, plan: Plan) -> Executor:
+def make_executor(plan: Plan) -> Executor:
     rank = parallel_state.get_pipeline_model_parallel_rank()
     channels = pipeline_channels(plan.partition, {"language": ()})
     rule = {"language": BoundaryRule(width=WIDTH, dtype=torch.float32)}
     return Executor(
         rank=rank,
-        runner=StepRunner(model),
         channels=Channels(
             rank=rank,
             pipeline=[0, 1],
@@ -156,13 +164,44 @@ def make_executor(model: TinyStage, plan: Plan) -> Executor:
     )
 
 
-def time_us(run: Callable[[], object]) -> float:
-    """Microseconds of ``run`` per forward or backward step of this rank."""
+class Times(NamedTuple):
+    """Microseconds per forward or backward step."""
+
+    passed_us: float
+    cpu_us: float
+    """Of the thread that runs the schedule, mean of both ranks."""
+
+
+def measure(run: Callable[[], object]) -> Times:
     dist.barrier()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.thread_time()
     run()
+    cpu = torch.tensor(time.thread_time() - start_cpu, dtype=torch.float64)
     dist.barrier()
-    return (time.perf_counter() - start) * 1e6 / (2 * NUM_MICROBATCHES)
+    passed = time.perf_counter() - start
+    dist.all_reduce(cpu)
+    per_step = 1e6 / (2 * NUM_MICROBATCHES)
+    return Times(passed * per_step, float(cpu) / 2 * per_step)
+
+
+def summary(megatron: list[Times], executor: list[Times], plans: list[Times]) -> dict[str, Any]:
+    ratios = [
+        [ours / theirs for ours, theirs in zip(a, b, strict=True)]
+        for a, b in zip(executor, megatron, strict=True)
+    ]
+    return {
+        "date": date.today().isoformat(),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+        "rounds": len(ratios),
+        "megatron_us": median(one.passed_us for one in megatron),
+        "executor_us": median(one.passed_us for one in executor),
+        "ratio": median(passed for passed, _ in ratios),
+        "megatron_cpu_us": median(one.cpu_us for one in megatron),
+        "executor_cpu_us": median(one.cpu_us for one in executor),
+        "cpu_ratio": median(cpu for _, cpu in ratios),
+        "new_plan_cpu_us": median(one.cpu_us for one in plans),
+    }
 
 
 def main() -> None:
@@ -177,7 +216,8 @@ def main() -> None:
     config.hidden_size = WIDTH  # type: ignore[attr-defined]
     model = TinyStage(config)
     plan = make_tiny_plan()
-    executor = make_executor(model, plan)
+    runner = StepRunner(model)
+    executor = make_executor(plan)
 
     def run_megatron() -> None:
         schedules.forward_backward_pipelining_without_interleaving(
@@ -190,14 +230,23 @@ def main() -> None:
             forward_only=False,
         )
 
-    samples: dict[str, list[float]] = {"megatron_us": [], "executor_us": []}
-    for number in range(ROUNDS):
-        megatron, ours = time_us(run_megatron), time_us(lambda: executor.run(plan))
-        if number:  # The first round warms up.
-            samples["megatron_us"].append(megatron)
-            samples["executor_us"].append(ours)
+    packed = pack_plan(plan)
+
+    def prepare_plan() -> None:
+        executor.prepare(unpack_plan(packed, plan.problem, plan.partition))
+
+    def run_executor() -> None:
+        executor.run(plan, runner)
+
+    rounds = []
+    for _ in range(ROUNDS):
+        new_plan = measure(prepare_plan)
+        executor.prepare(plan)
+        rounds.append((measure(run_megatron), measure(run_executor), new_plan))
+    # The first round warms up.
+    result = summary(*map(list, zip(*rounds[1:], strict=True)))
     if dist.get_rank() == 0:
-        print(json.dumps({name: statistics.median(values) for name, values in samples.items()}))
+        print(json.dumps(result))
     dist.destroy_process_group()
 
 

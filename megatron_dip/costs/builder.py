@@ -57,6 +57,16 @@ class ProblemBuilder:
                 raise ProblemError(
                     f"microbatches.{number}: unknown modules {unknown} (expected some of {names})"
                 )
+        # Many images have one size: what an item of that size costs is worked out once.
+        known: dict[tuple[str, int, tuple[int, ...], int], Item] = {}
+
+        def item(module: ModuleShape, number: int, size: ItemSize) -> Item:
+            key = (module.name, size.tokens, size.spans, size.context_tokens)
+            if key not in known:
+                known[key] = self._item(module, number, size)
+            needs = dict(size.needs) or None
+            return known[key].model_copy(update={"item": number, "needs": needs})
+
         return Problem(
             num_ranks=self.num_ranks,
             memory_limit_bytes=(self.memory_limit_bytes,) * self.num_ranks,
@@ -66,7 +76,7 @@ class ProblemBuilder:
             microbatches=tuple(
                 {
                     module.name: tuple(
-                        self._item(module, number, size)
+                        item(module, number, size)
                         for number, size in enumerate(microbatch[module.name])
                     )
                     for module in self.model.modules

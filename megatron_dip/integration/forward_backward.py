@@ -22,7 +22,7 @@ from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
 from megatron_dip.integration.trace import iteration_number, trace_folder, trace_step
 from megatron_dip.plan import Plan
-from megatron_dip.runtime import Executor, Recorder, create_recorder
+from megatron_dip.runtime import Recorder, create_recorder
 
 __all__ = ["forward_backward_dip"]
 
@@ -51,7 +51,7 @@ def forward_backward_dip(
         ExecutionError: An action of the plan failed.
     """
     pipeline = _pipeline_of(model)
-    recorder = create_recorder(pipeline.channels.device)
+    recorder = create_recorder(pipeline.device)
     start_us = recorder.now_us()
     if not forward_only:
         pipeline.feedback.begin_step()
@@ -76,15 +76,8 @@ def forward_backward_dip(
         first_microbatch=schedules.check_first_val_step(first_val_step, forward_only, True),
         collect_non_loss_data=collect_non_loss_data,
     )
-    executor = Executor(
-        rank=pipeline.rank,
-        runner=runner,
-        channels=pipeline.channels,
-        boundaries=pipeline.boundaries,
-        recorder=recorder,
-    )
     with _without_gradient_sync(model), _boundaries_in_16_bits(model, plan):
-        executor.run(plan, forward_only=forward_only)
+        pipeline.executor.run(plan, runner, recorder, forward_only=forward_only)
     ahead.go_on(recorder)
     if not forward_only:
         _finalize(model, config, runner, bool(force_all_reduce))
@@ -162,8 +155,10 @@ class _Ahead:
         After the last action, because what a GPU still has to do of this step hides it.
         """
         start_us = recorder.now_us()
-        source = self._source
-        self._pipeline.plans.offer(source.coming(self._num_microbatches) if source else ())
+        source, pipeline = self._source, self._pipeline
+        plan = pipeline.plans.offer(source.coming(self._num_microbatches) if source else ())
+        if plan is not None:
+            pipeline.executor.prepare(plan)
         self._read()
         recorder.record("look ahead", start_us)
 

@@ -21,6 +21,7 @@ from megatron_dip.report.steps import StepRecord
 from megatron_dip.runtime import (
     BoundaryRules,
     Channels,
+    Executor,
     PlanAgreement,
     PlanAhead,
     PlannerPool,
@@ -48,6 +49,7 @@ class DipPipeline:
         transformer_config: Megatron's configuration of the module with the loss.
         boundaries: Shapes of what is received.
         timeout_seconds: Limit of every wait of the executor.
+        device: Where the stages compute.
         planner_cores: Where planner processes run; where this process may run if empty.
     """
 
@@ -74,7 +76,6 @@ class DipPipeline:
             num_expert_ranks=mpu.get_expert_model_parallel_world_size(),
             sequence_parallel=transformer_config.sequence_parallel,
         )
-        self.boundaries = boundaries
         own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
         upstream = {module.name: module.upstream for module in config.model_shape().modules}
         channels = pipeline_channels(self.partition, upstream)
@@ -93,12 +94,17 @@ class DipPipeline:
             _create_group(_gather_distinct(replica), timeout_seconds, "times"),
             self.rank,
         )
-        self.channels = Channels(
+        self.device = device
+        self.executor = Executor(
             rank=self.rank,
-            pipeline=own_pipeline,
-            groups=groups,
-            device=device,
-            timeout_seconds=timeout_seconds,
+            channels=Channels(
+                rank=self.rank,
+                pipeline=own_pipeline,
+                groups=groups,
+                device=device,
+                timeout_seconds=timeout_seconds,
+            ),
+            boundaries=boundaries,
         )
 
     def follow(self, step: MeasuredStep) -> None:

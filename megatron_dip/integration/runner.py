@@ -64,6 +64,8 @@ class MegatronRunner:
         self._device = next(next(iter(self._chunks.values())).parameters()).device
         self._fresh_chunks = set(self._chunks) if first_microbatch else set()
         self._data: dict[SubMicrobatch, StageData] = {}
+        self._loss_masks: dict[SubMicrobatch, torch.Tensor] = {}
+        """On the host, where counting their tokens waits for no GPU."""
         self.reports = LossReports()
         self.stored: StoredBytes | None = None
         if counts_stored_bytes:
@@ -81,7 +83,7 @@ class MegatronRunner:
         number = call.work.microbatch
         stage = call.stage.stage
         output, num_tokens = schedules.forward_step(
-            self._forward_step_of(call, batch),
+            self._forward_step_of(call),
             iter([batch]),
             self._chunks[stage],
             len(self._microbatches),
@@ -137,12 +139,12 @@ class MegatronRunner:
         if self._reduces_early:
             self._chunks[stage.stage].start_grad_sync()  # type: ignore[operator]
 
-    def _forward_step_of(self, call: ForwardCall, batch: StageBatch) -> Callable[..., Any]:
+    def _forward_step_of(self, call: ForwardCall) -> Callable[..., Any]:
         if not call.is_loss:
             return self._forward_step
         return weighted_forward_step(
             self._forward_step,
-            part_tokens=int(batch.loss_mask.sum()),
+            part_tokens=int(self._loss_masks[call.sub_microbatch].sum()),
             whole_tokens=self._microbatches[call.work.microbatch].num_loss_tokens,
             per_token=self._config.calculate_per_token_loss,
         )
@@ -153,6 +155,8 @@ class MegatronRunner:
         data = self._data.get(sub)
         if data is None:
             made: StageData = microbatch.sub_batch(sub.module, sub.items)
+            if hasattr(made, "loss_mask"):
+                self._loss_masks[sub] = made.loss_mask
             data = self._data[sub] = made.to(self._device)
         upstream = tuple(
             UpstreamRows(

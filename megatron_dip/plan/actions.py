@@ -10,6 +10,7 @@ one used in plan files, logs, traces, golden tests and error messages.
 import re
 from collections.abc import Iterable
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_dip.errors import PlanError
@@ -36,16 +37,19 @@ class ActionType(StrEnum):
 
     @property
     def is_send(self) -> bool:
-        return self in (ActionType.SEND_FORWARD, ActionType.SEND_BACKWARD)
+        return self in _SEND_TYPES
 
     @property
     def is_receive(self) -> bool:
-        return self in (ActionType.RECV_FORWARD, ActionType.RECV_BACKWARD)
+        return self in _RECEIVE_TYPES
 
 
 COMPUTE_TYPES = frozenset(
     {ActionType.FORWARD, ActionType.BACKWARD, ActionType.INPUT_GRAD, ActionType.WEIGHT_GRAD}
 )
+
+_SEND_TYPES = frozenset({ActionType.SEND_FORWARD, ActionType.SEND_BACKWARD})
+_RECEIVE_TYPES = frozenset({ActionType.RECV_FORWARD, ActionType.RECV_BACKWARD})
 
 # Longest names first, so that SEND_F is not read as an action of type F.
 _TYPES = "|".join(sorted((kind.value for kind in ActionType), key=len, reverse=True))
@@ -74,6 +78,8 @@ class Action(NamedTuple):
         return text
 
     @classmethod
+    # The plan of every step has much the same actions as the one before it.
+    @lru_cache(maxsize=1 << 16)
     def parse(cls, text: str) -> "Action":
         """The action written as ``text``.
 

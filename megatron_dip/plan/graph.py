@@ -154,10 +154,10 @@ class PipelineGraph:
     def sub_microbatch(self, work: Work) -> SubMicrobatch:
         """The items that ``work`` computes on; raises PlanError where there is none."""
         module = self.partition[work.stage].module
-        subs = self.subs(module, work.microbatch)
-        if not 0 <= work.sub < len(subs):
+        group = self._groups.get((module, work.microbatch), range(0))
+        if not 0 <= work.sub < len(group):
             raise PlanError(f"{module} has no sub-microbatch {work.sub} in {work.microbatch}")
-        return subs[work.sub]
+        return self.sub_microbatches[group[work.sub]]
 
     # ---- works and their numbers ------------------------------------------------------------
 
@@ -187,9 +187,15 @@ class PipelineGraph:
 
     def is_loss_stage(self, stage: int) -> bool:
         """True for the last stage of a module that no other reads: its output is the loss."""
-        module = self.partition[stage].module
-        is_last = self.partition.last_stage(module).stage == stage
-        return is_last and not any(self._downstream(module))
+        return stage in self._loss_stages
+
+    @cached_property
+    def _loss_stages(self) -> frozenset[int]:
+        names = self.problem.module_order
+        read = {name for module in names for name in self.problem.module(module).upstream}
+        return frozenset(
+            self.partition.last_stage(name).stage for name in names if name not in read
+        )
 
     def compute_actions(self, work: Work, split_backward: bool = False) -> tuple[Action, ...]:
         """The compute actions of ``work`` in the order in which they must run."""
@@ -205,18 +211,12 @@ class PipelineGraph:
 
     # ---- messages ---------------------------------------------------------------------------
 
-    def _downstream(self, module: str) -> Iterator[str]:
-        for other in self.problem.module_order:
-            if module in self.problem.module(other).upstream:
-                yield other
-
     def forward_outputs(self, work: Work) -> tuple[Message, ...]:
         """Messages made by the forward of ``work``."""
-        wiring, number = self.wiring, self.numbers[work]
-        first, end = wiring.first_message[number : number + 2].tolist()
+        number, (first, targets) = self.numbers[work], self._targets
         return tuple(
-            Message(work.stage, self.stages[target].stage, work.microbatch, work.sub, False)
-            for target in wiring.target[first:end].tolist()
+            Message(work.stage, target, work.microbatch, work.sub, False)
+            for target in targets[slice(*first[number : number + 2])]
         )
 
     def forward_inputs(self, work: Work) -> tuple[Message, ...]:
@@ -229,6 +229,12 @@ class PipelineGraph:
         return tuple(
             Message(maker.stage, work.stage, maker.microbatch, maker.sub, False) for maker in makers
         )
+
+    @cached_property
+    def _targets(self) -> tuple[list[int], list[int]]:
+        """Work n makes messages to the stages second[first[n]] to second[first[n + 1]]."""
+        wiring = self.wiring
+        return wiring.first_message.tolist(), wiring.place_stage[wiring.target].tolist()
 
     @cached_property
     def _sources(self) -> tuple[list[int], list[int]]:
@@ -265,11 +271,13 @@ class PipelineGraph:
         """Works that read ``message``."""
         if message.is_gradient:
             return (Work(message.target, message.microbatch, message.sub),)
+        number, (first, targets) = (
+            self.numbers[Work(message.source, message.microbatch, message.sub)],
+            self._targets,
+        )
         wiring = self.wiring
-        number = self.numbers[Work(message.source, message.microbatch, message.sub)]
-        first, end = wiring.first_message[number : number + 2].tolist()
-        for index in range(first, end):
-            if self.stages[wiring.target[index]].stage == message.target:
+        for index in range(*first[number : number + 2]):
+            if targets[index] == message.target:
                 readers = wiring.reader[slice(*wiring.first_reader[index : index + 2])]
                 return tuple(self.works[reader] for reader in readers.tolist())
         return ()

@@ -80,24 +80,21 @@ def _run(task: RankTask) -> list[RankRun]:
     )
     rule = BoundaryRule(width=1, dtype=torch.float32)
     rules = dict.fromkeys(upstream, rule)
-    boundaries = BoundaryRules(inner=rules, outer=rules)
+    executor = Executor(
+        rank=task.rank,
+        channels=channels,
+        boundaries=BoundaryRules(inner=rules, outer=rules),
+    )
     runs = []
     for _ in range(task.repetitions):
         recorder = Recorder()
         clock = _DeviceClock(recorder)
-        executor = Executor(
-            rank=task.rank,
-            runner=_SleepingRunner(task, clock),
-            channels=channels,
-            boundaries=boundaries,
-            recorder=recorder,
-        )
         gc.collect()
         # What is there now stays: collections during the run need not look at it.
         gc.freeze()
         start_us = _common_start_us(recorder)
         clock.start(start_us)
-        executor.run(task.plan)
+        executor.run(task.plan, _SleepingRunner(task, clock), recorder)
         runs.append(_rank_run(recorder, start_us))
     return runs
 

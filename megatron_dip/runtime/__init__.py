@@ -1,7 +1,7 @@
 """The executor and what it needs of torch: channels, stage runners, boundaries, measurement."""
 
 from megatron_dip.runtime.agreement import PlanAgreement, connected_groups
-from megatron_dip.runtime.boundary import BoundaryRule, BoundaryRules, message_shape
+from megatron_dip.runtime.boundary import BoundaryRule, BoundaryRules
 from megatron_dip.runtime.channels import Channels, create_channel_groups, pipeline_channels
 from megatron_dip.runtime.executor import Executor
 from megatron_dip.runtime.plan_ahead import PlanAhead
@@ -51,6 +51,5 @@ __all__ = [
     "connected_groups",
     "create_channel_groups",
     "create_recorder",
-    "message_shape",
     "pipeline_channels",
 ]

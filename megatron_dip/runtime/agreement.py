@@ -133,12 +133,17 @@ class PlanAgreement:
         assert work is not None
         self._offer = (work, message)
 
-    def prepare(self, problem: Problem) -> None:
-        """Unpack what was offered for ``problem``, if it has arrived; sends nothing."""
+    def prepare(self, problem: Problem) -> Plan | None:
+        """Unpack what was offered for ``problem``, if it has arrived; sends nothing.
+
+        Returns:
+            The plan that :meth:`agree` will find, unless another rank has none.
+        """
         if self._offer is not None and self._offer[0].is_completed():
             self._collect()
-        for received in self._offered:
-            received.is_for(problem, self._partition)
+        return next(
+            (one.plan for one in self._offered if one.is_for(problem, self._partition)), None
+        )
 
     def agree(self, problem: Problem, make: Callable[[], bytes]) -> Plan:
         """The owner's plan for ``problem``, the same on all ranks.

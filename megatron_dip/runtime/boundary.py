@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dip.plan import Message, PipelineGraph, Work
+from megatron_dip.workload import SubMicrobatch
 
-__all__ = ["BoundaryRule", "BoundaryRules", "message_shape"]
+__all__ = ["BoundaryRule", "BoundaryRules", "MessageShapes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +45,35 @@ class BoundaryRules:
     inner: Mapping[str, BoundaryRule]
     outer: Mapping[str, BoundaryRule]
 
-    def rule(self, graph: PipelineGraph, message: Message) -> BoundaryRule:
+
+class MessageShapes:
+    """Shapes and types of the messages of one batch, from the tokens of what they carry."""
+
+    def __init__(self, graph: PipelineGraph, rules: BoundaryRules) -> None:
+        self._graph = graph
+        self._rules = rules
+        self._known: dict[tuple[SubMicrobatch, bool], tuple[tuple[int, ...], torch.dtype]] = {}
+
+    def of(self, message: Message) -> tuple[tuple[int, ...], torch.dtype]:
+        """The same for an output and for its gradient, and between all stages of a module."""
+        graph = self._graph
+        sub = graph.sub_microbatch(Work(message.upstream_stage, message.microbatch, message.sub))
         source, target = graph.partition[message.source], graph.partition[message.target]
-        if source.module == target.module:
-            return self.inner[source.module]
-        return self.outer[graph.partition[message.upstream_stage].module]
+        key = (sub, source.module == target.module)
+        if key not in self._known:
+            self._known[key] = self._shape(*key)
+        return self._known[key]
 
-
-def message_shape(
-    graph: PipelineGraph, message: Message, rules: BoundaryRules
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of ``message``, from the tokens of its upstream sub-microbatch."""
-    sub = graph.sub_microbatch(Work(message.upstream_stage, message.microbatch, message.sub))
-    problem = graph.problem
-    items = [problem.item(sub.module, sub.microbatch, number) for number in sub.items]
-    rule = rules.rule(graph, message)
-    carried_tokens = 0
-    if rule.carried is not None:
-        carried_tokens = sum(
-            problem.item(rule.carried, sub.microbatch, number).tokens
-            for item in items
-            for number in problem.needed_items(sub.module, sub.microbatch, item, rule.carried)
-        )
-    num_tokens = sum(item.tokens for item in items)
-    return rule.shape(num_tokens, len(items), carried_tokens), rule.dtype
+    def _shape(self, sub: SubMicrobatch, is_inner: bool) -> tuple[tuple[int, ...], torch.dtype]:
+        rule = (self._rules.inner if is_inner else self._rules.outer)[sub.module]
+        problem = self._graph.problem
+        items = [problem.item(sub.module, sub.microbatch, number) for number in sub.items]
+        carried_tokens = 0
+        if rule.carried is not None:
+            carried_tokens = sum(
+                problem.item(rule.carried, sub.microbatch, number).tokens
+                for item in items
+                for number in problem.needed_items(sub.module, sub.microbatch, item, rule.carried)
+            )
+        num_tokens = sum(item.tokens for item in items)
+        return rule.shape(num_tokens, len(items), carried_tokens), rule.dtype

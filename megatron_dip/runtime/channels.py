@@ -12,8 +12,7 @@ share one GPU, which NCCL refuses.
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from typing import NamedTuple
@@ -29,7 +28,6 @@ __all__ = [
     "Channel",
     "Channels",
     "Receive",
-    "Send",
     "create_channel_groups",
     "pipeline_channels",
     "transfer_failure_reason",
@@ -106,25 +104,35 @@ def create_channel_groups(
     return own
 
 
-@dataclass
-class Send:
+class _Link(NamedTuple):
+    """A channel that this rank sends or receives on, with all that a transfer on it needs."""
+
+    channel: Channel
+    group: dist.ProcessGroup
+    peer: int
+    """Global rank of the other end."""
+    is_staged: bool
+    """Through host memory: the tensors are on a GPU, the group is for CPUs."""
+    says_when_ended: bool
+    """A gloo transfer never says that it has ended; it is known from what follows it."""
+
+
+class _Send(NamedTuple):
     """A message on its way; its tensor lives until it is retired."""
 
     message: Message
-    channel: Channel
+    link: _Link
     tensor: torch.Tensor
     work: dist.Work | None
 
 
-@dataclass
-class Receive:
+class Receive(NamedTuple):
     """A posted receive and the buffer that it fills."""
 
     message: Message
-    channel: Channel
+    link: _Link
     buffer: torch.Tensor
     work: dist.Work | None
-    device: torch.device
 
 
 class Channels:
@@ -149,18 +157,20 @@ class Channels:
     ) -> None:
         self.rank = rank
         self.device = device
-        self._pipeline = tuple(pipeline)
-        self._groups = dict(groups)
         self._timeout = timedelta(seconds=timeout_seconds)
-        self._stages_through_host = {
-            channel: device.type == "cuda" and dist.get_backend(group) == "gloo"
-            for channel, group in self._groups.items()
-        }
-        # A gloo transfer never says that it has ended; it is known from what follows it.
-        self._says_when_ended = {
-            channel: dist.get_backend(group) != "gloo" for channel, group in self._groups.items()
-        }
-        self._in_flight: dict[Message, Send] = {}
+        # By the tuple that a channel is: making one for every message would cost more.
+        self._links: dict[tuple[int, int, bool], _Link] = {}
+        for channel, group in groups.items():
+            is_gloo = dist.get_backend(group) == "gloo"
+            self._links[channel] = _Link(
+                channel=channel,
+                group=group,
+                peer=pipeline[channel.receiver if channel.sender == rank else channel.sender],
+                is_staged=is_gloo and device.type == "cuda",
+                says_when_ended=not is_gloo,
+            )
+        self._any_says_when_ended = any(link.says_when_ended for link in self._links.values())
+        self._in_flight: dict[Message, _Send] = {}
         self._failure: str | None = None
 
     def abandon(self, failure: str) -> None:
@@ -178,29 +188,30 @@ class Channels:
                 f"the processes again); it was: {self._failure}"
             )
 
-    def send(self, message: Message, receiver: int, tensor: torch.Tensor) -> Send:
+    def send(self, message: Message, receiver: int, tensor: torch.Tensor) -> None:
         """Post ``message``; returns at once.
+
+        Args:
+            message: Which one it is; see :meth:`wait_send`.
+            receiver: Pipeline rank.
+            tensor: Without a graph; not to be changed before the send has ended.
 
         Raises:
             ChannelError: The peer died.
         """
-        channel = Channel(self.rank, receiver, message.is_gradient)
-        tensor = tensor.detach().contiguous()
-        if self._stages_through_host[channel]:
+        link = self._links[self.rank, receiver, message.is_gradient]
+        tensor = tensor.contiguous()
+        if link.is_staged:
             staged = torch.empty_like(tensor, device="cpu", pin_memory=True)
             staged.copy_(tensor, non_blocking=True)
             # gloo reads the buffer from the host's side: the copy must have ended.
             torch.cuda.current_stream(self.device).synchronize()
             tensor = staged
-        group = self._groups[channel]
-        work = self._post(
-            lambda tag: dist.isend(tensor, dst=self._pipeline[receiver], group=group, tag=tag),
-            message,
-            channel,
-        )
-        send = Send(message, channel, tensor, work)
-        self._in_flight[message] = send
-        return send
+        try:
+            work = dist.isend(tensor, dst=link.peer, group=link.group, tag=_tag(message))
+        except RuntimeError as error:
+            raise self._error(error, message, link.channel) from error
+        self._in_flight[message] = _Send(message, link, tensor, work)
 
     def post_receive(
         self, message: Message, sender: int, shape: tuple[int, ...], dtype: torch.dtype
@@ -210,18 +221,14 @@ class Channels:
         Raises:
             ChannelError: The peer died.
         """
-        channel = Channel(sender, self.rank, message.is_gradient)
-        staged = self._stages_through_host[channel]
-        buffer = torch.empty(
-            shape, dtype=dtype, device="cpu" if staged else self.device, pin_memory=staged
-        )
-        group = self._groups[channel]
-        work = self._post(
-            lambda tag: dist.irecv(buffer, src=self._pipeline[sender], group=group, tag=tag),
-            message,
-            channel,
-        )
-        return Receive(message, channel, buffer, work, self.device)
+        link = self._links[sender, self.rank, message.is_gradient]
+        device = "cpu" if link.is_staged else self.device
+        buffer = torch.empty(shape, dtype=dtype, device=device, pin_memory=link.is_staged)
+        try:
+            work = dist.irecv(buffer, src=link.peer, group=link.group, tag=_tag(message))
+        except RuntimeError as error:
+            raise self._error(error, message, link.channel) from error
+        return Receive(message, link, buffer, work)
 
     def wait_receive(self, receive: Receive) -> torch.Tensor:
         """The received tensor, on the computing device.
@@ -229,49 +236,39 @@ class Channels:
         Raises:
             ChannelError: The peer died, or nothing came within the time limit.
         """
-        self._wait(receive.work, receive.message, receive.channel)
-        receive.work = None
-        if receive.buffer.device.type == receive.device.type:
-            return receive.buffer
-        return receive.buffer.to(receive.device, non_blocking=True)
+        self._wait(receive)
+        if receive.link.is_staged:
+            return receive.buffer.to(self.device, non_blocking=True)
+        return receive.buffer
 
-    def wait_send(self, send: Send) -> None:
-        """Retire ``send``; returns when its buffer may be freed."""
-        if self._in_flight.pop(send.message, None) is not None:
-            self._wait(send.work, send.message, send.channel)
+    def wait_send(self, message: Message) -> None:
+        """Retire the send of ``message``, if there is one: returns when its buffer may be freed."""
+        send = self._in_flight.pop(message, None)
+        if send is not None:
+            self._wait(send)
 
     def retire_completed(self) -> None:
         """Free the buffers of sends that are known to have ended, without waiting."""
-        if not any(self._says_when_ended.values()):
+        if not self._any_says_when_ended:
             return
         self._in_flight = {
             message: send
             for message, send in self._in_flight.items()
-            if not (self._says_when_ended[send.channel] and send.work and send.work.is_completed())
+            if not (send.link.says_when_ended and send.work and send.work.is_completed())
         }
 
     def drain(self) -> None:
         """Wait until every send has ended: the end of an iteration."""
-        for send in list(self._in_flight.values()):
-            self.wait_send(send)
+        for message in list(self._in_flight):
+            self.wait_send(message)
 
-    def _post(
-        self, post: Callable[[int], dist.Work | None], message: Message, channel: Channel
-    ) -> dist.Work | None:
-        # Gloo matches by tag as well, so that after a lost message the next one is not taken for
-        # it: of another size it would end the process, of the same size give wrong results.
-        try:
-            # The hash of a tuple of numbers is the same in all processes.
-            return post(hash(message) & _LARGEST_TAG)
-        except RuntimeError as error:
-            raise self._error(error, message, channel, "") from error
-
-    def _wait(self, work: dist.Work | None, message: Message, channel: Channel) -> None:
+    def _wait(self, transfer: _Send | Receive) -> None:
+        message, link, _, work = transfer
         if work is None:
             return
         start = time.monotonic()
         try:
-            if self._says_when_ended[channel]:
+            if link.says_when_ended:
                 # Orders the stream only; the group's own watchdog holds the time limit.
                 work.wait()
             else:
@@ -281,16 +278,24 @@ class Channels:
                 f" after {time.monotonic() - start:.1f} s "
                 f"(limit {self._timeout.total_seconds():g} s)"
             )
-            raise self._error(error, message, channel, after) from error
+            raise self._error(error, message, link.channel, after) from error
 
     def _error(
-        self, error: RuntimeError, message: Message, channel: Channel, after: str
+        self, error: RuntimeError, message: Message, channel: Channel, after: str = ""
     ) -> ChannelError:
         action = message.receive if channel.receiver == self.rank else message.send
         return ChannelError(
             f"rank {self.rank}: {action} on the channel {channel} failed{after}: "
             f"{transfer_failure_reason(error)}"
         )
+
+
+def _tag(message: Message) -> int:
+    """Gloo matches by tag as well, so that after a lost message the next one is not taken for it:
+    of another size it would end the process, of the same size give wrong results.
+    """
+    # The hash of a tuple of numbers is the same in all processes.
+    return hash(message) & _LARGEST_TAG
 
 
 def transfer_failure_reason(error: RuntimeError) -> str:

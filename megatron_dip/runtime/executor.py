@@ -1,19 +1,23 @@
 """The executor: runs one rank's actions of a plan.
 
 It consults neither clock nor planner nor arguments: plan, runner and channels in, gradients out.
-A handler per action type; what an action needs (messages, shapes, items) is asked of the plan's
-graph.  Messages within one rank never meet a channel: they are handed over in memory.
+A handler per action type; what an action needs of the plan (messages, shapes, items) stands beside
+it in the rank's program.  Messages within one rank never meet a channel: they are handed over in
+memory.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 
 from megatron_dip.errors import DataError, DipError, ExecutionError, PlanError
+from megatron_dip.partition import Stage
 from megatron_dip.plan import Action, ActionType, Message, Plan, Work
-from megatron_dip.runtime.boundary import BoundaryRules, message_shape
-from megatron_dip.runtime.channels import Channels, Receive, Send
+from megatron_dip.runtime.boundary import BoundaryRules
+from megatron_dip.runtime.channels import Channels, Receive
+from megatron_dip.runtime.program import Operand, RankProgram, Task, Transfer, rank_program
 from megatron_dip.runtime.runner import ForwardCall, SavedForward, StageInput, StageRunner
 from megatron_dip.runtime.timeline import Recorder
 
@@ -28,79 +32,103 @@ class Executor:
 
     Args:
         rank: Pipeline rank.
-        runner: How stages compute.
         channels: Transfers to the other ranks.
         boundaries: Shapes of what is received.
-        recorder: Where spans of computing and waiting are added.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        runner: StageRunner,
-        channels: Channels,
-        boundaries: BoundaryRules,
-        recorder: Recorder | None = None,
-    ) -> None:
+    def __init__(self, *, rank: int, channels: Channels, boundaries: BoundaryRules) -> None:
         self.rank = rank
-        self.runner = runner
         self.channels = channels
         self.boundaries = boundaries
-        self.recorder = recorder or Recorder()
+        self._prepared: tuple[Plan, RankProgram] | None = None
 
-    def run(self, plan: Plan, *, forward_only: bool = False) -> None:
-        """Execute this rank's actions; returns when all are done and all sends have ended.
+    def prepare(self, plan: Plan) -> RankProgram:
+        """What this rank does under ``plan``; kept until it is asked for another plan.
 
         Raises:
+            PlanError: The plan is not one for its batch.
+        """
+        if self._prepared is None or self._prepared[0] is not plan:
+            self._prepared = (plan, rank_program(plan, self.rank, self.boundaries))
+        return self._prepared[1]
+
+    def run(
+        self,
+        plan: Plan,
+        runner: StageRunner,
+        recorder: Recorder | None = None,
+        *,
+        forward_only: bool = False,
+    ) -> None:
+        """Execute this rank's actions; returns when all are done and all sends have ended.
+
+        Args:
+            plan: What to run; the same on all ranks.
+            runner: How stages compute.
+            recorder: Where spans of computing and waiting are added.
+            forward_only: Run the forwards alone, and keep nothing for backwards.
+
+        Raises:
+            PlanError: The plan is not one for its batch.
             ExecutionError: An action failed; its message shows the action within the schedule.
                 Or something that was made or received was not used by any action.
             ChannelError: A send did not end within the time limit, or an earlier run failed.
         """
         self.channels.check_usable()
-        run = _PlanRun(self, plan, forward_only)
-        actions = plan.actions[self.rank]
-        if forward_only:
-            actions = tuple(action for action in actions if action.type in _FORWARD_TYPES)
         try:
-            self._run_actions(run, actions)
+            steps = self.prepare(plan).steps
+            if forward_only:
+                steps = tuple(step for step in steps if step[0].type in _FORWARD_TYPES)
+            run = _PlanRun(self, plan, runner, recorder or Recorder(), forward_only)
+            with torch.set_grad_enabled(not forward_only):
+                self._run_steps(run, steps)
             self.channels.drain()
             run.check_nothing_left()
         except DipError as error:
             self.channels.abandon(str(error))
             raise
 
-    def _run_actions(self, run: "_PlanRun", actions: tuple[Action, ...]) -> None:
+    def _run_steps(self, run: "_PlanRun", steps: tuple[tuple[Action, Operand], ...]) -> None:
         handlers = run.handlers()
-        for step, action in enumerate(actions):
+        for number, (action, operand) in enumerate(steps):
             try:
-                handlers[action.type](action)
+                handlers[action.type](action, operand)
             except Exception as error:
+                actions = [step[0] for step in steps]
                 raise ExecutionError(
-                    f"rank {self.rank}, step {step} of {len(actions)}, {action}: {error}\n"
-                    f"  {_format_around(actions, step)}"
+                    f"rank {self.rank}, step {number} of {len(steps)}, {action}: {error}\n"
+                    f"  {_format_around(actions, number)}"
                 ) from error
 
 
-@dataclass
 class _PlanRun:
     """The state of one plan while it runs on one rank."""
 
-    executor: Executor
-    plan: Plan
-    forward_only: bool
-    stash: dict[Work, SavedForward] = field(default_factory=dict)
-    receives: dict[Message, Receive] = field(default_factory=dict)
-    """Posted and not yet waited for."""
-    inbox: dict[Message, torch.Tensor] = field(default_factory=dict)
-    """Arrived, or made on this rank, and not yet read by all of its readers."""
-    unread: dict[Message, int] = field(default_factory=dict)
-    outbox: dict[Message, torch.Tensor] = field(default_factory=dict)
-    """Made, to be sent; a gradient sums up here until its last contributor is done."""
-    sends: dict[Work, list[Send]] = field(default_factory=dict)
-    """Sends of a forward's output, to be ended before its memory is freed."""
+    def __init__(
+        self,
+        executor: Executor,
+        plan: Plan,
+        runner: StageRunner,
+        recorder: Recorder,
+        forward_only: bool,
+    ) -> None:
+        self.rank = executor.rank
+        self.channels = executor.channels
+        self.partition = plan.partition
+        self.runner = runner
+        self.recorder = recorder
+        self.forward_only = forward_only
+        self.stash: dict[Work, SavedForward] = {}
+        self.receives: dict[Message, Receive] = {}
+        """Posted and not yet waited for."""
+        self.tensors: dict[Message, torch.Tensor] = {}
+        """Arrived, or made here, and not yet sent or read by all of its readers; a gradient sums
+        up here until its last contributor is done."""
+        self.unread = dict(executor.prepare(plan).num_readers)
+        """Readers to come, of messages that had more than one."""
 
-    def handlers(self) -> Mapping[ActionType, Callable[[Action], None]]:
+    def handlers(self) -> Mapping[ActionType, Callable[[Action, Any], None]]:
+        """Every handler gets an action and what the program says of it."""
         return {
             ActionType.FORWARD: self.forward,
             ActionType.BACKWARD: self.backward,
@@ -124,178 +152,151 @@ class _PlanRun:
                 str(work.action(ActionType.FORWARD)) for work in self.stash
             ],
             "receives never read": [str(message.receive) for message in self.receives],
-            "tensors not read by all": [str(message.receive) for message in self.inbox],
-            "tensors never sent": [str(message.send) for message in self.outbox],
+            "tensors not read by all": [
+                str(message.receive) for message in self.tensors if not self._is_sent(message)
+            ],
+            "tensors never sent": [
+                str(message.send) for message in self.tensors if self._is_sent(message)
+            ],
         }
         found = [f"{what}: {' '.join(names)}" for what, names in left.items() if names]
         if found:
             raise ExecutionError(
-                f"rank {self.executor.rank}: the plan ended with {'; '.join(found)} (this is no "
+                f"rank {self.rank}: the plan ended with {'; '.join(found)} (this is no "
                 f"valid plan: check it with 'megatron-dip validate')"
             )
 
+    def _is_sent(self, message: Message) -> bool:
+        return self.partition[message.target].rank != self.rank
+
     # ---- computing --------------------------------------------------------------------------
 
-    def forward(self, action: Action) -> None:
-        graph = self.plan.graph
-        work = _work_of(action)
-        keeps_graph = graph.has_backward(work.stage) and not self.forward_only
+    def forward(self, action: Action, task: Task) -> None:
+        keeps_graph = task.has_backward and not self.forward_only
         inputs = []
-        for message in graph.forward_inputs(work):
-            tensor = self._take(message, action)
+        for source in task.sources:
             # A leaf of its own for every reader, so that their gradients stay apart.
-            leaf = tensor.detach()
-            leaf.requires_grad_(keeps_graph and graph.has_backward(message.source))
-            source = Work(message.source, message.microbatch, message.sub)
-            inputs.append(StageInput(graph.sub_microbatch(source), leaf))
-        stage = graph.partition[work.stage]
+            leaf = self._take(source.message, action).detach()
+            leaf.requires_grad_(keeps_graph and source.gradient is not None)
+            inputs.append(StageInput(source.sub_microbatch, leaf))
         call = ForwardCall(
-            work=work,
-            stage=stage,
-            sub_microbatch=graph.sub_microbatch(work),
+            work=task.work,
+            stage=task.stage,
+            sub_microbatch=task.sub_microbatch,
             inputs=tuple(inputs),
-            recompute_layers=self.plan.recomputed_layers.get(work, ()),
-            is_loss=graph.is_loss_stage(work.stage),
+            recompute_layers=task.recompute_layers,
+            is_loss=task.is_loss,
         )
-        start = self.executor.recorder.begin()
-        with torch.set_grad_enabled(keeps_graph):
-            output = self.executor.runner.forward(call)
-        self.executor.recorder.record(action, start)
+        start = self.recorder.begin()
+        with nullcontext() if keeps_graph else torch.no_grad():
+            output = self.runner.forward(call)
+        self.recorder.record(action, start)
         if keeps_graph:
-            self.stash[work] = SavedForward(call=call, output=output)
-        for message in graph.forward_outputs(work):
-            self._put(message, output.detach())
-        self.executor.channels.retire_completed()
+            self.stash[task.work] = SavedForward(call=call, output=output)
+        for message in task.outputs:
+            self.tensors[message] = output.detach()
+        self.channels.retire_completed()
 
-    def backward(self, action: Action) -> None:
-        work = _work_of(action)
-        output_grad = self._output_grad(work, action)
-        saved = self._unstash(work)
-        start = self.executor.recorder.begin()
+    def backward(self, action: Action, task: Task) -> None:
+        output_grad = self._output_grad(action, task)
+        saved = self.stash.pop(task.work)
+        self._end_sends(task)
+        self.runner.release_output(saved)
+        start = self.recorder.begin()
         grads = []
-        if saved.call.is_loss or output_grad is not None:
-            grads = self.executor.runner.backward(saved, output_grad)
-        self.executor.recorder.record(action, start)
-        self._contribute(saved, grads)
+        if task.is_loss or output_grad is not None:
+            grads = self.runner.backward(saved, output_grad)
+        self.recorder.record(action, start)
+        self._contribute(task, saved, grads)
 
-    def input_grad(self, action: Action) -> None:
-        work = _work_of(action)
-        if not self.plan.graph.has_weight_grad(work.stage):
+    def input_grad(self, action: Action, task: Task) -> None:
+        if not task.has_weight_grad:
             # Frozen layers have no second half: this is all of their backward.
-            self.backward(action)
+            self.backward(action, task)
             return
-        saved = self.stash[work]
-        saved.output_grad = self._output_grad(work, action)
-        self._end_sends(work)
-        start = self.executor.recorder.begin()
+        saved = self.stash[task.work]
+        saved.output_grad = self._output_grad(action, task)
+        self._end_sends(task)
+        start = self.recorder.begin()
         grads = []
-        if saved.call.is_loss or saved.output_grad is not None:
-            grads = self.executor.runner.input_grad(saved, saved.output_grad)
-        self.executor.recorder.record(action, start)
-        self._contribute(saved, grads)
+        if task.is_loss or saved.output_grad is not None:
+            grads = self.runner.input_grad(saved, saved.output_grad)
+        self.recorder.record(action, start)
+        self._contribute(task, saved, grads)
 
-    def weight_grad(self, action: Action) -> None:
-        saved = self.stash.pop(_work_of(action))
-        start = self.executor.recorder.begin()
-        if saved.call.is_loss or saved.output_grad is not None:
-            self.executor.runner.weight_grad(saved)
-        self.executor.recorder.record(action, start)
+    def weight_grad(self, action: Action, task: Task) -> None:
+        saved = self.stash.pop(task.work)
+        start = self.recorder.begin()
+        if task.is_loss or saved.output_grad is not None:
+            self.runner.weight_grad(saved)
+        self.recorder.record(action, start)
 
-    def reduce_grad(self, action: Action) -> None:
-        self.executor.runner.reduce_grad(self.plan.graph.partition[action.stage])
+    def reduce_grad(self, action: Action, stage: Stage) -> None:
+        self.runner.reduce_grad(stage)
 
     # ---- transfers --------------------------------------------------------------------------
 
-    def send(self, action: Action) -> None:
-        message = Message.of(action)
-        graph = self.plan.graph
-        receiver = graph.partition[message.target].rank
-        tensor = self.outbox.pop(message)
-        planned, _ = message_shape(graph, message, self.executor.boundaries)
-        if tensor.shape != planned:
+    def send(self, action: Action, transfer: Transfer) -> None:
+        message = transfer.message
+        tensor = self.tensors.pop(message)
+        if tensor.shape != transfer.shape:
             # Sent, it would end the receiving process, or be taken for something else.
             raise DataError(
                 f"{message.send} would send {list(tensor.shape)} but the plan says "
-                f"{list(planned)}: the metadata of microbatch {message.microbatch} is not that of "
-                f"its data (make the data set's index again)"
+                f"{list(transfer.shape)}: the metadata of microbatch {message.microbatch} is not "
+                f"that of its data (make the data set's index again)"
             )
-        send = self.executor.channels.send(message, receiver, tensor)
-        work = Work(message.source, message.microbatch, message.sub)
-        # Without a backward there is nothing that would wait for the end of the send.
-        if not message.is_gradient and work in self.stash:
-            self.sends.setdefault(work, []).append(send)
+        self.channels.send(message, transfer.peer, tensor)
 
-    def receive(self, action: Action) -> None:
-        message = Message.of(action)
-        graph = self.plan.graph
-        shape, dtype = message_shape(graph, message, self.executor.boundaries)
-        sender = graph.partition[message.source].rank
-        self.receives[message] = self.executor.channels.post_receive(message, sender, shape, dtype)
+    def receive(self, action: Action, transfer: Transfer) -> None:
+        message, peer, shape, dtype = transfer
+        self.receives[message] = self.channels.post_receive(message, peer, shape, dtype)
 
     def _take(self, message: Message, reader: Action) -> torch.Tensor:
         """The tensor of ``message``, waited for if it is still on its way."""
-        if message not in self.inbox:
+        if message not in self.tensors:
             if message not in self.receives:
                 raise PlanError(f"{message.receive} was never posted")
-            start = self.executor.recorder.begin()
-            self.inbox[message] = self.executor.channels.wait_receive(self.receives.pop(message))
-            self.executor.recorder.record(reader, start, is_wait=True)
-        left = self.unread.get(message, len(self.plan.graph.readers(message))) - 1
+            start = self.recorder.begin()
+            self.tensors[message] = self.channels.wait_receive(self.receives.pop(message))
+            self.recorder.record(reader, start, is_wait=True)
+        left = self.unread.get(message, 1) - 1
         if left:
             self.unread[message] = left
-            return self.inbox[message]
-        self.unread.pop(message, None)
-        return self.inbox.pop(message)
+            return self.tensors[message]
+        return self.tensors.pop(message)
 
-    def _put(self, message: Message, tensor: torch.Tensor) -> None:
-        """Hand over what this rank has made."""
-        crosses = self.plan.graph.crosses_ranks(message)
-        (self.outbox if crosses else self.inbox)[message] = tensor
+    def _end_sends(self, task: Task) -> None:
+        # The gradient is on its way back, so the output has arrived: these waits return at once.
+        for message in task.outputs:
+            self.channels.wait_send(message)
 
     # ---- gradients --------------------------------------------------------------------------
 
-    def _output_grad(self, work: Work, reader: Action) -> torch.Tensor | None:
+    def _output_grad(self, reader: Action, task: Task) -> torch.Tensor | None:
         """The gradient of a work's output, summed over the modules that read it."""
         total: torch.Tensor | None = None
-        for message in self.plan.graph.backward_inputs(work):
+        for message in task.output_grads:
             grad = self._take(message, reader)
             total = grad if total is None else total + grad
         return total
 
-    def _contribute(self, saved: SavedForward, grads: list[torch.Tensor | None]) -> None:
-        """Add gradients of inputs to the messages back, and hand over those that are complete."""
-        graph = self.plan.graph
-        for index, message in enumerate(graph.forward_inputs(saved.call.work)):
-            if not graph.has_backward(message.source):
+    def _contribute(
+        self, task: Task, saved: SavedForward, grads: list[torch.Tensor | None]
+    ) -> None:
+        """Add gradients of inputs to the messages that go back; whole when all readers have."""
+        for index, source in enumerate(task.sources):
+            if source.gradient is None:
                 continue
             grad = grads[index] if grads else None
             if grad is None:
                 # A stage may leave an input unread, a text-only sequence for one.
                 grad = torch.zeros_like(saved.call.inputs[index].tensor)
-            back = message.reverse
-            so_far = self.outbox.pop(back, None)
-            if so_far is None:
-                so_far = self.inbox.pop(back, None)
-            self._put(back, grad if so_far is None else so_far + grad)
-
-    def _unstash(self, work: Work) -> SavedForward:
-        saved = self.stash.pop(work)
-        self._end_sends(work)
-        self.executor.runner.release_output(saved)
-        return saved
-
-    def _end_sends(self, work: Work) -> None:
-        # The gradient is on its way back, so the output has arrived: these waits return at once.
-        for send in self.sends.pop(work, ()):
-            self.executor.channels.wait_send(send)
+            so_far = self.tensors.get(source.gradient)
+            self.tensors[source.gradient] = grad if so_far is None else so_far + grad
 
 
-def _work_of(action: Action) -> Work:
-    assert action.microbatch is not None
-    return Work(action.stage, action.microbatch, action.sub)
-
-
-def _format_around(actions: tuple[Action, ...], step: int) -> str:
+def _format_around(actions: Sequence[Action], step: int) -> str:
     """The schedule around ``step``, with that action marked."""
     first, last = max(0, step - _SHOWN_ACTIONS), step + _SHOWN_ACTIONS + 1
     shown = [

@@ -73,8 +73,12 @@ class PlanAhead:
             if one.batch is not None and one.batch.digests not in self._offered:
                 self.service.request(one.batch)
 
-    def offer(self, coming: Sequence[BatchSizes]) -> None:
-        """At the end of every step, on all ranks: pass on the plan of the next batch, if any."""
+    def offer(self, coming: Sequence[BatchSizes]) -> Plan | None:
+        """At the end of every step, on all ranks: pass on the plan of the next batch, if any.
+
+        Returns:
+            It, where it is here already: most likely what will be run next.
+        """
         following = self._find(coming[0]) if coming else None
         packed = b""
         if self.service is not None and following is not None and following.batch is not None:
@@ -83,8 +87,7 @@ class PlanAhead:
                 packed = obtained.packed
                 self._offered[following.batch.digests] = obtained
         self._agreement.offer(packed)
-        if following is not None:
-            self._agreement.prepare(following.problem)
+        return None if following is None else self._agreement.prepare(following.problem)
 
     def plan(self, sizes: BatchSizes) -> Plan:
         """The plan for a batch, the same on all ranks.

@@ -33,8 +33,7 @@ class StageInput(NamedTuple):
     tensor: torch.Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForwardCall:
+class ForwardCall(NamedTuple):
     """One forward of one stage."""
 
     work: Work
@@ -47,7 +46,7 @@ class ForwardCall:
     """True in the last stage of a module that no other reads: the output is a scalar loss."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class SavedForward:
     """What a backward needs of its forward."""
 

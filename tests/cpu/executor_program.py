@@ -142,13 +142,12 @@ def run_case(case: Case, rank: int, num_ranks: int) -> None:
     rules = {name: BoundaryRule(width=WIDTH, dtype=torch.float64) for name in case.upstream}
     executor = Executor(
         rank=rank,
-        runner=runner,
         channels=channels,
         boundaries=BoundaryRules(inner=rules, outer=rules),
     )
-    executor.run(plan, forward_only=True)
+    executor.run(plan, runner, forward_only=True)
     forward_losses = dict(runner.losses)
-    executor.run(plan)
+    executor.run(plan, runner)
     assert runner.losses == forward_losses, "evaluation and training must see the same loss"
     expected_loss, expected = plain_loop(case, plan.problem, partition)
     if rank == num_ranks - 1:

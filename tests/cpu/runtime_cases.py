@@ -82,12 +82,15 @@ def new_channels(pipeline: list[int] | None = None, limit_s: float = LIMIT_S) ->
     )
 
 
-def executor_of(channels: Channels, case: Case = CASE, **options: Any) -> Executor:
-    stages = build_stages(case, partition_of(case).stages_on(channels.rank))
+def runner_of(rank: int, case: Case = CASE, **options: Any) -> ModuleRunner:
+    stages = build_stages(case, partition_of(case).stages_on(rank))
+    return ModuleRunner(stages, case.rows(), **options)
+
+
+def executor_of(channels: Channels) -> Executor:
     rules = {name: BoundaryRule(width=WIDTH, dtype=torch.float64) for name in UPSTREAM}
     return Executor(
         rank=channels.rank,
-        runner=ModuleRunner(stages, case.rows(), **options),
         channels=channels,
         boundaries=BoundaryRules(inner=rules, outer=rules),
     )
@@ -106,9 +109,7 @@ class Failing(ModuleRunner):
         return super().forward(call)
 
 
-def failing_executor(channels: Channels, fail: Callable[[], Any]) -> Executor:
+def failing_runner(rank: int, fail: Callable[[], Any]) -> ModuleRunner:
     """Fails in rank 1's second forward of the vision module."""
-    executor = executor_of(channels)
-    stages = build_stages(CASE, partition_of(CASE).stages_on(channels.rank))
-    executor.runner = Failing(1, 1, fail, stages=stages, data=CASE.rows())
-    return executor
+    stages = build_stages(CASE, partition_of(CASE).stages_on(rank))
+    return Failing(1, 1, fail, stages=stages, data=CASE.rows())

@@ -21,20 +21,19 @@ from runtime_cases import (
     LIMIT_S,
     UPSTREAM,
     executor_of,
-    failing_executor,
+    failing_runner,
     new_channels,
     partition_of,
     plan_of,
     rank,
     report,
+    runner_of,
     without,
 )
 from toy_modules import Case, plain_loop
 
 from megatron_dip.plan import Message, parse_actions
-from megatron_dip.runtime import (
-    ModuleRunner,
-)
+from megatron_dip.runtime import Channels, ModuleRunner
 
 # ---- channels -------------------------------------------------------------------------------
 
@@ -102,6 +101,10 @@ def channels_suite() -> None:
 # ---- executor -------------------------------------------------------------------------------
 
 
+def run_case(channels: Channels, runner: ModuleRunner) -> None:
+    executor_of(channels).run(plan_of(CASE), runner)
+
+
 def missing_send() -> list[str]:
     """A plan without one send, run twice; the two messages of this rank."""
     channels = new_channels()
@@ -109,7 +112,7 @@ def missing_send() -> list[str]:
     found = []
     for _ in range(2):
         try:
-            executor_of(channels).run(plan)
+            executor_of(channels).run(plan, runner_of(rank()))
         except Exception as error:
             found.append(f"{type(error).__name__} from {type(error.__cause__).__name__}: {error}")
     return found
@@ -118,15 +121,14 @@ def missing_send() -> list[str]:
 def forward_only() -> dict[str, Any]:
     """What is left of an evaluation: by the runner and by the channels."""
     channels = new_channels()
-    executor = executor_of(channels)
-    executor.run(plan_of(CASE), forward_only=True)
-    assert isinstance(executor.runner, ModuleRunner)
-    parameters = [p for stage in executor.runner._stages.values() for p in stage.parameters()]
+    runner = runner_of(rank())
+    executor_of(channels).run(plan_of(CASE), runner, forward_only=True)
+    parameters = [p for stage in runner._stages.values() for p in stage.parameters()]
     return {
         "gradients": sum(p.grad is not None for p in parameters),
         "in_flight": len(channels._in_flight),
-        "graphs": sum(loss.requires_grad for loss in executor.runner.losses.values()),
-        "losses": len(executor.runner.losses),
+        "graphs": sum(loss.requires_grad for loss in runner.losses.values()),
+        "losses": len(runner.losses),
     }
 
 
@@ -135,14 +137,14 @@ def leftover() -> None:
     plan = plan_of(CASE)
     kept = [" ".join(str(a) for a in actions if "F" in str(a)) for actions in plan.actions]
     cut = replace(plan, actions=tuple(parse_actions(line) for line in kept))
-    executor_of(new_channels()).run(cut)
+    executor_of(new_channels()).run(cut, runner_of(rank()))
 
 
 def raising(error: Exception) -> None:
     def fail() -> None:
         raise error
 
-    failing_executor(new_channels(), fail).run(plan_of(CASE))
+    run_case(new_channels(), failing_runner(rank(), fail))
 
 
 def executor_suite() -> None:
@@ -150,10 +152,10 @@ def executor_suite() -> None:
     report("raising action", lambda: raising(ZeroDivisionError("a bug in the model")))
     report("forward only", forward_only)
     report("leftover", leftover)
-    report("afterwards", lambda: executor_of(new_channels()).run(plan_of(CASE)))
+    report("afterwards", lambda: run_case(new_channels(), runner_of(rank())))
     # Last, because rank 1 does not come back.
     channels = new_channels(limit_s=20.0)
-    report("death", lambda: failing_executor(channels, lambda: os._exit(3)).run(plan_of(CASE)))
+    report("death", lambda: run_case(channels, failing_runner(rank(), lambda: os._exit(3))))
 
 
 # ---- data-parallel replicas -----------------------------------------------------------------
@@ -187,11 +189,9 @@ def replicas() -> dict[str, Any]:
     data_parallel = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank() % 2]
     case = REPLICAS[replica]
     channels = new_channels([0, 1], limit_s=20.0)
-    executor = executor_of(channels, case, data_parallel_group=data_parallel)
+    runner = runner_of(channels.rank, case, data_parallel_group=data_parallel)
     plan = plan_of(case)
-    executor.run(plan)
-    runner = executor.runner
-    assert isinstance(runner, ModuleRunner)
+    executor_of(channels).run(plan, runner)
     runner.finish_reductions()
     expected = [plain_loop(c, c.problem(2), partition_of(c))[1] for c in REPLICAS]
     worst = 0.0
