@@ -106,17 +106,12 @@ def run_ranks(
         return completed
 
 
-def run_modes(
-    worker: Path, folder: Path, tensor_parallel: int, modes: Sequence[str]
-) -> dict[str, list[Any]]:
-    """Run ``worker FOLDER TENSOR_PARALLEL MODE...``; per mode, what every rank saved there."""
-    command = [sys.executable, str(worker), str(folder), str(tensor_parallel), *modes]
-    for rank in run_ranks(tensor_parallel, command, timeout_seconds=180):
+def run_modes(worker: Path, folder: Path, modes: Sequence[str]) -> dict[str, list[Any]]:
+    """Run ``worker FOLDER MODE...`` on two ranks; per mode, what each of them saved there."""
+    command = [sys.executable, str(worker), str(folder), *modes]
+    for rank in run_ranks(2, command, timeout_seconds=180):
         assert rank.returncode == 0, rank.output
-    return {
-        mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(tensor_parallel)]
-        for mode in modes
-    }
+    return {mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(2)] for mode in modes}
 
 
 def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
