@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+import torch
 from launching import (
     REPOSITORY,
     CompletedRank,
@@ -27,7 +29,7 @@ from launching import (
     wait_for_all,
 )
 
-__all__ = ["fork_ranks", "record_of", "serve"]
+__all__ = ["fork_ranks", "record_of", "run_modes", "serve"]
 
 # What takes a few seconds, on a machine that is slow and busy.
 _START_SECONDS = 200.0
@@ -89,6 +91,14 @@ def fork_ranks(
         )
         for ending, log in zip(_server().run(job), logs, strict=True)
     ]
+
+
+def run_modes(worker: Path, folder: Path, modes: Sequence[str]) -> dict[str, list[Any]]:
+    """Run ``worker FOLDER MODE...`` on two ranks; per mode, what each of them saved there."""
+    arguments = [str(worker), str(folder), *modes]
+    for rank in fork_ranks(folder / "run", 2, arguments, timeout_seconds=180):
+        assert rank.returncode == 0, rank.output
+    return {mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(2)] for mode in modes}
 
 
 def record_of(folder: Path, rank: int) -> Path:
@@ -192,7 +202,7 @@ def _run(job: _Job, connection: Connection) -> list[_Ending]:
 
 
 def _run_rank(job: _Job, rank: int, connection: Connection) -> None:
-    # Not at the top: the process that runs the tests must stay free of torch and Megatron.
+    # Not at the top: the process that runs the tests must not be switched to CPU mode.
     from training_process import run_rank
 
     connection.close()

@@ -9,15 +9,12 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import IO
 
 __all__ = [
     "REPOSITORY",
@@ -25,7 +22,6 @@ __all__ = [
     "end_group",
     "free_port",
     "rank_variables",
-    "run_modes",
     "run_ranks",
     "wait_for_all",
 ]
@@ -104,14 +100,6 @@ def run_ranks(
         for log in logs:
             log.close()
         return completed
-
-
-def run_modes(worker: Path, folder: Path, modes: Sequence[str]) -> dict[str, list[Any]]:
-    """Run ``worker FOLDER MODE...`` on two ranks; per mode, what each of them saved there."""
-    command = [sys.executable, str(worker), str(folder), *modes]
-    for rank in run_ranks(2, command, timeout_seconds=180):
-        assert rank.returncode == 0, rank.output
-    return {mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(2)] for mode in modes}
 
 
 def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:

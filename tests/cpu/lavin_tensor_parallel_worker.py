@@ -1,6 +1,6 @@
 """One of two ranks of LaVIN's tensor-parallel comparison; everything saved.
 
-Usage: ``lavin_tensor_parallel_worker.py FOLDER MODE...``; a mode is a router's
+Usage: ``lavin_tensor_parallel_worker.py FOLDER MODE...`` in CPU mode; a mode is a router's
 name, with ``+sequence`` (parallelism) and ``+recompute`` behind it, or not.
 """
 

@@ -1,6 +1,6 @@
 """One of two tensor-parallel ranks: both modules, one step per mode, everything saved.
 
-Usage: ``models_tensor_parallel_worker.py FOLDER MODE...``; a mode is some of the
+Usage: ``models_tensor_parallel_worker.py FOLDER MODE...`` in CPU mode; a mode is some of the
 words ``sequence`` (parallelism) and ``recompute``, joined by ``+``, or ``plain``.
 """
 

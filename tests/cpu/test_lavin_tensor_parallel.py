@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import run_modes
+from forked_ranks import run_modes
 from lavin_tensor_parallel_worker import run
 from models_setup import megatron_on_cpu
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import run_modes
+from forked_ranks import run_modes
 from models_setup import megatron_on_cpu
 from models_tensor_parallel_worker import run
 
