@@ -90,7 +90,7 @@ def run_ranks(
             for process in processes:
                 # Its children too, also where it has ended by itself.
                 end_group(process.pid)
-                process.wait(timeout=10)
+                process.wait(timeout=60)
         completed = [
             CompletedRank(
                 returncode=process.returncode, output=_text(log), timed_out=rank in timed_out
