@@ -13,7 +13,8 @@ ARGUMENTS = tuple(
     shlex.split("""
     --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 0.001 --min-lr 0.001
     --lr-decay-style constant --hidden-dropout 0 --attention-dropout 0 --log-interval 1
-    --ckpt-format torch_dist --dip-timeout-seconds 20 --make-vocab-size-divisible-by 1 --eval-iters 0
+    --eval-iters 0 --ckpt-format torch_dist --dip-timeout-seconds 20
+    --make-vocab-size-divisible-by 1
     """)
 )
 _TIMEOUT_SECONDS = 120.0

@@ -144,7 +144,10 @@ class _Server:
             # What it may still say would be taken for the answer to something else.
             _server.cache_clear()
             self._connection.close()
-            self._process.wait(_END_SECONDS)
+            try:
+                self._process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
             raise
         return endings
 

@@ -39,7 +39,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[ProblemBuilder, Parti
     folder = tmp_path_factory.mktemp("config")
     config = load_config(write_config(folder / "config.yaml", folder, num_ranks=2, num_segments=2))
     builder = config_builder(config, is_fp32=True, num_tensor_ranks=1, sequence_parallel=False)
-    return builder, build_partition(config)
+    partition = build_partition(config)
+    # Before anything is waited for, what is not compiled yet is.
+    make_plan(builder.build(sizes(0)), partition, evaluations=EVALUATIONS)
+    return builder, partition
 
 
 def sizes(number: int, num_microbatches: int = 6) -> tuple[ItemSizes, ...]:
