@@ -3,8 +3,10 @@
 import re
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
+from forked_ranks import fork_ranks
 from launching import CompletedRank, run_ranks
 
 __all__ = ["GPT_ARGUMENTS", "SCRIPT", "launch", "losses_of", "train", "validation_loss_of"]
@@ -22,19 +24,24 @@ GPT_ARGUMENTS = tuple(
     --attention-dropout 0 --hidden-dropout 0
     """)
 )
+_TIMEOUT_SECONDS = 180.0
 _ITERATION = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)")
 _VALIDATION = re.compile(r"on validation set \| lm loss value: (\S+)")
 
 
-def launch(num_ranks: int, *arguments: str, timeout_seconds: float = 120) -> list[CompletedRank]:
-    """``python -m megatron_dip.launch`` with these arguments on every rank."""
+def launch(*arguments: str) -> CompletedRank:
+    """``python -m megatron_dip.launch`` with these arguments in a process of its own."""
     command = [sys.executable, "-m", "megatron_dip.launch", *arguments]
-    return run_ranks(num_ranks, command, timeout_seconds)
+    return run_ranks(1, command, _TIMEOUT_SECONDS)[0]
 
 
 def train(num_ranks: int, *arguments: str) -> CompletedRank:
     """The last rank of a run on CPU, the one that logs; asserts that all ranks succeeded."""
-    ranks = launch(num_ranks, "--cpu", str(SCRIPT), *GPT_ARGUMENTS, *arguments)
+    command = [str(SCRIPT), *GPT_ARGUMENTS, *arguments]
+    with tempfile.TemporaryDirectory(prefix="gpt-") as folder:
+        ranks = fork_ranks(
+            Path(folder) / "run", num_ranks, command, timeout_seconds=_TIMEOUT_SECONDS
+        )
     for rank, completed in enumerate(ranks):
         assert completed.returncode == 0, f"rank {rank}:\n{completed.output[-4000:]}"
     return ranks[-1]

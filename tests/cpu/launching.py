@@ -9,24 +9,29 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import torch
-
-__all__ = ["REPOSITORY", "CompletedRank", "free_port", "run_modes", "run_ranks"]
+__all__ = [
+    "REPOSITORY",
+    "CompletedRank",
+    "end_group",
+    "free_port",
+    "rank_variables",
+    "run_ranks",
+    "wait_for_all",
+]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.05
 _PORTS = range(20_000, 32_000)
 # What the other ranks get to end by themselves once one has failed: enough to print their own
-# error, not enough to wait for the time limit of a collective whose peer is gone.
-_GRACE_SECONDS = 5.0
+# error on a busy machine, not enough to wait for the time limit of a collective whose peer is gone.
+_GRACE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +85,12 @@ def run_ranks(
             for rank, log in enumerate(logs):
                 rank_env = _rank_environment(rank, num_ranks, port) | dict(env or {})
                 processes.append(_start(command, rank_env, log, cwd))
-            timed_out = _wait(processes, time.monotonic() + timeout_seconds)
+            timed_out = wait_for_all(lambda: [one.poll() for one in processes], timeout_seconds)
         finally:
             for process in processes:
-                _kill_group(process)
+                # Its children too, also where it has ended by itself.
+                end_group(process.pid)
+                process.wait(timeout=60)
         completed = [
             CompletedRank(
                 returncode=process.returncode, output=_text(log), timed_out=rank in timed_out
@@ -95,16 +102,15 @@ def run_ranks(
         return completed
 
 
-def run_modes(
-    worker: Path, folder: Path, tensor_parallel: int, modes: Sequence[str]
-) -> dict[str, list[Any]]:
-    """Run ``worker FOLDER TENSOR_PARALLEL MODE...``; per mode, what every rank saved there."""
-    command = [sys.executable, str(worker), str(folder), str(tensor_parallel), *modes]
-    for rank in run_ranks(tensor_parallel, command, timeout_seconds=180):
-        assert rank.returncode == 0, rank.output
+def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What ``torchrun`` would tell one rank of a run on this machine."""
     return {
-        mode: [torch.load(folder / f"{mode}-{rank}.pt") for rank in range(tensor_parallel)]
-        for mode in modes
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
     }
 
 
@@ -112,12 +118,7 @@ def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
-        "RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
+        **rank_variables(rank, num_ranks, port),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
@@ -138,32 +139,42 @@ def _start(
     )
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> set[int]:
-    """Wait for all; the ranks that were still running at the deadline."""
-    timed_out: set[int] = set()
+def wait_for_all(
+    statuses: Callable[[], Sequence[int | None]],
+    timeout_seconds: float,
+    pause: Callable[[float], None] = time.sleep,
+) -> set[int]:
+    """Return when all ranks have ended, some time after one has failed, or when the time is over.
+
+    Args:
+        statuses: Per rank its exit status, None while it runs.
+        timeout_seconds: From now.
+        pause: Waits for so many seconds, or less.
+
+    Returns:
+        The ranks that were still running when the time was over.
+    """
+    deadline = time.monotonic() + timeout_seconds
     grace_deadline: float | None = None
-    while running := {rank for rank, process in enumerate(processes) if process.poll() is None}:
+    while None in (found := statuses()):
         now = time.monotonic()
         if now >= deadline:
-            timed_out = running
-            break
-        failed = any(process.returncode for process in processes)
-        if failed and grace_deadline is None:
+            return {rank for rank, status in enumerate(found) if status is None}
+        if any(found) and grace_deadline is None:
             grace_deadline = now + _GRACE_SECONDS
         if grace_deadline is not None and now >= grace_deadline:
             break
-        time.sleep(_POLL_SECONDS)
-    return timed_out
+        pause(_POLL_SECONDS)
+    return set()
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its children; those that ended by themselves are left as they are."""
+def end_group(leader: int) -> None:
+    """End a process that leads a group, and its children."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
-        # Nobody of the group is left: nothing to do but to collect the exit status below.
-        process.poll()
-    process.wait(timeout=10)
+        # Nobody of the group is left.
+        return
 
 
 def _text(log: IO[bytes]) -> str:

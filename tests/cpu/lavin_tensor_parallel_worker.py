@@ -1,6 +1,6 @@
-"""One rank of LaVIN's tensor-parallel comparison; everything saved.
+"""One of two ranks of LaVIN's tensor-parallel comparison; everything saved.
 
-Usage: ``lavin_tensor_parallel_worker.py FOLDER TENSOR_PARALLEL MODE...``; a mode is a router's
+Usage: ``lavin_tensor_parallel_worker.py FOLDER MODE...`` in CPU mode; a mode is a router's
 name, with ``+sequence`` (parallelism) and ``+recompute`` behind it, or not.
 """
 
@@ -15,11 +15,11 @@ from megatron_dip.models.lavin.checkpoint import base_digest, gather_adapters
 
 
 def main() -> None:
-    folder, tensor_parallel = sys.argv[1], int(sys.argv[2])
-    with megatron_on_cpu(tensor_parallel):
+    folder, *modes = sys.argv[1:]
+    with megatron_on_cpu(tensor_parallel=2):
         rank = torch.distributed.get_rank()
-        for mode in sys.argv[3:]:
-            torch.save(run(tensor_parallel, mode.split("+")), f"{folder}/{mode}-{rank}.pt")
+        for mode in modes:
+            torch.save(run(2, mode.split("+")), f"{folder}/{mode}-{rank}.pt")
 
 
 def run(tensor_parallel, mode):

@@ -1,6 +1,6 @@
 """Under CPU mode: dropout with recomputed layers, and a checkpoint that is read into other cuts.
 
-Usage: ``models_cpu_mode_worker.py FOLDER``; prints one line per finished check.
+Usage: ``megatron_dip.launch --cpu models_cpu_mode_worker.py FOLDER``; prints a line per check.
 """
 
 import sys
@@ -9,7 +9,7 @@ from megatron_dip.integration import cpu_mode
 
 
 def main() -> None:
-    cpu_mode.enable()
+    assert cpu_mode.is_enabled()
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

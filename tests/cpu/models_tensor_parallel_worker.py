@@ -1,6 +1,6 @@
-"""One rank of the tensor-parallel comparison: both modules, one step per mode, everything saved.
+"""One of two tensor-parallel ranks: both modules, one step per mode, everything saved.
 
-Usage: ``models_tensor_parallel_worker.py FOLDER TENSOR_PARALLEL MODE...``; a mode is some of the
+Usage: ``models_tensor_parallel_worker.py FOLDER MODE...`` in CPU mode; a mode is some of the
 words ``sequence`` (parallelism) and ``recompute``, joined by ``+``, or ``plain``.
 """
 
@@ -28,11 +28,11 @@ _MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride")
 
 
 def main() -> None:
-    folder, tensor_parallel = sys.argv[1], int(sys.argv[2])
-    with megatron_on_cpu(tensor_parallel):
+    folder, *modes = sys.argv[1:]
+    with megatron_on_cpu(tensor_parallel=2):
         rank = torch.distributed.get_rank()
-        for mode in sys.argv[3:]:
-            torch.save(run(tensor_parallel, set(mode.split("+"))), f"{folder}/{mode}-{rank}.pt")
+        for mode in modes:
+            torch.save(run(2, set(mode.split("+"))), f"{folder}/{mode}-{rank}.pt")
 
 
 def run(tensor_parallel, mode):

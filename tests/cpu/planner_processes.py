@@ -4,11 +4,15 @@ import os
 import random
 import signal
 import threading
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-__all__ = ["Killer", "Watcher", "is_planner", "planner_processes"]
+__all__ = ["Killer", "Watcher", "planner_processes", "wait_until_ended"]
+
+_END_SECONDS = 60.0
 
 
 def planner_processes(ancestor: int) -> list[int]:
@@ -24,12 +28,20 @@ def planner_processes(ancestor: int) -> list[int]:
             # It has just ended.
             continue
         parents[int(entry.name)] = int(fields[1])
-        if is_planner(int(entry.name)):
+        if _is_planner(int(entry.name)):
             planners.append(int(entry.name))
     return [pid for pid in planners if _descends(pid, ancestor, parents)]
 
 
-def is_planner(pid: int) -> bool:
+def wait_until_ended(pids: Iterable[int]) -> None:
+    """Assert that planner processes end soon, though nobody ends them any more."""
+    deadline = time.monotonic() + _END_SECONDS
+    while left := [pid for pid in pids if _is_planner(pid)]:
+        assert time.monotonic() < deadline, f"planner processes are left: {left}"
+        time.sleep(0.05)
+
+
+def _is_planner(pid: int) -> bool:
     """Whether a process is a planner and has not ended."""
     try:
         # That of a process that has ended and was not asked for its status is empty.

@@ -1,13 +1,13 @@
 """Cases of ``runtime_program.py``: ranks that agree on a plan, or do not."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from runtime_cases import CASE, LIMIT_S, OTHER_CUT, partition_of, plan_of, rank, report
+from runtime_cases import CASE, OTHER_CUT, partition_of, plan_of, rank, report
+from runtime_suites import LIMIT_S, PATIENCE_S
 from toy_modules import Case
 
 from megatron_dip.costs import ItemSize
@@ -33,8 +33,9 @@ class Agreeing:
         case: Case = CASE,
         cut: dict[str, list[list[int]]] | None = None,
         make: Make = make_plan,
+        limit_s: float = PATIENCE_S,
     ) -> None:
-        group = dist.new_group([0, 1], timeout=timedelta(seconds=LIMIT_S), backend="gloo")
+        group = dist.new_group([0, 1], timeout=timedelta(seconds=limit_s), backend="gloo")
         self.problem = case.problem(2)
         self.partition = partition_from_layers(cut or case.cut, 2)
         self.agreement = PlanAgreement(self.partition, group)
@@ -117,7 +118,7 @@ def differing_plan() -> str:
 
 def shared(lies: bool = False) -> list[Any]:
     """Two replicas of a rank each: the second reads a microbatch without images, or ``lies``."""
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=LIMIT_S), backend="gloo")
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=PATIENCE_S), backend="gloo")
     agreement = PlanAgreement(partition_of(CASE), group, leaders=(0, 1), replica=rank())
     text_only = replace(CASE, batch=[CASE.batch[0], {"language": [7]}])
     problems = [CASE.problem(2), text_only.problem(2)]
@@ -140,9 +141,18 @@ def fail_with(error: Exception) -> Make:
     return make
 
 
-def sleep(*_: Any) -> Plan:
-    time.sleep(2.5 * LIMIT_S)
-    return plan_of(CASE)
+def stuck() -> str:
+    """The owner plans until the other rank has ended its wait."""
+
+    def make(*_: Any) -> Plan:
+        dist.barrier()
+        return plan_of(CASE)
+
+    try:
+        return Agreeing(make=make, limit_s=LIMIT_S).agree()
+    finally:
+        if rank() == 1:
+            dist.barrier()
 
 
 def agreement_suite() -> None:
@@ -162,4 +172,4 @@ def agreement_suite() -> None:
         "planner has a bug", lambda: Agreeing(make=fail_with(ZeroDivisionError("a bug"))).agree()
     )
     report("afterwards", lambda: Agreeing().agree())
-    report("planner is stuck", lambda: Agreeing(make=sleep).agree())
+    report("planner is stuck", stuck)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from runtime_suites import PATIENCE_S
 from toy_modules import WIDTH, Case, build_stages
 
 from megatron_dip.partition import Partition, partition_from_layers
@@ -24,7 +25,6 @@ from megatron_dip.runtime import (
     pipeline_channels,
 )
 
-LIMIT_S = 1.0
 UPSTREAM: dict[str, tuple[str, ...]] = {"vision": (), "language": ("vision",)}
 CASE = Case(
     name="two ranks, two microbatches",
@@ -68,7 +68,7 @@ def without(plan: Plan, action: str) -> Plan:
     return replace(plan, actions=(parse_actions(kept), *plan.actions[1:]))
 
 
-def new_channels(pipeline: list[int] | None = None, limit_s: float = LIMIT_S) -> Channels:
+def new_channels(pipeline: list[int] | None = None, limit_s: float = PATIENCE_S) -> Channels:
     """Channels of their own for every case: a failure leaves messages behind."""
     pipelines = [[0, 1]] if pipeline is None else [[0, 1], [2, 3]]
     own = pipelines[rank() // 2]

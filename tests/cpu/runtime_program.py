@@ -8,7 +8,6 @@ case: its name, how it ended, the message and the seconds it took.
 
 import os
 import sys
-import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -18,7 +17,6 @@ import torch.distributed as dist
 from runtime_agreement import agreement_suite
 from runtime_cases import (
     CASE,
-    LIMIT_S,
     UPSTREAM,
     executor_of,
     failing_runner,
@@ -30,6 +28,7 @@ from runtime_cases import (
     runner_of,
     without,
 )
+from runtime_suites import LIMIT_S
 from toy_modules import Case, plain_loop
 
 from megatron_dip.plan import Message, parse_actions
@@ -73,22 +72,25 @@ def exchange(send_first: bool) -> list[list[float]]:
 
 
 def silent_sender() -> None:
-    channels = new_channels()
-    if rank() == 1:
-        (message,) = messages(7)
-        channels.wait_receive(channels.post_receive(message, 0, (1, 2), torch.float64))
-    else:
-        time.sleep(1.5 * LIMIT_S)
+    channels = new_channels(limit_s=LIMIT_S)
+    try:
+        if rank() == 1:
+            (message,) = messages(7)
+            channels.wait_receive(channels.post_receive(message, 0, (1, 2), torch.float64))
+    finally:
+        # Until the wait has ended, the silent one is there.
+        dist.barrier()
 
 
 def silent_receiver() -> None:
-    channels = new_channels()
-    if rank() == 0:
-        (message,) = messages(7)
-        channels.send(message, 1, rows(message))
-        channels.drain()
-    else:
-        time.sleep(1.5 * LIMIT_S)
+    channels = new_channels(limit_s=LIMIT_S)
+    try:
+        if rank() == 0:
+            (message,) = messages(7)
+            channels.send(message, 1, rows(message))
+            channels.drain()
+    finally:
+        dist.barrier()
 
 
 def channels_suite() -> None:
@@ -107,7 +109,7 @@ def run_case(channels: Channels, runner: ModuleRunner) -> None:
 
 def missing_send() -> list[str]:
     """A plan without one send, run twice; the two messages of this rank."""
-    channels = new_channels()
+    channels = new_channels(limit_s=LIMIT_S)
     plan = without(plan_of(CASE), "0SEND_F1>1")
     found = []
     for _ in range(2):
@@ -144,7 +146,8 @@ def raising(error: Exception) -> None:
     def fail() -> None:
         raise error
 
-    run_case(new_channels(), failing_runner(rank(), fail))
+    # The other rank finds out when its wait ends.
+    run_case(new_channels(limit_s=LIMIT_S), failing_runner(rank(), fail))
 
 
 def executor_suite() -> None:
@@ -154,7 +157,7 @@ def executor_suite() -> None:
     report("leftover", leftover)
     report("afterwards", lambda: run_case(new_channels(), runner_of(rank())))
     # Last, because rank 1 does not come back.
-    channels = new_channels(limit_s=20.0)
+    channels = new_channels()
     report("death", lambda: run_case(channels, failing_runner(rank(), lambda: os._exit(3))))
 
 
@@ -188,7 +191,7 @@ def replicas() -> dict[str, Any]:
     replica = rank() // 2
     data_parallel = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank() % 2]
     case = REPLICAS[replica]
-    channels = new_channels([0, 1], limit_s=20.0)
+    channels = new_channels([0, 1])
     runner = runner_of(channels.rank, case, data_parallel_group=data_parallel)
     plan = plan_of(case)
     executor_of(channels).run(plan, runner)

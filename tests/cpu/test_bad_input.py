@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from failing_runs import ARGUMENTS, SCRIPT, error_of, run_vlm
+from failing_runs import ARGUMENTS, ERROR_PREFIX, SCRIPT, error_of, run_vlm
 from launching import REPOSITORY, CompletedRank, run_ranks
 from runtime_program import CASE, plan_of
 from tiny_data_set import conversation
@@ -119,7 +119,7 @@ def test_megatron_of_an_unsupported_version_is_refused(tmp_path: Path) -> None:
     info.write_text("MAJOR = 0\nMINOR = 12\nPATCH = 1\n")
     paths = os.pathsep.join(map(str, (tmp_path, REPOSITORY)))
     command = [sys.executable, "-m", "megatron_dip.launch", str(REPOSITORY / "setup.py")]
-    (rank,) = run_ranks(1, command, timeout_seconds=30, env={"PYTHONPATH": paths})
+    (rank,) = run_ranks(1, command, timeout_seconds=120, env={"PYTHONPATH": paths})
     error = error_of(rank)
     assert "Megatron-Core 0.12.1" in error and "pip install" in error
 
@@ -189,9 +189,9 @@ def test_a_plan_file_whose_digest_does_not_match_is_refused(tmp_path: Path) -> N
     record["problem"]["microbatches"][0]["vision"][0]["tokens"] += 1
     (tmp_path / "changed.json").write_text(json.dumps(record))
     command = [sys.executable, "-m", "megatron_dip.cli.main", "validate"]
-    (good,) = run_ranks(1, [*command, str(tmp_path / "plan.json")], timeout_seconds=30)
+    (good,) = run_ranks(1, [*command, str(tmp_path / "plan.json")], timeout_seconds=120)
     assert good.returncode == 0 and "ok" in good.output
-    (bad,) = run_ranks(1, [*command, str(tmp_path / "changed.json")], timeout_seconds=30)
+    (bad,) = run_ranks(1, [*command, str(tmp_path / "changed.json")], timeout_seconds=120)
     assert bad.returncode == 2 and "Traceback" not in bad.output
     (line,) = bad.output.splitlines()
     assert "changed.json: problem_digest is" in line and "plan again" in line
@@ -236,7 +236,7 @@ def test_when_a_rank_is_killed_the_other_says_so_in_one_line(tmp_path: Path, dat
     command = [sys.executable, "-m", "megatron_dip.launch", "--cpu", str(script), *ARGUMENTS]
     command += ["--pipeline-model-parallel-size", "2"]
     command += ["--dip-config", config_for(data, num_ranks=2), "--dip-schedule"]
-    survivor, killed = run_ranks(2, command, timeout_seconds=90)
+    survivor, killed = run_ranks(2, command, timeout_seconds=180)
     assert "iteration        1/" in killed.output, killed.output[-3000:]
     assert says_what_became_of_rank_1(survivor, "the other process has ended")
 
@@ -244,11 +244,13 @@ def test_when_a_rank_is_killed_the_other_says_so_in_one_line(tmp_path: Path, dat
 def test_when_a_rank_is_stuck_the_other_says_so_within_the_limit(
     tmp_path: Path, data: Path
 ) -> None:
+    log = str(tmp_path / "run" / "rank0.log")
+    until_the_other_ends = f"while {ERROR_PREFIX!r} not in open({log!r}).read(): time.sleep(0.1)"
     survivor, stuck = on_two_ranks(
         tmp_path,
         *("--dip-config", config_for(data, num_ranks=2), "--dip-schedule"),
         *("--dip-timeout-seconds", "2"),
-        script=write_script(tmp_path, "time.sleep(60)"),
+        script=write_script(tmp_path, until_the_other_ends),
     )
     assert "iteration        1/" in stuck.output, stuck.output[-3000:]
     assert says_what_became_of_rank_1(survivor, "limit 2 s")

@@ -113,7 +113,7 @@ print("all good")
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=180, check=False
     )
 
 

@@ -149,6 +149,7 @@ def test_runs_start_from_the_checkpoint_and_learn(runs: Runs) -> None:
         (PP2, WHOLE_1),
         (PP2, SNAKE),
         (PP2, SPLIT_2),
+        (PP4, WHOLE_1),
         (PP4, SPLIT_2),
         (TP2_PP2, SPLIT_2),
     ],
@@ -167,6 +168,8 @@ def test_plans_train_as_the_stock_schedule_with_sgd_and_the_mean_of_microbatches
     [
         (PP2, WHOLE_2),
         (PP2, SPLIT_1_FALLBACK),
+        (PP4, SPLIT_1),
+        (TP2_PP2, WHOLE_1),
     ],
     ids=identify,
 )

@@ -16,7 +16,7 @@ from megatron_dip.launch import main
 def launch_text(folder: Path, script: str, *options: str) -> CompletedRank:
     path = folder / "script.py"
     path.write_text(script)
-    return launch(1, *options, str(path), "first", "--second")[0]
+    return launch(*options, str(path), "first", "--second")
 
 
 def error_of(completed: CompletedRank) -> str:
@@ -29,16 +29,16 @@ def error_of(completed: CompletedRank) -> str:
 
 
 def test_a_missing_script_is_named() -> None:
-    assert "there is no script nowhere.py" in error_of(launch(1, "nowhere.py")[0])
+    assert "there is no script nowhere.py" in error_of(launch("nowhere.py"))
 
 
 def test_no_script_shows_the_usage() -> None:
-    error = error_of(launch(1, "--cpu")[0])
+    error = error_of(launch("--cpu"))
     assert "SCRIPT" in error and "usage" in error
 
 
 def test_an_unknown_option_of_the_launcher_is_named() -> None:
-    assert "--gpu" in error_of(launch(1, "--gpu", str(SCRIPT))[0])
+    assert "--gpu" in error_of(launch("--gpu", str(SCRIPT)))
 
 
 def test_the_script_sees_its_own_arguments_and_its_neighbours_and_hooked_megatron(
@@ -71,7 +71,7 @@ print(args.dip_schedule, args.dip_config, args.dip_timeout_seconds, args.dip_tra
 
 def test_what_cannot_work_on_the_cpu_is_refused() -> None:
     arguments = (*GPT_ARGUMENTS, "--transformer-impl", "transformer_engine")
-    error = error_of(launch(1, "--cpu", str(SCRIPT), *arguments)[0])
+    error = error_of(launch("--cpu", str(SCRIPT), *arguments))
     assert "--transformer-impl transformer_engine does not work on the CPU (--cpu)" in error
 
 

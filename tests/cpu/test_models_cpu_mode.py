@@ -1,10 +1,9 @@
 """Stages under CPU mode, where Megatron's random states and checkpoints work as on a GPU."""
 
-import sys
 from pathlib import Path
 
 import pytest
-from launching import run_ranks
+from forked_ranks import fork_ranks
 
 WORKER = Path(__file__).with_name("models_cpu_mode_worker.py")
 
@@ -12,8 +11,9 @@ WORKER = Path(__file__).with_name("models_cpu_mode_worker.py")
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    (rank,) = run_ranks(1, [sys.executable, str(WORKER), str(folder)], timeout_seconds=120)
-    return rank
+    (folder / "saved").mkdir()
+    command = [str(WORKER), str(folder / "saved")]
+    return fork_ranks(folder / "run", 1, command, timeout_seconds=180)[0]
 
 
 def test_dropout_repeats_in_recomputed_layers(completed):

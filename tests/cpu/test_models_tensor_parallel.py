@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import run_modes
+from forked_ranks import run_modes
+from models_setup import megatron_on_cpu
+from models_tensor_parallel_worker import run
 
 from megatron_dip.models.initialization import tensor_parallel_shard
 
@@ -18,13 +20,14 @@ GRADIENT_TOLERANCE = 2e-7
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    return run_modes(WORKER, tmp_path_factory.mktemp("one"), 1, ["plain"])["plain"][0]
+def one_rank():
+    with megatron_on_cpu():
+        return run(1, {"plain"})
 
 
 @pytest.fixture(scope="module")
 def all_modes(tmp_path_factory):
-    return run_modes(WORKER, tmp_path_factory.mktemp("two"), 2, MODES)
+    return run_modes(WORKER, tmp_path_factory.mktemp("two"), MODES)
 
 
 @pytest.fixture(params=MODES)

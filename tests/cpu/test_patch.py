@@ -45,7 +45,7 @@ def run_driver(tree: Path, *arguments: str) -> CompletedRank:
     driver.write_text(DRIVER)
     command = [sys.executable, str(driver), str(SCRIPT), *GPT_ARGUMENTS, "--train-iters", "2"]
     paths = f"{tree}:{REPOSITORY}"
-    return run_ranks(1, [*command, *arguments], 90, env={"PYTHONPATH": paths})[0]
+    return run_ranks(1, [*command, *arguments], 180, env={"PYTHONPATH": paths})[0]
 
 
 def test_the_patch_applies_without_fuzz_and_its_tree_trains_and_selects_our_schedule(

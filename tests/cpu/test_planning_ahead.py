@@ -3,7 +3,6 @@
 import json
 import shlex
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from failing_runs import error_of, run_vlm
 from launching import REPOSITORY
-from planner_processes import Killer, Watcher, is_planner
+from planner_processes import Killer, Watcher, wait_until_ended
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import TrainingRun, train
 
@@ -19,7 +18,8 @@ NUM_ITERATIONS = 12
 PATIENT = {"wait_limit_ms": 60_000.0, "search_limit_ms": 60_000.0}
 _SIZES = "--micro-batch-size 2 --global-batch-size 8 --lr 0.002 --min-lr 0.002"
 _SCRIPT = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 sys.path.append("EXAMPLES")
 import pretrain_vlm as example
 from megatron.core.enums import ModelType
@@ -36,6 +36,33 @@ if __name__ == "__main__":
     pretrain(pretrain_cfg_container_from_args(args), example.data_iterators,
              ModelType.encoder_or_decoder, example.forward_step,
              model_provider=example.build_model)
+"""
+
+# Has training wait in every forward step until ``holds(service)``, on the plan owner.  A wait polls
+# the service as training does.
+_WAITING = """
+from megatron_dip.runtime import PlanService
+forward_step, make_service = example.forward_step, PlanService.__init__
+services = []
+
+def remember(service, **options):
+    make_service(service, **options)
+    services.append(service)
+
+def waiting(data_iterator, model):
+    deadline = time.monotonic() + 90
+    while services and not holds(services[0]):
+        assert time.monotonic() < deadline, "nothing happened"
+        services[0]._poll()
+        time.sleep(0.02)
+    return forward_step(data_iterator, model)
+
+PlanService.__init__ = remember
+example.forward_step = waiting
+"""
+_UNTIL_ALL_IS_PLANNED = """
+def holds(service):
+    return all(job.is_over for job in service._jobs.values())
 """
 
 
@@ -97,8 +124,10 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder: Path) -> Traced:
-    return run(folder, "undisturbed")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """No step ends before the plan of the next one is made, however long that takes."""
+    script = write_script(tmp_path_factory.mktemp("script"), _UNTIL_ALL_IS_PLANNED + _WAITING)
+    return run(folder, "undisturbed", script=script)
 
 
 def actions_of(line: dict[str, Any]) -> list[str]:
@@ -108,14 +137,10 @@ def actions_of(line: dict[str, Any]) -> list[str]:
 
 def test_training_waits_for_no_plan_that_is_made_in_time(undisturbed: Traced) -> None:
     """After the first one, which has no step to hide behind."""
-    assert set(undisturbed.planning("origin")) == {"searched"}
-    waited = undisturbed.planning("waited_ms")
-    steps = [(line["end_us"] - line["start_us"]) / 1000 for line in undisturbed.ranks[0]]
-    planned = undisturbed.planning("planning_ms")
-    # The second one shares the first step with the start of the planner process.
-    in_time = [n for n in range(2, NUM_ITERATIONS) if planned[n] < steps[n - 1]]
-    assert len(in_time) > NUM_ITERATIONS // 2
-    assert all(waited[number] == 0.0 for number in in_time), waited
+    assert undisturbed.planning("origin") == ["searched"] * NUM_ITERATIONS
+    first, *others = undisturbed.planning("waited_ms")
+    assert first > 0.0 and others == [0.0] * (NUM_ITERATIONS - 1)
+    assert all(milliseconds > 0.0 for milliseconds in undisturbed.planning("planning_ms"))
 
 
 def test_planner_processes_that_are_killed_change_no_loss_and_lose_no_step(
@@ -124,30 +149,11 @@ def test_planner_processes_that_are_killed_change_no_loss_and_lose_no_step(
     """Training waits for the killer, so that a fast machine sees as many deaths as a slow one."""
     tally = tmp_path / "killed"
     tally.touch()
-    changes = f"""
-from pathlib import Path
-from megatron_dip.runtime import PlanService
-forward_step, make_service = example.forward_step, PlanService.__init__
-services = []
-
-def remember(service, **options):
-    make_service(service, **options)
-    services.append(service)
-
-def waiting(data_iterator, model):
-    deadline = time.monotonic() + 45
-    while Path({str(tally)!r}).stat().st_size < get_args().curr_iteration // 2:
-        assert time.monotonic() < deadline, "no planner process was killed"
-        # Only training comes by to replace what was killed.
-        for service in services:
-            service._poll()
-        time.sleep(0.02)
-    return forward_step(data_iterator, model)
-
-PlanService.__init__ = remember
-example.forward_step = waiting
+    until_enough_are_killed = f"""
+def holds(service):
+    return Path({str(tally)!r}).stat().st_size >= get_args().curr_iteration // 2
 """
-    script = write_script(tmp_path, changes)
+    script = write_script(tmp_path, until_enough_are_killed + _WAITING)
     with Watcher() as watcher, Killer(mean_seconds=0.2, limit=100, tally=tally) as killer:
         disturbed = run(folder, "killed", planning=PATIENT | {"workers": 2}, script=script)
     assert killer.num_killed >= (NUM_ITERATIONS - 1) // 2
@@ -155,7 +161,7 @@ example.forward_step = waiting
     assert disturbed.run.grad_norms == undisturbed.run.grad_norms
     assert len(disturbed.run.losses) == NUM_ITERATIONS
     assert "planner process" in disturbed.run.owner_log
-    assert not any(map(is_planner, watcher.seen))
+    wait_until_ended(watcher.seen)
 
 
 def test_a_planner_with_too_much_to_do_delays_no_step_beyond_the_limit(
@@ -249,12 +255,18 @@ VlmMicrobatch.metadata = lying
 def test_a_rank_that_ends_while_planning_leaves_no_process_behind(
     tmp_path: Path, folder: Path, number: signal.Signals
 ) -> None:
+    found = tmp_path / "planners"
     changes = f"""
-import os
+from planner_processes import planner_processes
 forward_step = example.forward_step
 
 def ending(data_iterator, model):
     if get_args().curr_iteration == 1 and os.environ["RANK"] == "0":
+        deadline = time.monotonic() + 60
+        while len(planners := planner_processes(os.getpid())) < 2:
+            assert time.monotonic() < deadline, "there are no planner processes"
+            time.sleep(0.02)
+        Path({str(found)!r}).write_text(" ".join(map(str, planners)))
         os.kill(os.getpid(), {int(number)})
     return forward_step(data_iterator, model)
 
@@ -269,13 +281,9 @@ example.forward_step = ending
         planning=planning | {"workers": 2},
     )
     flags = ("--pipeline-model-parallel-size", "2", "--dip-config", str(config), "--dip-schedule")
-    started = time.monotonic()
-    with Watcher() as watcher:
-        _, survivor = run_vlm(tmp_path / "run", 2, *flags, script=write_script(tmp_path, changes))
-    assert time.monotonic() - started < 50
+    ended, survivor = run_vlm(tmp_path / "run", 2, *flags, script=write_script(tmp_path, changes))
+    assert ended.returncode == -number
     assert "the other process has ended" in error_of(survivor)
-    assert len(watcher.seen) >= 2
-    deadline = time.monotonic() + 5
-    while any(map(is_planner, watcher.seen)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_planner, watcher.seen))
+    planners = [int(pid) for pid in found.read_text().split()]
+    assert len(planners) == 2
+    wait_until_ended(planners)

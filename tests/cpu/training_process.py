@@ -1,7 +1,6 @@
 """One rank of a training run, with Megatron imported once for all runs of a test session.
 
-Importing Megatron takes many seconds of a core, training a tiny model few.  So the module is
-preloaded by a fork server (see ``training_runs``): every rank is forked from a process that has
+Imported by the process that ``forked_ranks`` starts: every rank is forked from one that has
 imported everything and started nothing, and then runs what ``python -m megatron_dip.launch`` runs.
 """
 
@@ -18,27 +17,37 @@ hooks.enable()
 
 import megatron.training  # noqa: E402
 import torch  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel  # noqa: E402
+from runtime_cases import CASE, partition_of  # noqa: E402
 
 import megatron_dip.integration.forward_backward  # noqa: E402
 import megatron_dip.integration.model  # noqa: E402, F401
 from megatron_dip.integration.adapters import stages_of  # noqa: E402
 from megatron_dip.launch import main  # noqa: E402
 from megatron_dip.models.initialization import named_global_parameters  # noqa: E402
+from megatron_dip.planner import make_plan  # noqa: E402
 
 __all__ = ["run_rank"]
 
+# Loads the compiled code of planners and costs.
+make_plan(CASE.problem(2), partition_of(CASE), evaluations=100)
 
-def run_rank(environment: dict[str, str], arguments: Sequence[str], record: str) -> None:
+
+def run_rank(environment: dict[str, str], arguments: Sequence[str], record: Path | None) -> None:
     """Launch the script that ``arguments`` name as one rank.
 
-    ``record`` gets what :func:`_watch` sees, as JSON.
+    ``record`` gets what :func:`_watch` sees, as JSON; nothing is watched without one.
     """
     os.environ.update(environment)
     torch.set_num_threads(1)
-    seen = _watch(megatron.training.training)
+    if "--save" in arguments:
+        # Else Megatron starts a process for this queue alone, which imports the script again.
+        filesystem_async.get_write_results_queue("fork")
+    seen = _watch(megatron.training.training) if record is not None else {}
     main(["--cpu", *arguments])
-    Path(record).write_text(json.dumps(seen))
+    if record is not None:
+        record.write_text(json.dumps(seen))
 
 
 def _watch(training: Any) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_bad_input_names_the_baseline_and_what_is_wrong():
 
 
 @given(case=cases(), order=st.sampled_from(ON_STAGES), max_tokens=st.sampled_from([None, 1]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_order_on_stages_is_a_complete_schedule_of_any_batch(case, order, max_tokens):
     problem, partition = case
     table = build_task_table(make_graph(problem, partition, max_tokens))

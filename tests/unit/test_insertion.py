@@ -10,7 +10,7 @@ from megatron_dip.planner.insertion import Insertion
 from megatron_dip.simulator import build_task_table, simulate_order
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases(), seed=st.integers(0, 1000))
 def test_the_simulator_gives_an_inserted_order_the_same_times(case, seed):
     table = build_task_table(make_graph(*case))
@@ -26,7 +26,7 @@ def test_the_simulator_gives_an_inserted_order_the_same_times(case, seed):
         key_us = insertion.late(starts_us, graph.duration_us)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases(), seed=st.integers(0, 1000))
 def test_what_is_inserted_first_does_not_wait_for_the_rest(case, seed):
     table = build_task_table(make_graph(*case))

@@ -53,7 +53,7 @@ def actions_of(plan: Plan, rank: int, module: str) -> list[Action]:
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(replicas(), st.sampled_from([None, 1, 2]), st.booleans())
 def test_a_joint_plan_holds_for_every_batch_in_one_order_and_within_its_bounds(
     case: tuple[list[Problem], Partition], max_tokens: int | None, limited: bool

@@ -17,8 +17,10 @@ RANK = "setsid sh -c 'trap \"\" TERM HUP; echo $$; exec sleep 600' &"
 LAUNCHER = f"{RANK} {RANK}"
 LASTING_LAUNCHER = f"{LAUNCHER} sleep 600"
 CALLER = """
-import os, sys
+import os, signal, sys
 from megatron_dip.report.local_run import launched
+# What a shell starts in the background ignores it, and what that starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with launched(["sh", "-c", sys.argv[1]], os.environ, timeout_seconds=60) as launcher:
     for line in launcher.lines():
         print(line, end="", flush=True)
@@ -59,7 +61,7 @@ def test_ranks_end_with_a_caller_that_is_asked_to_end(number: signal.Signals):
             code = caller.wait(timeout=LIMIT_S)
         finally:
             caller.kill()
-    assert_ended(pids)
+            assert_ended(pids)
     assert code == (-number if number == signal.SIGINT else 128 + number)
 
 

@@ -118,7 +118,7 @@ def test_a_large_program_ends_with_its_relaxation_and_still_gains():
 
 
 @given(case=cases(), split_backward=st.booleans(), part=st.floats(0.0, 1.0))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_heuristic_fits_an_order_wherever_recomputing_everything_does(
     case, split_backward, part
 ):
@@ -172,7 +172,7 @@ def test_slack_is_how_much_later_a_task_can_end():
     evaluations=st.sampled_from([None, 1, 60]),
     part=st.sampled_from([0.0, 0.3, 0.7]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_plans_keep_any_limit_that_a_microbatch_keeps_by_itself(
     case, split_backward, evaluations, part
 ):

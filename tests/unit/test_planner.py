@@ -54,7 +54,7 @@ from megatron_dip.simulator.simulate import decode_order
     split_backward=st.booleans(),
     max_tokens=st.sampled_from([None, 1, 3]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_problem_gets_a_valid_plan_that_survives_its_forms(
     case, algorithm, split_backward, max_tokens
 ):
@@ -79,7 +79,7 @@ def test_any_problem_gets_a_valid_plan_that_survives_its_forms(
 
 
 @given(case=cases(), split_backward=st.booleans(), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_dual_queue_fits_the_tightest_limit_under_any_priority(case, split_backward, data):
     problem, partition = case
     limits = tightest_limits(make_graph(problem, partition))
@@ -99,7 +99,7 @@ def test_dual_queue_fits_the_tightest_limit_under_any_priority(case, split_backw
 
 
 @given(case=cases())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_dual_queue_plan_is_never_slower_than_one_f_one_b(case):
     slow = make_plan(*case, algorithm="one_f_one_b")
     assert make_plan(*case).estimate.makespan_us <= slow.estimate.makespan_us
@@ -164,7 +164,7 @@ def test_dual_queue_alternates_where_both_queues_have_work():
 
 
 @given(case=cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_dual_queue_lets_no_rank_idle_while_it_has_something_to_do(case):
     table = build_task_table(make_graph(*case))
     simulation = simulate_order(table, order_dual_queue(table, default_priority(table)))
@@ -191,7 +191,7 @@ def test_dual_queue_lets_no_rank_idle_while_it_has_something_to_do(case):
 
 
 @given(case=cases(), split_backward=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_engine_and_the_simulator_agree_on_every_start(case, split_backward):
     problem, partition = case
     limits = tightest_limits(make_graph(problem, partition))

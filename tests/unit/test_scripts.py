@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,12 @@ SBATCH = ROOT / "scripts" / "slurm" / "train.sbatch"
 SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), SBATCH, ROOT / ".ci" / "run"])
 
 # Each writes down how it was called. Training takes TRAINING_MIN minutes on the cluster's clock,
-# which is a file, and SRUN_SECONDS on ours.
+# which is a file, and on ours as long as there is a file "hold".
 FAKE_SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$RECORD/srun"
 printf '%s\\n' "$CUDA_DEVICE_MAX_CONNECTIONS" > "$RECORD/connections"
 echo $(($(cat "$RECORD/now") + 60 * ${TRAINING_MIN:-1})) > "$RECORD/now"
-sleep "${SRUN_SECONDS:-0}"
+while [[ -e "$RECORD/hold" ]]; do sleep 0.05; done
 exit "${SRUN_STATUS:-0}"
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
@@ -178,17 +179,22 @@ def test_requeueing_can_be_switched_off(cluster: Cluster):
 def test_the_signal_before_the_limit_queues_the_job_again_and_leaves_training_alone(
     cluster: Cluster,
 ):
-    job = cluster.start("configs/vlm_m.yaml", SRUN_SECONDS="3")
-    wait_until(lambda: bool(cluster.recorded("connections")))
-    job.send_signal(10)  # SIGUSR1
-    wait_until(lambda: bool(cluster.recorded("scontrol")))
-    assert job.poll() is None
-    output, _ = job.communicate(timeout=60)
+    hold = cluster.record / "hold"
+    hold.touch()
+    job = cluster.start("configs/vlm_m.yaml")
+    try:
+        wait_until(lambda: bool(cluster.recorded("connections")))
+        job.send_signal(signal.SIGUSR1)
+        wait_until(lambda: bool(cluster.recorded("scontrol")))
+        assert job.poll() is None
+    finally:
+        hold.unlink()
+        output, _ = job.communicate(timeout=60)
     assert job.returncode == 0, output
     assert cluster.recorded("scontrol") == ["requeue 4711"]
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, f"nothing happened within {limit_s} s"

@@ -108,7 +108,7 @@ def test_the_best_of_all_schedules_is_not_always_the_default_one():
     evaluations=st.sampled_from([1, 7, 80]),
     is_tight=st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_search_is_never_worse_than_the_dual_queue_and_keeps_the_limit(
     case, search, split_backward, evaluations, is_tight
 ):
@@ -129,7 +129,7 @@ def test_search_is_never_worse_than_the_dual_queue_and_keeps_the_limit(
 
 
 @given(case=cases(), search=st.sampled_from(SEARCHES), split_backward=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_same_seed_and_evaluations_give_the_same_plan(case, search, split_backward):
     options = {
         "search": search,

@@ -75,7 +75,7 @@ def brute_force_ends(graph: PipelineGraph, order) -> dict[Action, float]:
 
 
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_simulator_agrees_with_brute_force(case):
     problem, partition = case
     graph = make_graph(problem, partition)
@@ -175,7 +175,7 @@ def test_lower_bound_of_a_chain_is_its_length_or_its_busiest_rank():
 
 
 @given(case=cases(), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_table_has_the_costs_that_are_written_down(case, data):
     graph = make_graph(*case)
     bare = build_task_table(graph)
@@ -197,7 +197,7 @@ def best_makespan_us(table, split_backward: bool) -> float:
 
 
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_schedule_beats_the_bound_of_its_kind(case):
     table = build_task_table(make_graph(*case))
     whole, split = (lower_bound_us(table, split_backward=kind) for kind in (False, True))
@@ -224,7 +224,7 @@ def most_of_any_works(table, rank: int) -> float:
 
 
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_bound_is_that_of_the_worst_works_of_a_rank(case):
     table = build_task_table(make_graph(*case))
     expected = max(most_of_any_works(table, rank) for rank in range(table.num_ranks))
@@ -248,7 +248,7 @@ def test_completion_order_respects_dependencies_of_work_that_takes_no_time():
 
 
 @given(case=cases())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_order_given_as_numbers_is_the_order_given_as_actions(case):
     table = build_task_table(make_graph(*case))
     for split in (False, True):

@@ -115,7 +115,7 @@ def test_fewer_microbatches_than_ranks_cannot_be_interleaved():
     times=st.lists(st.sampled_from([0.5, 1.0, 4.0]), min_size=1, max_size=6),
     latency_us=st.sampled_from([0.0, 0.25]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_chain_of_one_module_costs_what_its_plan_costs(layers, times, latency_us):
     problem = make_problem(
         MODULE_GRAPHS["one module"],
@@ -149,7 +149,7 @@ def test_a_chain_of_one_module_costs_what_its_plan_costs(layers, times, latency_
 
 
 @given(case=cases(), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_cut_changes_the_sum_of_all_costs(case, data):
     problem, _ = case
     alone = problem.model_copy(
@@ -174,7 +174,7 @@ def test_no_cut_changes_the_sum_of_all_costs(case, data):
 
 
 @given(case=cases(), num_virtual=st.integers(1, 2), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_quick_time_and_the_drawn_bars_are_those_of_the_run(case, num_virtual, data):
     problem, _ = case
     chain = FlatChain(problem)

@@ -214,7 +214,7 @@ def test_memory_above_the_limit_names_rank_and_bytes():
 
 
 @given(case=cases(), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_action_can_be_dropped_or_doubled(case, data):
     plan = make_plan(*case)
     places = [(rank, i) for rank, line in enumerate(plan.actions) for i in range(len(line))]

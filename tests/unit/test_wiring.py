@@ -40,7 +40,7 @@ def inputs_by_the_rules(graph: PipelineGraph, work: Work) -> list[Message]:
 
 
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_arrays_say_what_the_rules_say(case):
     graph = make_graph(*case)
     expected = {work: inputs_by_the_rules(graph, work) for work in graph.works}
@@ -59,7 +59,7 @@ def test_the_arrays_say_what_the_rules_say(case):
 
 
 @given(case=cases())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_action_of_a_plan_is_found_by_its_number(case):
     plan = make_plan(*case)
     numbers = number_actions(plan.graph, plan.actions)
