@@ -108,13 +108,13 @@ class MemoryFitter:
             start: [N] layers that are recomputed to begin with; none where it is None.
         """
         cost = self.recompute_layer_us if weights is None else self.recompute_layer_us * weights
+        per_byte = cost / np.maximum(self.savings.layer_bytes, 1)
         state = new_cover_state(len(cost), len(order.task))
         if start is not None:
             state.num_recomputed[:] = start
-        if not cover(order, self.savings, cost, state):
+        if not cover(order, self.savings, per_byte, state):
             return None
         if state.num_recomputed.any():
-            per_byte = cost / np.maximum(self.savings.layer_bytes, 1)
             dearest = np.argsort(-per_byte, kind="stable")
             uncover(order, self.savings, self.graph.rank, dearest, state)
         return state.num_recomputed

@@ -61,7 +61,7 @@ def new_cover_state(num_works: int, num_tasks: int) -> CoverState:
 
 
 @compiled
-def cover(order: TaskOrder, savings: Savings, cost: FloatArray, state: CoverState) -> bool:
+def cover(order: TaskOrder, savings: Savings, per_byte: FloatArray, state: CoverState) -> bool:
     """Recompute layers until every rank keeps its limit at every forward.
 
     A sweep over each rank's order.  Where the limit is passed, the work goes first whose layers
@@ -71,7 +71,7 @@ def cover(order: TaskOrder, savings: Savings, cost: FloatArray, state: CoverStat
     Args:
         order: The tasks of every rank.
         savings: What can be saved.
-        cost: [N] of recomputing one layer.
+        per_byte: [N] what recomputing costs for a byte taken off.
         state: Where the choice is left.
 
     Returns:
@@ -91,16 +91,16 @@ def cover(order: TaskOrder, savings: Savings, cost: FloatArray, state: CoverStat
                     state.live[num_live] = number
                     num_live += 1
                 while held > savings.free_bytes[rank]:
-                    best, best_score = -1, np.inf
+                    best, best_excess = -1, 0.0
                     for index in range(num_live):
                         other = state.live[index]
                         if state.num_recomputed[other] < savings.num_layers[other]:
-                            excess = (
+                            excess = 1.0 + (
                                 state.excess_bytes[state.end[other]] - state.excess_bytes[place]
                             )
-                            score = cost[other] / savings.layer_bytes[other] / (excess + 1.0)
-                            if score < best_score:
-                                best, best_score = other, score
+                            # Quotients compared as products: divisions would take most of the time.
+                            if best < 0 or per_byte[other] * best_excess < per_byte[best] * excess:
+                                best, best_excess = other, excess
                     if best < 0:
                         return False
                     size = savings.layer_bytes[best]
@@ -171,11 +171,13 @@ def uncover(
         if state.num_recomputed[number] == 0:
             continue
         size = savings.layer_bytes[number]
-        count = state.num_recomputed[number]
+        left = savings.free_bytes[rank[number]]
+        most = 0
         for place in range(state.start[number], state.end[number]):
-            count = min(count, (savings.free_bytes[rank[number]] - state.held_bytes[place]) // size)
-            if count <= 0:
+            most = max(most, state.held_bytes[place])
+            if left - most < size:
                 break
+        count = min(state.num_recomputed[number], (left - most) // size)
         if count > 0:
             state.num_recomputed[number] -= count
             for place in range(state.start[number], state.end[number]):
