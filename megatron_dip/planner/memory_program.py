@@ -119,9 +119,16 @@ def solve_memory_program(
     return min(candidates, key=lambda choice: fitter.run(order, choice).makespan_us)
 
 
+class _SilentHighs(highspy.Highs):
+    """Silent from the start: enabling callbacks, which the constructor does, prints a banner."""
+
+    def enableCallbacks(self) -> None:
+        self.silent()
+        super().enableCallbacks()
+
+
 def _solver(limit_s: float | None) -> highspy.Highs:
-    solver = highspy.Highs()
-    solver.silent()
+    solver = _SilentHighs()
     solver.setOptionValue("threads", 1)
     solver.setOptionValue("mip_rel_gap", 0.0)
     if limit_s is not None:

@@ -1,6 +1,8 @@
 """Recomputation under a memory limit: against brute force, and in plans."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,6 +117,14 @@ def test_a_large_program_ends_with_its_relaxation_and_still_gains():
     chosen = solve_memory_program(fitter, order, start)
     assert is_within(table, peaks_of(table, order, chosen))
     assert fitter.run(order, chosen).makespan_us < fitter.run(order, start).makespan_us
+
+
+def test_the_solver_prints_nothing():
+    # In a process of its own: it would print once.
+    script = "from megatron_dip.planner.memory_program import _solver; _solver(1.0).run()"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == ""
 
 
 @given(case=cases(), split_backward=st.booleans(), part=st.floats(0.0, 1.0))
