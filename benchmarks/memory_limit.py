@@ -1,21 +1,28 @@
-"""What a memory limit costs, with recomputation and without.
+"""What a memory limit costs: with recomputation, without it, and on a cut made for the limit.
 
 Every test problem of a folder (``*-test-*.json``) is planned without a limit.  Then every rank's
 limit is set to a part of what that plan takes, weights included, and the batch is planned again:
-with the memory program, which recomputes layers, and without it, by holding works back alone.  The
-cut is the one kept in ``configs/partitions``.  Plans above a limit end the run.
+
+- with the memory program, which recomputes layers, on the same cut, that of ``configs/partitions``;
+- the same without it, by holding works back alone;
+- with it on a cut that was chosen for fit problems limited in the same way: who has less memory
+  chooses another cut.  These are ``configs/partitions/*_low_memory.json``, and ``--write-fit``
+  writes the problems from which ``megatron-dip partition`` chose them.
+
+Plans above a limit end the run.
 
     python benchmarks/memory_limit.py FOLDER [--part 0.6] [--budget-ms 1000 | --evaluations N]
+    python benchmarks/memory_limit.py FOLDER --write-fit OTHER_FOLDER [--evaluations N]
 """
 
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from planner_speed import chosen_table
+from planner_speed import chosen_table, model_of
 from rich.console import Console
 from rich.table import Table
 
@@ -37,12 +44,20 @@ class Found(NamedTuple):
     """Of the time of all ranks."""
 
 
+class Case(NamedTuple):
+    """A batch, and what it takes without a limit."""
+
+    name: str
+    limited: Problem
+    unlimited: Found
+
+
 def with_limits(problem: Problem, limits: Sequence[int]) -> Problem:
     """The same batch with these limits per rank."""
     return problem.model_copy(update={"memory_limit_bytes": tuple(limits)})
 
 
-def plan(table: TaskTable, budget: Budget, workers: int, memory_program: bool) -> Found:
+def plan(table: TaskTable, budget: Budget, workers: int, memory_program: bool = True) -> Found:
     """The best schedule found, checked against the limits."""
     found = search_schedule(
         table,
@@ -61,57 +76,89 @@ def plan(table: TaskTable, budget: Budget, workers: int, memory_program: bool) -
     return Found(simulation.makespan_us, simulation.peak_bytes, part)
 
 
+def limited_cases(
+    paths: Sequence[Path], part: float, budget: Budget, workers: int
+) -> Iterator[Case]:
+    """Every batch with ``part`` of the memory that its plan without a limit takes."""
+    for path in paths:
+        problem = load_problem(path)
+        free = with_limits(problem, [UNLIMITED_BYTES] * problem.num_ranks)
+        unlimited = plan(chosen_table(path.stem, free), budget, workers)
+        limits = [int(part * peak) for peak in unlimited.peak_bytes]
+        yield Case(path.stem, with_limits(problem, limits), unlimited)
+
+
+def row_of(case: Case, budget: Budget, workers: int) -> tuple[list[str], list[float]]:
+    """The cells of a batch, and its three times over that without a limit where it has all."""
+    limits = case.limited.memory_limit_bytes
+    row = [case.name, f"{min(limits) / 1e9:.1f} - {max(limits) / 1e9:.1f}"]
+    ratios = []
+    for variant, memory_program in (("", True), ("_low_memory", True), ("", False)):
+        table = chosen_table(case.name, case.limited, variant)
+        try:
+            found = plan(table, budget, workers, memory_program)
+        except InfeasibleError as error:
+            row += [str(error), ""] if memory_program else [str(error)]
+            continue
+        ratios.append(found.makespan_us / case.unlimited.makespan_us)
+        row.append(f"{ratios[-1]:.3f}")
+        if memory_program:
+            row.append(f"{found.recompute_part:.1%}")
+    return row, ratios if len(ratios) == 3 else []
+
+
+def print_table(cases: Iterator[Case], budget: Budget, workers: int) -> None:
+    """One line per batch, and the means per model."""
+    printed = Table(
+        "problem",
+        "limit, GB",
+        "time",
+        "recomputed",
+        "cut for the limit",
+        "recomputed",
+        "holding back",
+    )
+    ratios: dict[str, list[list[float]]] = defaultdict(list)
+    for case in cases:
+        row, found = row_of(case, budget, workers)
+        printed.add_row(*row)
+        if found:
+            ratios[model_of(case.name)].append(found)
+    for model, rows in ratios.items():
+        same, other, holding = (statistics.mean(column) for column in zip(*rows, strict=True))
+        means = (f"{same:.3f}", "", f"{other:.3f}", "", f"{holding:.3f}")
+        printed.add_row(f"{model}, mean", "", *means)
+    Console(width=120).print(printed)
+
+
 def main() -> None:
-    """Print one line per problem and the means per model."""
+    """Print the table, or write limited fit problems."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder with *-test-*.json problems")
     parser.add_argument("--part", type=float, default=0.6, help="of what the plan takes unlimited")
     parser.add_argument("--budget-ms", type=float, default=1000.0, help="per plan")
     parser.add_argument("--evaluations", type=int, help="per plan, instead of a time")
     parser.add_argument("--workers", type=int, default=1, help="searches at the same time")
+    parser.add_argument("--write-fit", type=Path, help="where *-fit-*.json go, limited")
     arguments = parser.parse_args()
     budget = Budget(milliseconds=arguments.budget_ms)
     if arguments.evaluations is not None:
         budget = Budget(evaluations=arguments.evaluations)
-    paths = sorted(arguments.folder.glob("*-test-*.json"))
+    pattern = "*-fit-*.json" if arguments.write_fit else "*-test-*.json"
+    paths = sorted(arguments.folder.glob(pattern))
     if not paths:
-        parser.error(f"{arguments.folder} holds no *-test-*.json problems")
-    printed = Table(
-        "problem", "limit, GB", "peak of limit", "time, recomputing", "recomputed", "holding back"
-    )
-    means: dict[str, list[list[float]]] = defaultdict(list)
+        parser.error(f"{arguments.folder} holds no {pattern} problems")
     # Compiling, or reading what was compiled, is no part of the budget.
     first = load_problem(paths[0])
     table = chosen_table(paths[0].stem, with_limits(first, [1 << 34] * first.num_ranks))
     search_schedule(table, evaluations=90)
-    for path in paths:
-        problem = load_problem(path)
-        unlimited_problem = with_limits(problem, [UNLIMITED_BYTES] * problem.num_ranks)
-        free = chosen_table(path.stem, unlimited_problem)
-        unlimited = plan(free, budget, arguments.workers, True)
-        limits = [int(arguments.part * peak) for peak in unlimited.peak_bytes]
-        table = chosen_table(path.stem, with_limits(problem, limits))
-        row = [path.stem, f"{min(limits) / 1e9:.1f} - {max(limits) / 1e9:.1f}"]
-        ratios = []
-        for memory_program in (True, False):
-            try:
-                found = plan(table, budget, arguments.workers, memory_program)
-            except InfeasibleError as error:
-                row.append(str(error))
-                continue
-            ratios.append(found.makespan_us / unlimited.makespan_us)
-            if memory_program:
-                used = max(p / limit for p, limit in zip(found.peak_bytes, limits, strict=True))
-                row += [f"{used:.3f}", f"{ratios[-1]:.3f}", f"{found.recompute_part:.1%}"]
-            else:
-                row.append(f"{ratios[-1]:.3f}")
-        printed.add_row(*row)
-        if len(ratios) == 2:
-            means[path.stem.split("-test")[0]].append(ratios)
-    for model, rows in means.items():
-        recomputing, holding = (statistics.mean(column) for column in zip(*rows, strict=True))
-        printed.add_row(f"{model}, mean", "", "", f"{recomputing:.3f}", "", f"{holding:.3f}")
-    Console(width=120).print(printed)
+    cases = limited_cases(paths, arguments.part, budget, arguments.workers)
+    if not arguments.write_fit:
+        print_table(cases, budget, arguments.workers)
+        return
+    arguments.write_fit.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        (arguments.write_fit / f"{case.name}.json").write_text(case.limited.model_dump_json())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ sub-microbatches of at most 8192 tokens.
 
 import argparse
 import operator
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -73,12 +74,17 @@ def make_table(problem: Problem) -> TaskTable:
     return build_task_table(make_graph(problem, make_partition(problem)))
 
 
-def chosen_table(name: str, problem: Problem) -> TaskTable:
+def model_of(name: str) -> str:
+    """The model of a sample batch: ``vlm_s`` of ``vlm-s-test-0`` and of ``vlm-s-fit-0``."""
+    return re.split("-(?:test|fit)-", name)[0].replace("-", "_")
+
+
+def chosen_table(name: str, problem: Problem, variant: str = "") -> TaskTable:
     """The batch on the partition kept for the model that ``name`` starts with, as ``vlm-s-test-0``.
 
     Where none is kept, on the partition described above.
     """
-    path = PARTITIONS / f"{name.split('-test')[0].replace('-', '_')}.json"
+    path = PARTITIONS / f"{model_of(name)}{variant}.json"
     if not path.exists():
         return make_table(problem)
     partition = load_partition(path)

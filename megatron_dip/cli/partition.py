@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
-from megatron_dip.partition import Partition
+from megatron_dip.partition import Partition, load_partition
 from megatron_dip.partition.choose import ChosenPartition, choose_partition
 from megatron_dip.workload import load_problem
 
@@ -23,6 +23,13 @@ def make_partition(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where the partition goes (JSON).")
     ],
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Cut (JSON) to begin with, for other batches or another memory limit; "
+            "else the best even one."
+        ),
+    ] = None,
     split_backward: Annotated[
         bool, typer.Option("--split-backward", help="Batches will be planned with it.")
     ] = False,
@@ -46,6 +53,7 @@ def make_partition(
         task = bar.add_task("judging", total=None)
         chosen = choose_partition(
             samples,
+            start=None if start is None else load_partition(start),
             split_backward=split_backward,
             evaluations=evaluations,
             max_changes=changes,

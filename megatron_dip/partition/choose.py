@@ -6,7 +6,8 @@ the real ones.  So whatever a schedule hides costs nothing and whatever it canno
 and embedding, fill and drain, overheads of layers and transfers, memory.
 
 1. *Segments*: every combination of numbers of segments with balanced layers, all passed in one
-   direction or there and back, judged on one sample; the best of them go on to all samples.
+   direction or there and back, judged on one sample; the best of them go on to all samples.  Left
+   out where a cut to begin with is given.
 2. *Changes*: from the best, random changes of single layers, of the path through the ranks and of
    the size of sub-microbatches.  A cut that is hardly worse may be the way to a better one: it is
    kept if it is better than the one kept some changes ago (late acceptance; Burke and Bykov, EJOR
@@ -67,6 +68,7 @@ class ChosenPartition(NamedTuple):
 def choose_partition(
     problems: Sequence[Problem],
     *,
+    start: Partition | None = None,
     split_backward: bool = False,
     evaluations: int = 64,
     max_changes: int = 1000,
@@ -76,6 +78,7 @@ def choose_partition(
 
     Args:
         problems: Sample batches of one model on one machine.
+        start: What to change first; the best even cut where it is None.
         split_backward: Whether the batches will be planned with split backwards.
         evaluations: Schedules that are made to judge a cut on one sample.
         max_changes: Changes that are judged.
@@ -83,8 +86,8 @@ def choose_partition(
 
     Raises:
         ConfigError: No problems, or a number below one.
-        PartitionError: The problems are of different models or machines, or a module has fewer
-            layers than there are ranks to put the least cut on.
+        PartitionError: The problems are of different models or machines, a module has fewer layers
+            than there are ranks to put the least cut on, or ``start`` is of another model.
         InfeasibleError: No cut keeps the memory limit; the message is that of the best one.
     """
     if evaluations < 1 or max_changes < 0:
@@ -94,8 +97,12 @@ def choose_partition(
     _check_alike(problems)
     samples = [*problems, *_mixed(problems)]
     judge = _Judge(samples, evaluations, split_backward, progress)
-    starts = _best_segments(judge, problems)
-    finalists = _change(judge, min(starts, key=judge), max_changes)
+    if start is None:
+        first = min(_best_segments(judge, problems), key=judge)
+    else:
+        start.check_covers(problems[0])
+        first = Cut.of(start, problems[0].num_ranks)
+    finalists = _change(judge, first, max_changes)
     best, cost = _best_of(judge, finalists, evaluations * _FINAL_EVALUATIONS)
     if not math.isfinite(cost):
         raise judge.infeasible

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from megatron_dip.partition.stages import Partition
 from megatron_dip.partition.uniform import partition_from_layers
@@ -26,6 +27,18 @@ class Cut:
     layers: Mapping[str, Layers]
     sub_microbatch_tokens: Mapping[str, int | None]
     """None: not split."""
+
+    @classmethod
+    def of(cls, partition: Partition, num_ranks: int) -> Self:
+        """The cut that a file carries."""
+        layers = {}
+        for module, chain in partition.chains.items():
+            rows = [[0] * num_ranks for _ in range(chain[-1].segment + 1)]
+            for stage in chain:
+                rows[stage.segment][stage.rank] = stage.num_layers
+            layers[module] = tuple(map(tuple, rows))
+        sizes = {module: partition.sub_microbatch_tokens.get(module) for module in layers}
+        return cls(layers=layers, sub_microbatch_tokens=sizes)
 
     def partition(self) -> Partition:
         """The form that files carry."""

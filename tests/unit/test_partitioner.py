@@ -147,6 +147,34 @@ def test_the_same_samples_give_the_same_partition():
     assert first.partition.digest() == second.partition.digest()
 
 
+def test_a_given_cut_is_the_one_that_is_changed():
+    sample = headed_chain(6, 3, head_us=6.0)
+    layers = {"language": ((1, 0), (0, 1), (1, 3))}
+    start = partition_from_layers(layers, 2)
+    kept = choose_partition([sample], start=start, max_changes=0)
+    assert kept.partition.digest() == start.digest()
+    assert kept.num_judged == 2
+    better = choose_partition([sample], start=start, max_changes=100)
+    assert better.utilisation > kept.utilisation
+
+
+def test_a_given_cut_keeps_its_path_and_its_sizes():
+    layers = {"vision": ((2, 0), (1, 1)), "language": ((0, 4),)}
+    partition = partition_from_layers(layers, 2).model_copy(
+        update={"sub_microbatch_tokens": {"vision": 8}}
+    )
+    cut = Cut.of(partition, 2)
+    assert cut.layers == layers
+    assert cut.sub_microbatch_tokens == {"vision": 8, "language": None}
+    assert cut.partition().digest() == partition.digest()
+
+
+def test_a_given_cut_must_be_of_the_same_model():
+    start = partition_from_layers({"language": [[3, 2]]}, 2)
+    with pytest.raises(PartitionError, match="stages hold 5 layers"):
+        choose_partition([headed_chain(6, 2, head_us=0.0)], start=start)
+
+
 def test_samples_must_be_alike_and_numbers_positive():
     with pytest.raises(ConfigError, match="no sample problems"):
         choose_partition([])
@@ -174,6 +202,9 @@ def test_the_command_writes_a_partition_that_plans_take(tmp_path):
     assert result.exit_code == 0, result.output
     assert "useful work on the samples" in result.output
     load_partition(output).check_covers(encoder_case()[0])
+    again = [*arguments, "--start", str(output), "--changes", "0", "-o", str(tmp_path / "q.json")]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    assert (tmp_path / "q.json").read_text() == output.read_text()
     arguments = ["plan", "--problem", str(sample), "--partition", str(output), "-o", str(plan)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
 
