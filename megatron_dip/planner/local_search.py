@@ -159,8 +159,8 @@ class _LocalSearch:
         evaluator, current = self._evaluator, self._current
         assert evaluator.fitter is not None, "a move only where not everything fits at once"
         while not evaluator.is_over:
-            times = evaluator.fitter.run(current.order, current.num_recomputed)
-            weights = evaluator.fitter.weights(times.slack_us)
+            slack_us = evaluator.fitter.slack_us(current.order, current.num_recomputed)
+            weights = evaluator.fitter.weights(slack_us)
             if current.weights is not None:
                 weights = (weights + current.weights) / 2
             schedule = evaluator.refit(current.order, weights)

@@ -25,7 +25,7 @@ from megatron_dip.planner.memory_kernels import (
     uncover,
 )
 from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskGraph, TaskOrder
-from megatron_dip.simulator.kernels import new_run_state, run_order
+from megatron_dip.simulator.kernels import RunState, new_run_state, run_order
 from megatron_dip.simulator.tasks import TaskTable
 
 __all__ = ["MemoryFitter", "RunTimes", "layers_to_recompute"]
@@ -41,8 +41,6 @@ class RunTimes(NamedTuple):
 
     starts_us: FloatArray
     """[3 N]"""
-    slack_us: FloatArray
-    """[3 N]: by how much later a task could end so that the whole ends at the same time."""
     makespan_us: float
 
 
@@ -121,13 +119,16 @@ class MemoryFitter:
 
     def run(self, order: TaskOrder, num_recomputed: IntArray) -> RunTimes:
         """Run an order that is complete and correct."""
+        state, _ = self._run(self.timed_graph(num_recomputed), order)
+        return RunTimes(state.starts_us, float(state.ends_us.max(initial=0.0)))
+
+    def slack_us(self, order: TaskOrder, num_recomputed: IntArray) -> FloatArray:
+        """[3 N]: by how much later every task could end so that the order ends at the same time."""
         graph = self.timed_graph(num_recomputed)
-        state = new_run_state(graph, order)
-        num_done, _ = run_order(graph, graph.duration_us, order, state)
-        makespan_us = float(state.ends_us.max(initial=0.0))
+        state, num_done = self._run(graph, order)
         latest_us = np.empty(len(graph.exists))
-        latest_ends(graph, state, num_done, makespan_us, latest_us)
-        return RunTimes(state.starts_us, latest_us - state.ends_us, makespan_us)
+        latest_ends(graph, state, num_done, float(state.ends_us.max(initial=0.0)), latest_us)
+        return latest_us - state.ends_us
 
     def weights(self, slack_us: FloatArray) -> FloatArray:
         """[N]: what recomputation counts where tasks have this slack, see the top of the file."""
@@ -135,6 +136,11 @@ class MemoryFitter:
         whole_us = self.recompute_layer_us * np.maximum(self.savings.num_layers, 1)
         slack = slack_us[num_works : 2 * num_works] / np.maximum(whole_us, 1e-9)
         return np.clip(1.0 - slack, _LEAST_WEIGHT, 1.0)
+
+    def _run(self, graph: TaskGraph, order: TaskOrder) -> tuple[RunState, int]:
+        state = new_run_state(graph, order)
+        num_done, _ = run_order(graph, graph.duration_us, order, state)
+        return state, num_done
 
 
 def layers_to_recompute(table: TaskTable, num_recomputed: IntArray) -> tuple[Recompute, ...]:

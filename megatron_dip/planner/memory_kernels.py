@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.compiled import compiled
+from megatron_dip.compiled import compiled, inlined
 from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskGraph, TaskOrder
 from megatron_dip.simulator.kernels import RunState
 
@@ -45,7 +45,9 @@ class CoverState(NamedTuple):
     held_bytes: IntArray
     """[T]: while the task runs."""
     live: IntArray
-    """[T]: works that are held."""
+    """[T]: works that are held and have layers left to recompute."""
+    slot: IntArray
+    """[N]: where a work is among them; -1 where it is not."""
 
 
 def new_cover_state(num_works: int, num_tasks: int) -> CoverState:
@@ -57,6 +59,7 @@ def new_cover_state(num_works: int, num_tasks: int) -> CoverState:
         excess_bytes=np.zeros(num_tasks + 1),
         held_bytes=np.zeros(num_tasks, np.int64),
         live=np.empty(num_tasks, np.int64),
+        slot=np.full(num_works, -1, np.int64),
     )
 
 
@@ -87,20 +90,21 @@ def cover(order: TaskOrder, savings: Savings, per_byte: FloatArray, state: Cover
             if task < num_works:
                 held += savings.stored_bytes[number]
                 held -= state.num_recomputed[number] * savings.layer_bytes[number]
-                if state.end[number] >= 0:
-                    state.live[num_live] = number
+                if state.end[number] >= 0 and (
+                    state.num_recomputed[number] < savings.num_layers[number]
+                ):
+                    state.live[num_live], state.slot[number] = number, num_live
                     num_live += 1
                 while held > savings.free_bytes[rank]:
                     best, best_excess = -1, 0.0
                     for index in range(num_live):
                         other = state.live[index]
-                        if state.num_recomputed[other] < savings.num_layers[other]:
-                            excess = 1.0 + (
-                                state.excess_bytes[state.end[other]] - state.excess_bytes[place]
-                            )
-                            # Quotients compared as products: divisions would take most of the time.
-                            if best < 0 or per_byte[other] * best_excess < per_byte[best] * excess:
-                                best, best_excess = other, excess
+                        excess = 1.0 + (
+                            state.excess_bytes[state.end[other]] - state.excess_bytes[place]
+                        )
+                        # Quotients compared as products: divisions would take most of the time.
+                        if best < 0 or per_byte[other] * best_excess < per_byte[best] * excess:
+                            best, best_excess = other, excess
                     if best < 0:
                         return False
                     size = savings.layer_bytes[best]
@@ -109,15 +113,25 @@ def cover(order: TaskOrder, savings: Savings, per_byte: FloatArray, state: Cover
                     count = min(wanted, left)
                     state.num_recomputed[best] += count
                     held -= count * size
+                    if count == left:
+                        num_live = _drop(state, best, num_live)
             elif savings.is_last[task]:
                 layer_bytes = state.num_recomputed[number] * savings.layer_bytes[number]
                 held -= savings.stored_bytes[number] - layer_bytes
-                for index in range(num_live):
-                    if state.live[index] == number:
-                        num_live -= 1
-                        state.live[index] = state.live[num_live]
-                        break
+                num_live = _drop(state, number, num_live)
     return True
+
+
+@inlined
+def _drop(state: CoverState, number: int, num_live: int) -> int:
+    """Take a work off the live ones, if it is among them; how many are left."""
+    slot = state.slot[number]
+    if slot < 0:
+        return num_live
+    last = state.live[num_live - 1]
+    state.live[slot], state.slot[last] = last, slot
+    state.slot[number] = -1
+    return num_live - 1
 
 
 @compiled
