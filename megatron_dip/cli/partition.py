@@ -39,6 +39,7 @@ def make_partition(
     changes: Annotated[
         int, typer.Option(help="Changes that are tried; 0 for even cuts only.")
     ] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the random changes.")] = 0,
 ) -> None:
     """Choose segments, layers and sub-microbatch sizes for batches like the samples."""
     samples = [load_problem(path) for path in problem]
@@ -57,6 +58,7 @@ def make_partition(
             split_backward=split_backward,
             evaluations=evaluations,
             max_changes=changes,
+            seed=seed,
             progress=lambda step, done, most: bar.update(
                 task, description=step, completed=done, total=most
             ),

@@ -15,7 +15,7 @@ and embedding, fill and drain, overheads of layers and transfers, memory.
 3. *Finals*: the best of them once more, with many more schedules: luck drops out.
 
 A few batches are little to choose from: cuts are judged on as many more whose microbatches are
-drawn from all samples.  The result depends on the samples alone.
+drawn from all samples.  The result depends on the samples, the start and the seed alone.
 """
 
 import itertools
@@ -72,6 +72,7 @@ def choose_partition(
     split_backward: bool = False,
     evaluations: int = 64,
     max_changes: int = 1000,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> ChosenPartition:
     """The best cut found for batches like ``problems``, under their memory limits.
@@ -82,6 +83,7 @@ def choose_partition(
         split_backward: Whether the batches will be planned with split backwards.
         evaluations: Schedules that are made to judge a cut on one sample.
         max_changes: Changes that are judged.
+        seed: Of the random changes.
         progress: Told about every cut that is judged.
 
     Raises:
@@ -102,7 +104,7 @@ def choose_partition(
     else:
         start.check_covers(problems[0])
         first = Cut.of(start, problems[0].num_ranks)
-    finalists = _change(judge, first, max_changes)
+    finalists = _change(judge, first, max_changes, Random(seed))
     best, cost = _best_of(judge, finalists, evaluations * _FINAL_EVALUATIONS)
     if not math.isfinite(cost):
         raise judge.infeasible
@@ -226,12 +228,11 @@ def _even_layers(problems: Sequence[Problem], module: str) -> list[Layers]:
     return found
 
 
-def _change(judge: _Judge, start: Cut, max_changes: int) -> list[Cut]:
+def _change(judge: _Judge, start: Cut, max_changes: int, random: Random) -> list[Cut]:
     """The best cuts that ``max_changes`` random changes lead to, the best one first."""
     judge.step = "changes"
     judge.at_most = judge.num_judged + 1 + max_changes
     sizes = _sizes(judge.problems)
-    random = Random(0)
     current, costs = start, judge.costs(start, judge.problems, judge.evaluations)
     cost = statistics.mean(costs)
     found = {start.name: (cost, start)}

@@ -147,6 +147,12 @@ def test_the_same_samples_give_the_same_partition():
     assert first.partition.digest() == second.partition.digest()
 
 
+def test_another_seed_tries_other_changes():
+    samples = [images(4, 4)]
+    judged = {choose_partition(samples, max_changes=40, seed=seed).num_judged for seed in range(4)}
+    assert len(judged) > 1
+
+
 def test_a_given_cut_is_the_one_that_is_changed():
     sample = headed_chain(6, 3, head_us=6.0)
     layers = {"language": ((1, 0), (0, 1), (1, 3))}
