@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from planner_speed import chosen_table, model_of
+from planner_speed import chosen_table, kept_partition, model_of
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +33,7 @@ from megatron_dip.simulator import TaskTable, simulate_order
 from megatron_dip.workload import Problem, load_problem
 
 UNLIMITED_BYTES = 10**15
+LOW_MEMORY = "_low_memory"
 
 
 class Found(NamedTuple):
@@ -93,7 +94,10 @@ def row_of(case: Case, budget: Budget, workers: int) -> tuple[list[str], list[fl
     limits = case.limited.memory_limit_bytes
     row = [case.name, f"{min(limits) / 1e9:.1f} - {max(limits) / 1e9:.1f}"]
     ratios = []
-    for variant, memory_program in (("", True), ("_low_memory", True), ("", False)):
+    for variant, memory_program in (("", True), (LOW_MEMORY, True), ("", False)):
+        if variant and not kept_partition(case.name, variant).exists():
+            row += ["none kept", ""]
+            continue
         table = chosen_table(case.name, case.limited, variant)
         try:
             found = plan(table, budget, workers, memory_program)

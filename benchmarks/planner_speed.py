@@ -79,12 +79,14 @@ def model_of(name: str) -> str:
     return re.split("-(?:test|fit)-", name)[0].replace("-", "_")
 
 
-def chosen_table(name: str, problem: Problem, variant: str = "") -> TaskTable:
-    """The batch on the partition kept for the model that ``name`` starts with, as ``vlm-s-test-0``.
+def kept_partition(name: str, variant: str = "") -> Path:
+    """Where the partition is kept for the model that ``name`` starts with, as ``vlm-s-test-0``."""
+    return PARTITIONS / f"{model_of(name)}{variant}.json"
 
-    Where none is kept, on the partition described above.
-    """
-    path = PARTITIONS / f"{model_of(name)}{variant}.json"
+
+def chosen_table(name: str, problem: Problem, variant: str = "") -> TaskTable:
+    """The batch on the partition kept for its model; where none is, on the one described above."""
+    path = kept_partition(name, variant)
     if not path.exists():
         return make_table(problem)
     partition = load_partition(path)

@@ -176,7 +176,7 @@ class Evaluator:
         rules = batch.make(key, turn, microbatch_order, level=level)
         duration_us = None
         if self.fitter is not None and near is not None and near.num_recomputed.any():
-            duration_us = self.fitter.timed_graph(near.num_recomputed).duration_us
+            duration_us = self.fitter.durations_us(near.num_recomputed)
         try:
             schedule = schedule_greedily(batch, rules, duration_us)
         except InfeasibleError:

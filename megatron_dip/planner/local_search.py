@@ -211,7 +211,7 @@ class _LocalSearch:
         """[3 N]: durations with what ``schedule`` recomputes."""
         if self._evaluator.fitter is None:
             return self._duration_us
-        return self._evaluator.fitter.timed_graph(schedule.num_recomputed).duration_us
+        return self._evaluator.fitter.durations_us(schedule.num_recomputed)
 
     def _keep(self, schedule: GreedySchedule, level: int) -> None:
         if schedule.makespan_us <= self._current.makespan_us:

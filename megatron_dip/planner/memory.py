@@ -54,10 +54,14 @@ class MemoryFitter:
 
     def __init__(self, table: TaskTable, *, split_backward: bool) -> None:
         self._table = table
-        self._split_backward = split_backward
         self.graph = table.split if split_backward else table.whole
         self.recompute_layer_us = table.recompute_layer_us
         exists, num_works = self.graph.exists, table.num_works
+        has_backward = exists[num_works : 2 * num_works]
+        self._input_grad_us = np.where(has_backward, table.input_grad_us, 0.0)
+        self._recompute_us = np.where(has_backward, table.recompute_layer_us, 0.0)
+        in_backward = has_backward & (not split_backward)
+        self._weight_grad_us = np.where(in_backward, table.weight_grad_us, 0.0)
         is_last = exists.copy()
         is_last[:num_works] = False
         is_last[num_works : 2 * num_works] &= ~exists[2 * num_works :]
@@ -87,10 +91,14 @@ class MemoryFitter:
         np.add.at(needs, (table.rank, table.microbatch), held)
         return table.static_bytes + needs.max(axis=1, initial=0)
 
-    def timed_graph(self, num_recomputed: IntArray) -> TaskGraph:
-        """The batch with the times of backwards that recompute."""
-        table = self._table.with_recompute(num_recomputed)
-        return table.split if self._split_backward else table.whole
+    def durations_us(self, num_recomputed: IntArray) -> FloatArray:
+        """[3 N]: times of all tasks, those of backwards with what they recompute."""
+        num_works = len(num_recomputed)
+        duration_us = self.graph.duration_us.copy()
+        # Sums in the order of TaskTable, to the last bit.
+        backward_us = self._input_grad_us + num_recomputed * self._recompute_us
+        duration_us[num_works : 2 * num_works] = backward_us + self._weight_grad_us
+        return duration_us
 
     def fit(
         self,
@@ -112,19 +120,20 @@ class MemoryFitter:
             state.num_recomputed[:] = start
         if not cover(order, self.savings, per_byte, state):
             return None
-        if state.num_recomputed.any():
-            dearest = np.argsort(-per_byte, kind="stable")
+        recomputed = np.flatnonzero(state.num_recomputed)
+        if len(recomputed):
+            dearest = recomputed[np.argsort(-per_byte[recomputed], kind="stable")]
             uncover(order, self.savings, self.graph.rank, dearest, state)
         return state.num_recomputed
 
     def run(self, order: TaskOrder, num_recomputed: IntArray) -> RunTimes:
         """Run an order that is complete and correct."""
-        state, _ = self._run(self.timed_graph(num_recomputed), order)
+        state, _ = self._run(self._timed_graph(num_recomputed), order)
         return RunTimes(state.starts_us, float(state.ends_us.max(initial=0.0)))
 
     def slack_us(self, order: TaskOrder, num_recomputed: IntArray) -> FloatArray:
         """[3 N]: by how much later every task could end so that the order ends at the same time."""
-        graph = self.timed_graph(num_recomputed)
+        graph = self._timed_graph(num_recomputed)
         state, num_done = self._run(graph, order)
         latest_us = np.empty(len(graph.exists))
         latest_ends(graph, state, num_done, float(state.ends_us.max(initial=0.0)), latest_us)
@@ -136,6 +145,9 @@ class MemoryFitter:
         whole_us = self.recompute_layer_us * np.maximum(self.savings.num_layers, 1)
         slack = slack_us[num_works : 2 * num_works] / np.maximum(whole_us, 1e-9)
         return np.clip(1.0 - slack, _LEAST_WEIGHT, 1.0)
+
+    def _timed_graph(self, num_recomputed: IntArray) -> TaskGraph:
+        return self.graph._replace(duration_us=self.durations_us(num_recomputed))
 
     def _run(self, graph: TaskGraph, order: TaskOrder) -> tuple[RunState, int]:
         state = new_run_state(graph, order)

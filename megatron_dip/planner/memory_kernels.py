@@ -165,7 +165,7 @@ def uncover(
         order: The tasks of every rank.
         savings: What can be saved.
         rank: [N] rank of every work.
-        by_cost: Works, those first whose recomputation is to be dropped first.
+        by_cost: Works that recompute, those first whose recomputation is to be dropped first.
         state: As left by :func:`cover`; the choice is changed.
     """
     num_works = len(savings.stored_bytes)
@@ -182,8 +182,6 @@ def uncover(
             if savings.is_last[task]:
                 held -= size
     for number in by_cost:
-        if state.num_recomputed[number] == 0:
-            continue
         size = savings.layer_bytes[number]
         left = savings.free_bytes[rank[number]]
         most = 0
