@@ -89,26 +89,31 @@ def limited_cases(
         yield Case(path.stem, with_limits(problem, limits), unlimited)
 
 
-def row_of(case: Case, budget: Budget, workers: int) -> tuple[list[str], list[float]]:
-    """The cells of a batch, and its three times over that without a limit where it has all."""
+def row_of(case: Case, budget: Budget, workers: int) -> tuple[list[str], list[float | None]]:
+    """The cells of a batch, and its three times over that without a limit, where it has them."""
     limits = case.limited.memory_limit_bytes
     row = [case.name, f"{min(limits) / 1e9:.1f} - {max(limits) / 1e9:.1f}"]
-    ratios = []
+    ratios: list[float | None] = []
     for variant, memory_program in (("", True), (LOW_MEMORY, True), ("", False)):
-        if variant and not kept_partition(case.name, variant).exists():
-            row += ["none kept", ""]
-            continue
-        table = chosen_table(case.name, case.limited, variant)
-        try:
-            found = plan(table, budget, workers, memory_program)
-        except InfeasibleError as error:
-            row += [str(error), ""] if memory_program else [str(error)]
-            continue
-        ratios.append(found.makespan_us / case.unlimited.makespan_us)
-        row.append(f"{ratios[-1]:.3f}")
-        if memory_program:
-            row.append(f"{found.recompute_part:.1%}")
-    return row, ratios if len(ratios) == 3 else []
+        cells, ratio = ["none kept", ""], None
+        if not variant or kept_partition(case.name, variant).exists():
+            table = chosen_table(case.name, case.limited, variant)
+            try:
+                found = plan(table, budget, workers, memory_program)
+            except InfeasibleError as error:
+                cells = [str(error), ""]
+            else:
+                ratio = found.makespan_us / case.unlimited.makespan_us
+                cells = [f"{ratio:.3f}", f"{found.recompute_part:.1%}"]
+        row += cells if memory_program else cells[:1]
+        ratios.append(ratio)
+    return row, ratios
+
+
+def mean_of(ratios: Sequence[float | None]) -> str:
+    """Nothing where a batch has none: a mean over the others would flatter."""
+    there = [ratio for ratio in ratios if ratio is not None]
+    return f"{statistics.mean(there):.3f}" if len(there) == len(ratios) else ""
 
 
 def print_table(cases: Iterator[Case], budget: Budget, workers: int) -> None:
@@ -122,16 +127,14 @@ def print_table(cases: Iterator[Case], budget: Budget, workers: int) -> None:
         "recomputed",
         "holding back",
     )
-    ratios: dict[str, list[list[float]]] = defaultdict(list)
+    ratios: dict[str, list[list[float | None]]] = defaultdict(list)
     for case in cases:
         row, found = row_of(case, budget, workers)
         printed.add_row(*row)
-        if found:
-            ratios[model_of(case.name)].append(found)
+        ratios[model_of(case.name)].append(found)
     for model, rows in ratios.items():
-        same, other, holding = (statistics.mean(column) for column in zip(*rows, strict=True))
-        means = (f"{same:.3f}", "", f"{other:.3f}", "", f"{holding:.3f}")
-        printed.add_row(f"{model}, mean", "", *means)
+        same, other, holding = map(mean_of, zip(*rows, strict=True))
+        printed.add_row(f"{model}, mean", "", same, "", other, "", holding)
     Console(width=120).print(printed)
 
 

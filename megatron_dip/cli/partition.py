@@ -9,8 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
-from megatron_dip.partition import Partition, load_partition
+from megatron_dip.partition import load_partition
 from megatron_dip.partition.choose import ChosenPartition, choose_partition
+from megatron_dip.partition.cuts import Cut
 from megatron_dip.workload import load_problem
 
 __all__ = ["make_partition"]
@@ -36,13 +37,12 @@ def make_partition(
     evaluations: Annotated[
         int, typer.Option(help="Schedules that are made to judge a cut on one sample.")
     ] = 64,
-    changes: Annotated[
-        int, typer.Option(help="Changes that are tried; 0 for even cuts only.")
-    ] = 1000,
+    changes: Annotated[int, typer.Option(help="Changes that are tried; 0 for none.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the random changes.")] = 0,
 ) -> None:
     """Choose segments, layers and sub-microbatch sizes for batches like the samples."""
     samples = [load_problem(path) for path in problem]
+    given = None if start is None else load_partition(start)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -54,7 +54,7 @@ def make_partition(
         task = bar.add_task("judging", total=None)
         chosen = choose_partition(
             samples,
-            start=None if start is None else load_partition(start),
+            start=given,
             split_backward=split_backward,
             evaluations=evaluations,
             max_changes=changes,
@@ -69,23 +69,13 @@ def make_partition(
 
 def _print(chosen: ChosenPartition) -> None:
     table = Table("module", "segments", "layers per segment and rank", "tokens at most")
-    for name, layers in _layers(chosen.partition).items():
+    cut = Cut.of(chosen.partition)
+    for name, layers in cut.layers.items():
         rows = "\n".join(" ".join(map(str, row)) for row in layers)
-        size = chosen.partition.sub_microbatch_tokens.get(name)
+        size = cut.sub_microbatch_tokens[name]
         table.add_row(name, str(len(layers)), rows, "not split" if size is None else str(size))
     Console().print(table)
     typer.echo(
         f"useful work on the samples: {chosen.utilisation:.1%} of the ranks' time "
         f"(best of {chosen.num_judged} cuts)"
     )
-
-
-def _layers(partition: Partition) -> dict[str, list[list[int]]]:
-    """Layers per module, segment and rank; 0 where a segment goes past a rank."""
-    num_ranks = 1 + max(stage.rank for stage in partition.stages)
-    layers: dict[str, list[list[int]]] = {}
-    for name, chain in partition.chains.items():
-        layers[name] = [[0] * num_ranks for _ in range(chain[-1].segment + 1)]
-        for stage in chain:
-            layers[name][stage.segment][stage.rank] = stage.num_layers
-    return layers

@@ -45,6 +45,10 @@ class WorkCosts(NamedTuple):
     boundary_bytes: IntArray
     """What a transfer of the work's output, or of its gradient, moves."""
 
+    def input_grad_with(self, num_recomputed: IntArray) -> FloatArray:
+        """[N]: input gradients where ``num_recomputed`` ([N]) layers are recomputed."""
+        return self.input_grad_us + num_recomputed * self.recompute_layer_us
+
 
 _TIMES = (
     "forward_us",

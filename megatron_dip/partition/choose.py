@@ -103,7 +103,7 @@ def choose_partition(
         first = min(_best_segments(judge, problems), key=judge)
     else:
         start.check_covers(problems[0])
-        first = Cut.of(start, problems[0].num_ranks)
+        first = Cut.of(start)
     finalists = _change(judge, first, max_changes, Random(seed))
     best, cost = _best_of(judge, finalists, evaluations * _FINAL_EVALUATIONS)
     if not math.isfinite(cost):

@@ -29,8 +29,9 @@ class Cut:
     """None: not split."""
 
     @classmethod
-    def of(cls, partition: Partition, num_ranks: int) -> Self:
+    def of(cls, partition: Partition) -> Self:
         """The cut that a file carries."""
+        num_ranks = 1 + max(stage.rank for stage in partition.stages)
         layers = {}
         for module, chain in partition.chains.items():
             rows = [[0] * num_ranks for _ in range(chain[-1].segment + 1)]

@@ -54,14 +54,10 @@ class MemoryFitter:
 
     def __init__(self, table: TaskTable, *, split_backward: bool) -> None:
         self._table = table
+        self._split_backward = split_backward
         self.graph = table.split if split_backward else table.whole
         self.recompute_layer_us = table.recompute_layer_us
         exists, num_works = self.graph.exists, table.num_works
-        has_backward = exists[num_works : 2 * num_works]
-        self._input_grad_us = np.where(has_backward, table.input_grad_us, 0.0)
-        self._recompute_us = np.where(has_backward, table.recompute_layer_us, 0.0)
-        in_backward = has_backward & (not split_backward)
-        self._weight_grad_us = np.where(in_backward, table.weight_grad_us, 0.0)
         is_last = exists.copy()
         is_last[:num_works] = False
         is_last[num_works : 2 * num_works] &= ~exists[2 * num_works :]
@@ -93,11 +89,12 @@ class MemoryFitter:
 
     def durations_us(self, num_recomputed: IntArray) -> FloatArray:
         """[3 N]: times of all tasks, those of backwards with what they recompute."""
-        num_works = len(num_recomputed)
+        num_works, costs = len(num_recomputed), self._table.costs
+        backward_us = costs.input_grad_with(num_recomputed)
+        if not self._split_backward:
+            backward_us += costs.weight_grad_us
         duration_us = self.graph.duration_us.copy()
-        # Sums in the order of TaskTable, to the last bit.
-        backward_us = self._input_grad_us + num_recomputed * self._recompute_us
-        duration_us[num_works : 2 * num_works] = backward_us + self._weight_grad_us
+        duration_us[num_works : 2 * num_works] = backward_us
         return duration_us
 
     def fit(

@@ -111,7 +111,7 @@ class TaskTable:
     @cached_property
     def input_grad_us(self) -> FloatArray:
         """Recomputed layers included."""
-        return self.costs.input_grad_us + self.num_recomputed * self.costs.recompute_layer_us
+        return self.costs.input_grad_with(self.num_recomputed)
 
     @property
     def weight_grad_us(self) -> FloatArray:

@@ -169,7 +169,7 @@ def test_a_given_cut_keeps_its_path_and_its_sizes():
     partition = partition_from_layers(layers, 2).model_copy(
         update={"sub_microbatch_tokens": {"vision": 8}}
     )
-    cut = Cut.of(partition, 2)
+    cut = Cut.of(partition)
     assert cut.layers == layers
     assert cut.sub_microbatch_tokens == {"vision": 8, "language": None}
     assert cut.partition().digest() == partition.digest()
