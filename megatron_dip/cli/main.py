@@ -7,6 +7,7 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.core import TyperGroup
 
+from megatron_dip.cli.adapters import export_to_released
 from megatron_dip.cli.comparison import Row, print_rows
 from megatron_dip.cli.output import write_file
 from megatron_dip.cli.partition import make_partition
@@ -173,6 +174,7 @@ app.command("simulate")(simulate_plans)
 app.command("profile")(measure_layers)
 app.command("rehearse")(rehearse_plan)
 app.command("report")(report_run)
+app.command("export-adapters")(export_to_released)
 
 
 def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:

@@ -25,6 +25,7 @@ __all__ = [
     "LavinConfig",
     "LavinDataConfig",
     "LavinModelConfig",
+    "LlamaConfig",
     "PublishedOptimizer",
 ]
 
@@ -37,6 +38,8 @@ class ClipConfig(TransformerForm):
     """Pixels per side."""
     feature_layers: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """After how many layers the class row becomes a row of the language tower, ascending."""
+    norm_epsilon: PositiveNumber = 1e-5
+    """CLIP's."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,6 +59,13 @@ class ClipConfig(TransformerForm):
     def rows_per_image(self) -> int:
         """The class row and the patches."""
         return 1 + (self.image_size // self.patch_size) ** 2
+
+
+class LlamaConfig(LanguageConfig):
+    """LLaMA's decoder."""
+
+    norm_epsilon: PositiveNumber = 1e-6
+    """LLaMA's, as its ``params.json`` has it."""
 
 
 class LavinAdapterConfig(Form):
@@ -78,7 +88,7 @@ class LavinModelConfig(Form):
     """The two towers and their adapters."""
 
     vision: ClipConfig
-    language: LanguageConfig
+    language: LlamaConfig
     adapter: LavinAdapterConfig = LavinAdapterConfig()
 
     @model_validator(mode="after")

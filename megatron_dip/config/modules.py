@@ -4,7 +4,7 @@ from typing import Self, TypedDict
 
 from pydantic import model_validator
 
-from megatron_dip.config.base import MegatronArguments, Positive
+from megatron_dip.config.base import MegatronArguments, Positive, PositiveNumber
 from megatron_dip.costs.shapes import ExpertsShape, ModuleShape, ProjectorShape
 from megatron_dip.forms import Form
 
@@ -34,6 +34,8 @@ class TransformerForm(Form):
     ffn_hidden_size: Positive
     num_attention_heads: Positive
     trainable: bool = True
+    norm_epsilon: PositiveNumber | None = None
+    """Added to variances in the module's norms; that of --norm-epsilon where not given."""
 
     def sizes(self) -> TransformerSizes:
         """Under the names that Megatron, too, has for them."""
@@ -43,6 +45,10 @@ class TransformerForm(Form):
             ffn_hidden_size=self.ffn_hidden_size,
             num_attention_heads=self.num_attention_heads,
         )
+
+    def norm_arguments(self) -> MegatronArguments:
+        """``norm_epsilon`` for a model whose last module this is; nothing where it has none."""
+        return {} if self.norm_epsilon is None else {"norm_epsilon": self.norm_epsilon}
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -113,7 +119,7 @@ class LanguageConfig(TransformerForm):
 
     def megatron_arguments(self) -> MegatronArguments:
         """Megatron's arguments for a model whose last module this is, see :class:`DipConfig`."""
-        return {
+        return self.norm_arguments() | {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "ffn_hidden_size": self.ffn_hidden_size,

@@ -102,7 +102,7 @@ class T2vConfig(DipConfig):
         """
         dit = self.model.dit
         rows = self.data.most_clip_tokens + self.model.text.seq_length + _ROWS_PER_CLIP
-        return {
+        return dit.norm_arguments() | {
             "num_layers": dit.num_layers,
             "hidden_size": dit.hidden_size,
             "ffn_hidden_size": dit.ffn_hidden_size,

@@ -70,6 +70,10 @@ def _of_the_run(base: TransformerConfig, names: tuple[str, ...] = _OF_THE_RUN) -
     return {name: getattr(base, name) for name in names if hasattr(base, name)}
 
 
+def _own_norms(norm_epsilon: float | None) -> dict[str, Any]:
+    return {} if norm_epsilon is None else {"layernorm_epsilon": norm_epsilon}
+
+
 def _of_experts(base: TransformerConfig, experts: ExpertsShape) -> dict[str, Any]:
     return _of_the_run(base, _EXPERTS_OF_THE_RUN) | {
         "num_moe_experts": experts.num_experts,
@@ -86,18 +90,20 @@ def make_language_config(
     kv_channels: int | None = None,
     qkv_bias: bool = False,
     experts: ExpertsShape | None = None,
+    norm_epsilon: float | None = None,
     **sizes: Unpack[TransformerSizes],
 ) -> TransformerConfig:
     """A backbone like those of Llama and Qwen: RMSNorm, SwiGLU, rotary positions, no biases.
 
     ``kv_channels`` are channels per head, by default ``hidden_size / num_attention_heads``.
     ``qkv_bias``: biases of queries, keys and values alone, as Qwen2.5 has them.
-    ``experts``: what every layer has in place of its MLP.
+    ``experts``: what every layer has in place of its MLP.  ``norm_epsilon``: the run's where None.
     """
     return TransformerConfig(
         **_of_the_run(base)
         | {
             **sizes,
+            **_own_norms(norm_epsilon),
             "num_query_groups": num_query_groups,
             "kv_channels": kv_channels,
             "normalization": "RMSNorm",
@@ -113,13 +119,17 @@ def make_language_config(
 
 
 def make_vision_config(
-    base: TransformerConfig, **sizes: Unpack[TransformerSizes]
+    base: TransformerConfig,
+    *,
+    norm_epsilon: float | None = None,
+    **sizes: Unpack[TransformerSizes],
 ) -> TransformerConfig:
-    """A vision transformer: LayerNorm, GELU, biases."""
+    """A vision transformer: LayerNorm, GELU, biases; ``norm_epsilon``: the run's where None."""
     return TransformerConfig(
         **_of_the_run(base)
         | {
             **sizes,
+            **_own_norms(norm_epsilon),
             "normalization": "LayerNorm",
             "gated_linear_unit": False,
             "activation_func": torch.nn.functional.gelu,
@@ -157,9 +167,12 @@ def make_projection_config(
 
 
 def make_dit_config(
-    base: TransformerConfig, **sizes: Unpack[TransformerSizes]
+    base: TransformerConfig,
+    *,
+    norm_epsilon: float | None = None,
+    **sizes: Unpack[TransformerSizes],
 ) -> TransformerConfig:
-    """A diffusion transformer: GELU, biases, no dropout.
+    """A diffusion transformer: GELU, biases, no dropout; ``norm_epsilon``: the run's where None.
 
     Raises:
         UnsupportedError: Megatron is to recompute layers: its checkpointing passes tensors alone to
@@ -174,6 +187,7 @@ def make_dit_config(
         **_of_the_run(base)
         | {
             **sizes,
+            **_own_norms(norm_epsilon),
             "normalization": "LayerNorm",
             "gated_linear_unit": False,
             "activation_func": torch.nn.functional.gelu,

@@ -1,6 +1,7 @@
 """Adapters alone on disk: size, round trip, other towers, and released checkpoints."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +15,19 @@ from lavin_setup import (
     step,
 )
 from models_setup import base_config, megatron_on_cpu
+from typer.testing import CliRunner
 
+from megatron_dip.cli.main import app
+from megatron_dip.config import load_config
 from megatron_dip.errors import CheckpointError
+from megatron_dip.integration.families.lavin import LavinStages
 from megatron_dip.models.initialization import named_global_parameters
+from megatron_dip.models.lavin.adapter_file import write_adapters
 from megatron_dip.models.lavin.checkpoint import (
     base_digest,
     gather_adapters,
     load_adapters,
     save_adapters,
-    write_adapters,
 )
 from megatron_dip.models.lavin.released import from_released, to_released
 
@@ -141,9 +146,9 @@ def test_released_names_and_shapes_are_those_of_the_released_code(base):
             assert shapes.pop(f"{prefix}.{name}") == narrow
     assert shapes == {
         "adapter_modality_embedding.weight": (2, 48),
-        "adapter_proj.conv_A.weight": (16, 32, 1),
+        "adapter_proj.conv_A.weight": (16, 32),
         "adapter_proj.conv_A.bias": (16,),
-        "adapter_proj.conv_B.weight": (48, 16, 1),
+        "adapter_proj.conv_B.weight": (48, 16),
         "adapter_proj.conv_B.bias": (48,),
     }
 
@@ -174,6 +179,68 @@ def test_released_checkpoints_with_other_names_are_refused(base, name, message):
         released[name] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=message):
         from_released(released, "file")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(48, 3, 1), r"two experts of .*up\.weight have shapes"),
+        (5, r"conv_D\.weight is a int, not a tensor"),
+    ],
+)
+def test_a_damaged_expert_of_a_released_checkpoint_is_named(base, value, message):
+    released = to_released(gather_adapters(make_stages(base)))
+    released["layers.1.adapter_attn.conv_D.weight"] = value
+    with pytest.raises(CheckpointError, match=message):
+        from_released(released, "file")
+
+
+def test_the_command_exports_what_released_code_and_this_package_read(base, tmp_path):
+    saved = make_stages(base, moved=True)
+    save_adapters(tmp_path / "adapters.pt", saved)
+    exported = tmp_path / "new" / "checkpoint.pth"
+    command = ["export-adapters", str(tmp_path / "adapters.pt"), "-o", str(exported)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0
+    adapters = gather_adapters(saved)
+    count = sum(tensor.numel() for tensor in adapters.values())
+    assert result.output == f"wrote {exported} ({count} adapter parameters)\n"
+    released = torch.load(exported)["model"]
+    assert released["adapter_proj.conv_A.weight"].shape == (16, 32)
+    assert released["layers.0.adapter_attn.conv_A.weight"].shape == (8, 48, 1)
+    loaded = make_stages(base)
+    load_adapters(exported, loaded)
+    assert_same(gather_adapters(loaded), adapters)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ({"model": {}}, "has the released form already"),
+        ({"format": "megatron-dip/lavin-adapters", "version": 2}, "version 2 of adapters"),
+        ({"format": "megatron-dip/lavin-adapters", "version": 1}, "the file is damaged"),
+    ],
+)
+def test_the_command_says_in_one_line_what_cannot_be_exported(tmp_path, content, message):
+    if content is not None:
+        torch.save(content, tmp_path / "file.pt")
+    command = ["export-adapters", str(tmp_path / "file.pt"), "-o", str(tmp_path / "out.pth")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.count("\n") == 1
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_every_norm_of_a_tower_has_the_epsilon_of_its_configuration(base):
+    config = load_config(Path(__file__).parents[2] / "configs" / "lavin_tiny.yaml")
+    stages = LavinStages(config, base, 1)
+    layers = {"first_layer": 0, "num_layers": 2, "first": True, "last": True}
+    for module, expected in (("vision", 1e-5), ("language", 1e-6)):
+        stage = stages.construct(module, **layers)
+        found = [part.eps for part in stage.modules() if hasattr(part, "eps")]
+        assert found == [expected] * 5, module
 
 
 def test_a_missing_key_of_a_released_checkpoint_is_named(base, tmp_path):

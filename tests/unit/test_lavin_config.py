@@ -43,6 +43,27 @@ def test_the_optimizer_of_the_file_becomes_arguments(tmp_path: Path):
     assert load_config(path).megatron_arguments()["train_iters"] == 15 * 397
 
 
+def test_each_tower_has_its_own_published_epsilon_of_norms(tmp_path: Path):
+    config = load_config(TINY)
+    assert (config.model.vision.norm_epsilon, config.model.language.norm_epsilon) == (1e-5, 1e-6)
+    # Megatron's flag is one for all modules: stated otherwise it contradicts the file.
+    assert config.megatron_arguments()["norm_epsilon"] == 1e-6
+    path = changed(tmp_path, lambda data: data["model"]["language"].update(norm_epsilon=1e-5))
+    assert load_config(path).megatron_arguments()["norm_epsilon"] == 1e-5
+
+
+@pytest.mark.parametrize("name", ["vlm_tiny", "omni_tiny", "t2v_tiny"])
+def test_elsewhere_the_flag_decides_unless_the_file_does(tmp_path: Path, name: str):
+    data = yaml.safe_load(TINY.with_name(f"{name}.yaml").read_text())
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert "norm_epsilon" not in load_config(path).megatron_arguments()
+    last = "dit" if name == "t2v_tiny" else "language"
+    data["model"][last]["norm_epsilon"] = 2e-6
+    path.write_text(yaml.safe_dump(data))
+    assert load_config(path).megatron_arguments()["norm_epsilon"] == 2e-6
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
@@ -52,6 +73,7 @@ def test_the_optimizer_of_the_file_becomes_arguments(tmp_path: Path):
         ("language", {"trainable": False}, "trainable: false is not for this family"),
         ("adapter", {"num_groups": 3}, "adapter.bottleneck 8 is not a multiple"),
         ("adapter", {"gates": "batch"}, "model.adapter.gates"),
+        ("vision", {"norm_epsilon": 0}, "model.vision.norm_epsilon"),
     ],
 )
 def test_values_that_do_not_fit_are_named(tmp_path: Path, section, values, message):

@@ -118,4 +118,5 @@ def make_backbone_config(
         num_query_groups=form.num_query_groups,
         qkv_bias=form.qkv_bias,
         experts=experts,
+        norm_epsilon=form.norm_epsilon,
     )

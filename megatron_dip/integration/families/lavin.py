@@ -73,7 +73,9 @@ class LavinStages(StageFactory):
         )
         self._model = config.model
         self.language_config = make_backbone_config(base, language)
-        self._vision_config = make_clip_config(base, **vision.sizes())
+        self._vision_config = make_clip_config(
+            base, norm_epsilon=vision.norm_epsilon, **vision.sizes()
+        )
         self._adapter = AdapterOptions(
             bottleneck=adapter.bottleneck,
             num_groups=adapter.num_groups,

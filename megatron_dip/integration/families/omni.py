@@ -68,7 +68,9 @@ class OmniStages(VlmStages):
     def __init__(self, config: OmniConfig, base: TransformerConfig, seed: int) -> None:
         super().__init__(config, base, seed)
         self._audio = audio = config.model.audio
-        self._audio_config = make_vision_config(base, **audio.sizes())
+        self._audio_config = make_vision_config(
+            base, norm_epsilon=audio.norm_epsilon, **audio.sizes()
+        )
         self._audio_projection = make_projection_config(
             base,
             hidden_size=config.model.language.hidden_size,

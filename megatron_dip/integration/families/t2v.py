@@ -66,7 +66,7 @@ class T2vStages(StageFactory):
         if not text.trainable:
             # Dropout regularises training: an encoder that is only used must not draw.
             self._text_config.hidden_dropout = self._text_config.attention_dropout = 0.0
-        self.dit_config = make_dit_config(base, **dit.sizes())
+        self.dit_config = make_dit_config(base, norm_epsilon=dit.norm_epsilon, **dit.sizes())
 
     @property
     def loss_config(self) -> TransformerConfig:

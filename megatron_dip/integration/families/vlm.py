@@ -55,7 +55,9 @@ class VlmStages(StageFactory):
         vision, language = config.model.vision, config.model.language
         self._model = config.model
         self.language_config = make_backbone_config(base, language, language.experts)
-        self._vision_config = make_vision_config(base, **vision.sizes())
+        self._vision_config = make_vision_config(
+            base, norm_epsilon=vision.norm_epsilon, **vision.sizes()
+        )
         self._projection_config = make_projection_config(
             base, hidden_size=language.hidden_size, ffn_hidden_size=4 * vision.hidden_size
         )

@@ -20,16 +20,20 @@ from torch import Tensor
 
 from megatron_dip.errors import CheckpointError
 from megatron_dip.models.initialization import full_tensor, named_global_parameters
-from megatron_dip.models.lavin.released import from_released, to_released
+from megatron_dip.models.lavin.adapter_file import (
+    is_own_form,
+    own_adapters,
+    read_adapter_file,
+    write_adapters,
+)
+from megatron_dip.models.lavin.released import from_released
 from megatron_dip.models.lavin.stages import is_adapter
 from megatron_dip.models.stage import StageModule
 
-__all__ = ["base_digest", "gather_adapters", "load_adapters", "save_adapters", "write_adapters"]
+__all__ = ["base_digest", "gather_adapters", "load_adapters", "save_adapters"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "megatron-dip/lavin-adapters"
-_VERSION = 1
 _NUM_SHOWN = 3
 
 
@@ -91,26 +95,6 @@ def save_adapters(
     write_adapters(path, adapters, None if released else digest)
 
 
-def write_adapters(path: str | Path, adapters: Mapping[str, Tensor], base: str | None) -> None:
-    """Write ``adapters`` of the towers ``base``; in the released form where that is None.
-
-    Raises:
-        CheckpointError: The file cannot be written.
-    """
-    content: dict[str, Any] = (
-        {"model": to_released(adapters)}
-        if base is None
-        else {"format": _FORMAT, "version": _VERSION, "base": base, "adapters": dict(adapters)}
-    )
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
-    logger.info("%d adapter parameters written to %s", len(adapters), path)
-
-
 def load_adapters(
     path: str | Path, stages: Sequence[StageModule], group: dist.ProcessGroup | None = None
 ) -> None:
@@ -122,16 +106,14 @@ def load_adapters(
         CheckpointError: The file cannot be read, was made for other towers, or does not hold
             exactly the adapters of this model.
     """
-    content = _read(Path(path))
-    if content.get("format") == _FORMAT:
+    content = read_adapter_file(Path(path))
+    if is_own_form(content):
         found = _check_own(content, base_digest(stages, group), str(path))
-    elif isinstance(content.get("model"), Mapping):
+    else:
         logger.warning(
             "%s is a released checkpoint, which does not say for which towers it was made", path
         )
         found = from_released(content["model"], str(path))
-    else:
-        raise CheckpointError(f"{path}: neither adapters of {_FORMAT} nor a released checkpoint")
     expected = {name: tuple(value.shape) for name, value in gather_adapters(stages, group).items()}
     _check_names_and_shapes(found, expected, str(path))
     for stage in stages:
@@ -140,30 +122,14 @@ def load_adapters(
                 parameter.data.copy_(found[name])
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # Files that are no checkpoints fail in many ways.
-        raise CheckpointError(f"{path}: not a checkpoint ({error})") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
-
-
 def _check_own(content: Mapping[str, Any], digest: str, source: str) -> dict[str, Tensor]:
-    if content.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{source}: version {content.get('version')} of adapters (expected {_VERSION})"
-        )
-    if content["base"] != digest:
+    adapters, base = own_adapters(content, source)
+    if base != digest:
         raise CheckpointError(
             f"{source}: these adapters were tuned for other towers (their digest is "
-            f"{content['base'][:12]}, that of this model {digest[:12]}): load the weights that "
-            f"they were made with"
+            f"{base[:12]}, that of this model {digest[:12]}): load the weights that they were made "
+            f"with"
         )
-    adapters: dict[str, Tensor] = content["adapters"]
     return adapters
 
 

@@ -1,8 +1,9 @@
 """Names and shapes of adapters in released LaVIN checkpoints, and the way from and to ours.
 
 A released checkpoint is a ``torch.save`` of ``{"model": {name: tensor}, ...}``; names may begin
-with ``module.``, as data parallelism leaves them.  Convolutions over one row are linear layers
-here.
+with ``module.``, as data parallelism leaves them.  The layers of an adapter are convolutions over
+one row there, with weights of [outputs, inputs / groups, 1]; they are linear layers here.  Router,
+neck and table have the same shapes in both.
 """
 
 import re
@@ -45,7 +46,7 @@ def to_released(adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
             released[_RELEASED_TABLE] = tensor
         elif name.startswith("adapter_neck."):
             part, kind = name.removeprefix("adapter_neck.").split(".")
-            released[f"adapter_proj.{_NECK[part]}.{kind}"] = _as_convolution(tensor)
+            released[f"adapter_proj.{_NECK[part]}.{kind}"] = tensor.contiguous()
         else:
             released.update(_layer_to_released(name, tensor))
     return released
@@ -78,7 +79,8 @@ def from_released(released: Mapping[str, Tensor], source: str) -> dict[str, Tens
         source: What messages call the checkpoint.
 
     Raises:
-        CheckpointError: An adapter's name is not known, or only one of two experts is there.
+        CheckpointError: An adapter's name is not known, its value is no tensor, or only one of two
+            experts is there, or they differ in shape.
     """
     found: dict[str, Tensor] = {}
     experts: dict[str, dict[str, Tensor]] = {}
@@ -88,11 +90,14 @@ def from_released(released: Mapping[str, Tensor], source: str) -> dict[str, Tens
         name = name.removeprefix("module.")
         if "adapter" not in name:
             continue
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{source}: {name} is a {type(tensor).__name__}, not a tensor")
         match, neck_match = _RELEASED.fullmatch(name), _RELEASED_NECK.fullmatch(name)
         if name == _RELEASED_TABLE:
             found[_TABLE] = tensor
         elif neck_match:
             target = f"adapter_neck.{neck[neck_match['part']]}.{neck_match['kind']}"
+            # Linear in the released code; exports of earlier versions of this package are not.
             found[target] = _as_linear(tensor)
         elif match and match["tower"] in ours:
             prefix = f"{ours[match['tower']]}.{match['layer']}.input_layernorm.adapter"
@@ -112,6 +117,9 @@ def from_released(released: Mapping[str, Tensor], source: str) -> dict[str, Tens
             raise CheckpointError(
                 f"{source}: of {target} only {sorted(parts)} is there (expected {list(_EXPERTS)})"
             )
+        shapes = [list(parts[expert].shape) for expert in _EXPERTS]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(f"{source}: the two experts of {target} have shapes {shapes}")
         found[target] = torch.stack([parts[expert] for expert in _EXPERTS])
     return found
 

@@ -46,10 +46,13 @@ image."""
 
 
 def make_clip_config(
-    base: TransformerConfig, **sizes: Unpack[TransformerSizes]
+    base: TransformerConfig,
+    *,
+    norm_epsilon: float | None = None,
+    **sizes: Unpack[TransformerSizes],
 ) -> TransformerConfig:
     """CLIP's: LayerNorm, biases, x sigmoid(1.702 x)."""
-    config = make_vision_config(base, **sizes)
+    config = make_vision_config(base, norm_epsilon=norm_epsilon, **sizes)
     config.activation_func = quick_gelu
     # Fused kernels know other activations alone.
     config.bias_activation_fusion = False
