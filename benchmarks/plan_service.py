@@ -45,8 +45,7 @@ from planner_processes import Killer, Watcher, wait_until_ended  # noqa: E402
 from real_cpu import CONFIG, make_data, remove_traces  # noqa: E402
 
 WARM_UP_ITERATIONS = 3
-START_SECONDS = 60.0
-SECONDS_PER_ITERATION = 15.0
+STALL_SECONDS = 300.0
 # No plan is a lesser one because of the machine's other work: losses can be compared.
 PATIENT = {"wait_limit_ms": 120_000.0, "search_limit_ms": 120_000.0}
 FOUR_RANKS = {"vision": [[5, 5, 4, 4]], "language": [[1, 1, 1, 1], [1, 1, 1, 1]]}
@@ -130,7 +129,7 @@ class Runs:
                 arguments,
                 num_ranks=num_ranks,
                 log=folder / "training.log",
-                timeout_seconds=START_SECONDS + SECONDS_PER_ITERATION * iterations,
+                stall_seconds=STALL_SECONDS,
             )
         wait_until_ended(watcher.seen)
         return run, killer.num_killed if killer else 0

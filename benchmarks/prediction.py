@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "vlm_tiny.yaml"
 NUM_RANKS = 2
 CALIBRATION_ITERATIONS = 5
-TIMEOUT_SECONDS = 900.0
+STALL_SECONDS = 300.0
 
 
 def main(
@@ -56,7 +56,7 @@ def main(
         ),
         num_ranks=NUM_RANKS,
         log=output / "log.txt",
-        timeout_seconds=TIMEOUT_SECONDS,
+        stall_seconds=STALL_SECONDS,
     )
     records = [r for r in read_records(output / "trace") if r.iteration > CALIBRATION_ITERATIONS]
     errors = {

@@ -34,8 +34,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from megatron_dip.config import load_config
-from megatron_dip.plan import load_plan
-from megatron_dip.report import read_traces, run_local_training
+from megatron_dip.report import read_records, read_traces, run_local_training
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "vlm_tiny.yaml"
@@ -137,7 +136,7 @@ def run_once(folder: Path, iterations: int, flags: Sequence[str]) -> Measurement
         [*arguments(folder, iterations), *flags],
         num_ranks=NUM_RANKS,
         log=folder / "training.log",
-        timeout_seconds=TIMEOUT_SECONDS,
+        stall_seconds=TIMEOUT_SECONDS,
     )
     traces = read_traces(folder / "trace")[WARM_UP_ITERATIONS:]
     idle = zip(*(trace.idle_fractions for trace in traces), strict=True)
@@ -159,13 +158,10 @@ def remove_traces(folder: Path) -> None:
 
 
 def count_tokens(folder: Path) -> int:
-    """Tokens of all sequences in the iterations that count."""
-    plans = sorted((folder / "trace").glob("plan-*.json"))[WARM_UP_ITERATIONS:]
+    """Tokens of all sequences in the iterations that count: records are there for each of them."""
+    records = read_records(folder / "trace")
     return sum(
-        item.tokens
-        for path in plans
-        for microbatch in load_plan(path).problem.microbatches
-        for item in microbatch["language"]
+        record.tokens["language"] for record in records if record.iteration > WARM_UP_ITERATIONS
     )
 
 

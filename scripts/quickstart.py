@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from megatron_dip.report import (
     LocalRun,
     measured_panel,
     module_slowness,
+    read_records,
     read_traces,
     run_local_training,
 )
@@ -36,8 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "pretrain_vlm.py"
 TEMPLATE = ROOT / "configs" / "vlm_tiny.yaml"
 CALIBRATION_ITERATIONS = 3
-SECONDS_PER_ITERATION_LIMIT = 15.0
-START_LIMIT_SECONDS = 120.0
+STALL_SECONDS = 600.0
 WARM_UP_ITERATIONS = 2
 
 console = Console()
@@ -78,13 +78,14 @@ def main(
         folder = output / name.replace(" ", "-").lower()
         run = train(folder, config, num_ranks, iterations, name, flags)
         outcomes.append(Outcome(name=name, run=run, traces=read_traces(folder / "trace")))
-    plans = {
-        trace.iteration: plan_of(output / "megatron-dip", trace.iteration)
-        for trace in outcomes[1].traces
+    # Timelines and plans are kept of some iterations, records of all.
+    tokens = {
+        record.iteration: record.tokens["language"]
+        for record in read_records(output / "megatron-dip" / "trace")
     }
-    console.print(comparison(outcomes, plans))
+    console.print(comparison(outcomes, tokens))
     timeline = output / "timeline.html"
-    draw(timeline, outcomes, plans)
+    draw(timeline, outcomes, output / "megatron-dip")
     console.print(f"timeline, predicted and measured: [bold]{timeline}[/] (open it in a browser)")
 
 
@@ -167,7 +168,7 @@ def train(
             arguments,
             num_ranks=num_ranks,
             log=folder / "training.log",
-            timeout_seconds=START_LIMIT_SECONDS + iterations * SECONDS_PER_ITERATION_LIMIT,
+            stall_seconds=STALL_SECONDS,
             on_iteration=lambda number, loss: progress.update(
                 task, completed=number, loss=f"{loss:.3f}"
             ),
@@ -179,23 +180,18 @@ def plan_of(folder: Path, iteration: int) -> Plan:
     return load_plan(folder / "trace" / f"plan-replica0-{iteration:06d}.json")
 
 
-def num_tokens(plan: Plan) -> int:
-    """Tokens of all sequences of a batch, image tokens included."""
-    return sum(
-        item.tokens
-        for number in range(plan.problem.num_microbatches)
-        for item in plan.problem.items("language", number)
-    )
+def comparison(outcomes: Sequence[Outcome], tokens: Mapping[int, int]) -> Table:
+    """Losses, speed and idle time of every schedule.
 
-
-def comparison(outcomes: Sequence[Outcome], plans: dict[int, Plan]) -> Table:
-    """Losses, speed and idle time of every schedule."""
+    Args:
+        tokens: Of all sequences of a batch, image tokens included; by iteration.
+    """
     table = Table(title="the same model, weights and batches under two schedules")
     table.add_column("schedule", no_wrap=True)
     idle_columns = [f"idle {rank}" for rank in range(len(outcomes[0].traces[0].ranks))]
     for column in ("loss first", "last", "tokens/s", "speed", *idle_columns):
         table.add_column(column, justify="right")
-    speeds = [tokens_per_second(outcome, plans) for outcome in outcomes]
+    speeds = [tokens_per_second(outcome, tokens) for outcome in outcomes]
     for outcome, speed in zip(outcomes, speeds, strict=True):
         idle = zip(*(trace.idle_fractions for trace in outcome.traces), strict=True)
         table.add_row(
@@ -212,29 +208,33 @@ def comparison(outcomes: Sequence[Outcome], plans: dict[int, Plan]) -> Table:
     return table
 
 
-def tokens_per_second(outcome: Outcome, plans: dict[int, Plan]) -> float:
+def tokens_per_second(outcome: Outcome, tokens: Mapping[int, int]) -> float:
     """Median over iterations; the first ones, which warm caches up, do not count."""
     return median(
-        num_tokens(plans[iteration]) / (milliseconds / 1000)
+        tokens[iteration] / (milliseconds / 1000)
         for iteration, milliseconds in enumerate(outcome.run.elapsed_ms, start=1)
-        if iteration > WARM_UP_ITERATIONS
+        if iteration > WARM_UP_ITERATIONS and iteration in tokens
     )
 
 
-def draw(path: Path, outcomes: Sequence[Outcome], plans: dict[int, Plan]) -> None:
-    """The iteration of median length, predicted and measured, under both schedules."""
-    stock, dip = (outcome.traces for outcome in outcomes)
-    ordered = sorted(dip[WARM_UP_ITERATIONS:], key=lambda trace: trace.duration_us)
-    chosen = ordered[len(ordered) // 2]
-    plan = plans[chosen.iteration]
-    other = next(trace for trace in stock if trace.iteration == chosen.iteration)
+def draw(path: Path, outcomes: Sequence[Outcome], folder: Path) -> None:
+    """The iteration of median length, predicted and measured, under both schedules.
+
+    Args:
+        folder: Of the run under plans.
+    """
+    stock, dip = ({trace.iteration: trace for trace in one.traces} for one in outcomes)
+    iterations = [number for number in dip.keys() & stock.keys() if number > WARM_UP_ITERATIONS]
+    iterations.sort(key=lambda number: dip[number].duration_us)
+    chosen = iterations[len(iterations) // 2]
+    plan = plan_of(folder, chosen)
     write_timeline(
         path,
-        f"iteration {chosen.iteration} of the quickstart",
+        f"iteration {chosen} of the quickstart",
         [
             plan_panel(plan, "megatron-dip, predicted"),
-            measured_panel(chosen, "megatron-dip, measured", plan.partition),
-            measured_panel(other, "Megatron 1F1B, measured (vision tower on rank 0)"),
+            measured_panel(dip[chosen], "megatron-dip, measured", plan.partition),
+            measured_panel(stock[chosen], "Megatron 1F1B, measured (vision tower on rank 0)"),
         ],
     )
 

@@ -46,7 +46,7 @@ def run_local_training(
     *,
     num_ranks: int,
     log: Path,
-    timeout_seconds: float,
+    stall_seconds: float,
     on_iteration: Callable[[int, float], None] = lambda number, loss: None,
 ) -> LocalRun:
     """Run a pretrain script on ``num_ranks`` processes of one pinned core each.
@@ -56,12 +56,13 @@ def run_local_training(
         arguments: Its arguments; ``--log-interval 1`` is added.
         num_ranks: Processes.
         log: File for all that they print.
-        timeout_seconds: After this the processes are ended, as they are when this process gets
-            SIGTERM or SIGHUP.
+        stall_seconds: So long without a finished iteration, the processes are ended, as they are
+            when this process gets SIGTERM or SIGHUP. No limit of the whole: how long a run takes
+            depends on what else the machine does.
         on_iteration: Called with number and loss of each iteration as it is logged.
 
     Raises:
-        DipError: The run failed or took too long; the message ends with the last lines it printed.
+        DipError: The run failed or stalled; the message ends with the last lines it printed.
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -71,31 +72,39 @@ def run_local_training(
     log.parent.mkdir(parents=True, exist_ok=True)
     losses: list[float] = []
     elapsed: list[float] = []
+    own_lines: list[str] = []
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     with (
         open(log, "w", encoding="utf-8") as output,
-        launched(command, environment, timeout_seconds=timeout_seconds) as launcher,
+        launched(command, environment, limit_seconds=stall_seconds) as launcher,
     ):
         for line in launcher.lines():
             output.write(line)
+            if not launcher.timed_out:
+                own_lines.append(line)
             found = _ITERATION.search(line)
             if found:
                 losses.append(float(found["loss"]))
                 elapsed.append(float(found["elapsed_ms"]))
+                launcher.limit(stall_seconds)
                 on_iteration(int(found["number"]), losses[-1])
         code = launcher.wait()
     if code:
         late = launcher.timed_out
-        reason = f"took more than {timeout_seconds:.0f} s" if late else f"failed ({code})"
-        raise DipError(f"training {reason}; the end of {log}:\n{_tail(log)}")
+        reason = f"finished no iteration in {stall_seconds:.0f} s" if late else f"failed ({code})"
+        raise DipError(f"training {reason}; the end of {log}:\n{_tail(own_lines)}")
     return LocalRun(losses=tuple(losses), elapsed_ms=tuple(elapsed))
 
 
 class Launcher:
     """A process that starts others, see :func:`launched`."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], grace_seconds: float
+    ) -> None:
         self.timed_out = False
+        self._grace_seconds = grace_seconds
+        self._timer: threading.Timer | None = None
         self._mark = uuid.uuid4().hex
         self._process = subprocess.Popen(
             command,
@@ -117,15 +126,31 @@ class Launcher:
         """The exit status of the process itself."""
         return self._process.wait()
 
-    def end(self, grace_seconds: float) -> None:
-        """End all of them: the launcher may do it within a limit, what is left is killed."""
+    def limit(self, seconds: float) -> None:
+        """So long from now all of them are ended; takes the place of an earlier limit."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.start()
+
+    def end(self) -> None:
+        """End all of them: the launcher may do it within its grace, what is left is killed."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._end()
+
+    def _expire(self) -> None:
+        self.timed_out = True
+        self._end()
+
+    def _end(self) -> None:
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(timeout=grace_seconds)
+                self._process.wait(timeout=self._grace_seconds)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-        deadline = time.monotonic() + grace_seconds
+        deadline = time.monotonic() + self._grace_seconds
         num_looks_in_vain = 0
         while num_looks_in_vain < _LOOKS_IN_VAIN and time.monotonic() < deadline:
             left = self._left()
@@ -155,28 +180,25 @@ def launched(
     command: Sequence[str],
     environment: Mapping[str, str],
     *,
-    timeout_seconds: float,
+    limit_seconds: float,
     grace_seconds: float = _GRACE_SECONDS,
 ) -> Iterator[Launcher]:
     """Start ``command``; when the block ends, for whatever reason, nothing that it started is left.
 
     SIGTERM and SIGHUP end the block with ``SystemExit``; in a thread other than the main one they
     are not seen.
+
+    Args:
+        limit_seconds: See :meth:`Launcher.limit`.
+        grace_seconds: What the process gets to end those that it started.
     """
     with _signals_raise():
-        launcher = Launcher(command, environment)
-
-        def expire() -> None:
-            launcher.timed_out = True
-            launcher.end(grace_seconds)
-
-        timer = threading.Timer(timeout_seconds, expire)
-        timer.start()
+        launcher = Launcher(command, environment, grace_seconds)
         try:
+            launcher.limit(limit_seconds)
             yield launcher
         finally:
-            timer.cancel()
-            launcher.end(grace_seconds)
+            launcher.end()
 
 
 @contextmanager
@@ -200,7 +222,6 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _tail(lines: Sequence[str]) -> str:
     errors = [line for line in lines if "megatron-dip: error" in line]
-    return "\n".join(errors or lines[-_SHOWN_LINES:])
+    return "".join(errors or lines[-_SHOWN_LINES:]).rstrip()

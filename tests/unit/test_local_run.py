@@ -21,7 +21,7 @@ import os, signal, sys
 from megatron_dip.report.local_run import launched
 # What a shell starts in the background ignores it, and what that starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-with launched(["sh", "-c", sys.argv[1]], os.environ, timeout_seconds=60) as launcher:
+with launched(["sh", "-c", sys.argv[1]], os.environ, limit_seconds=60) as launcher:
     for line in launcher.lines():
         print(line, end="", flush=True)
 """
@@ -67,7 +67,7 @@ def test_ranks_end_with_a_caller_that_is_asked_to_end(number: signal.Signals):
 
 def test_ranks_end_that_a_launcher_left_behind():
     command = ["sh", "-c", LAUNCHER]
-    with launched(command, os.environ, timeout_seconds=60) as launcher:
+    with launched(command, os.environ, limit_seconds=60) as launcher:
         lines = launcher.lines()
         pids = [next(lines), next(lines)]
         assert launcher.wait() == 0
@@ -78,8 +78,10 @@ def test_ranks_end_that_a_launcher_left_behind():
 
 def test_a_run_that_takes_too_long_ends():
     command = ["sh", "-c", LASTING_LAUNCHER]
-    with launched(command, os.environ, timeout_seconds=2.0, grace_seconds=2.0) as launcher:
-        pids = list(launcher.lines())
+    with launched(command, os.environ, limit_seconds=60, grace_seconds=2.0) as launcher:
+        lines = launcher.lines()
+        pids = [next(lines), next(lines)]
+        launcher.limit(0.1)
         assert launcher.wait() != 0
     assert launcher.timed_out
     assert_ended(pids)
