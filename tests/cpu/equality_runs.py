@@ -3,7 +3,9 @@
 Every run is made once and kept for the session, because several tests read the same ones.
 """
 
+import math
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +20,9 @@ __all__ = [
     "DP2_PP2",
     "MEAN",
     "NUM_ITERATIONS",
+    "ONE_STEP",
     "PER_TOKEN",
+    "PP1",
     "PP2",
     "PP4",
     "SGD",
@@ -28,12 +32,15 @@ __all__ = [
     "Layout",
     "Runs",
     "largest_difference",
+    "rounding",
 ]
 
 NUM_ITERATIONS = 20
 MICRO_BATCH_SIZE = 2
 SGD = "--optimizer sgd --lr 0.03 --min-lr 0.03"
 ADAM = "--optimizer adam --lr 0.002 --min-lr 0.002"
+# The first iteration changes the weights, the others leave them: nothing can drift apart.
+ONE_STEP = "--optimizer sgd --lr 0.03 --min-lr 0 --lr-decay-style linear --lr-decay-iters 1"
 MEAN = ""
 PER_TOKEN = "--calculate-per-token-loss"
 
@@ -48,6 +55,7 @@ class Layout:
     arguments: str
 
 
+PP1 = Layout("pp1", 1, 1, "--pipeline-model-parallel-size 1")
 PP2 = Layout("pp2", 2, 2, "--pipeline-model-parallel-size 2")
 PP4 = Layout("pp4", 4, 4, "--pipeline-model-parallel-size 4")
 TP2_PP2 = Layout(
@@ -179,3 +187,27 @@ def largest_difference(ours: tuple[float, ...], expected: tuple[float, ...]) -> 
         return float("inf")
     differences = [abs(a - b) / abs(b) for a, b in zip(ours, expected, strict=True)]
     return max(d if d == d else float("inf") for d in differences)
+
+
+def rounding(run: TrainingRun, exact: TrainingRun) -> dict[str, float]:
+    """How far a run in 16 bits is from the same in 32: root mean squares of relative differences.
+
+    ``gradients`` is over the parameters, in the last iteration; the others are over iterations.
+    """
+    pairs = {
+        name: list(zip(getattr(run, name), getattr(exact, name), strict=True))
+        for name in ("losses", "grad_norms", "validation_losses")
+    }
+    found = {name: _root_mean_square((a - b) / b for a, b in pairs[name]) for name in pairs}
+    assert run.gradients.keys() == exact.gradients.keys()
+    found["gradients"] = _root_mean_square(
+        (run.gradients[name][1] - weighted_sum) / norm
+        for name, (norm, weighted_sum) in exact.gradients.items()
+        if norm
+    )
+    return found
+
+
+def _root_mean_square(values: Iterable[float]) -> float:
+    squares = [value * value for value in values]
+    return math.sqrt(sum(squares) / len(squares))

@@ -15,7 +15,9 @@ from equality_runs import (
     DP2_PP2,
     MEAN,
     NUM_ITERATIONS,
+    ONE_STEP,
     PER_TOKEN,
+    PP1,
     PP2,
     PP4,
     SGD,
@@ -25,6 +27,7 @@ from equality_runs import (
     Layout,
     Runs,
     largest_difference,
+    rounding,
 )
 
 from megatron_dip.plan import Plan
@@ -224,7 +227,23 @@ def test_a_distributed_optimizer_of_two_replicas_goes_on_in_one_under_another_pa
     compare(runs, resumed, ADAM_REPLICAS, ADAM_TOLERANCE)
 
 
-def test_plans_train_as_the_stock_schedule_in_16_bits_up_to_rounding(runs: Runs) -> None:
-    stock = Case(layout=PP2, arguments=f"{ADAM} {MEAN} --bf16")
-    # bfloat16 has 8 bits: sums of differently packed rows differ by rounding.
-    compare(runs, stock.under(SPLIT_2), stock, loss_tolerance=1e-2, norm_tolerance=1e-1)
+def test_whole_microbatches_in_16_bits_train_as_under_the_stock_schedule(runs: Runs) -> None:
+    """Every action computes what Megatron's does, bit for bit; sums over them are in 32 bits."""
+    stock = Case(layout=PP2, arguments=f"{ONE_STEP} {MEAN} --bf16")
+    compare(runs, stock.under(WHOLE_2), stock, SGD_TOLERANCE)
+
+
+def test_split_microbatches_in_16_bits_round_no_worse_than_the_stock_schedule(runs: Runs) -> None:
+    """Other packed rows round in other ways: judged by what Megatron's own schedule is off.
+
+    The same steps in 32 bits tell what would be exact, so that the machine's own rounding is the
+    measure, and all iterations start from the same weights, so that differences do not grow.
+    """
+    stock = Case(layout=PP2, arguments=f"{ONE_STEP} {MEAN} --bf16")
+    exact = runs.of(replace(stock, arguments=f"{ONE_STEP} {MEAN}"))
+    ours = rounding(runs.of(stock.under(SPLIT_2)), exact)
+    theirs = [rounding(runs.of(replace(stock, layout=layout)), exact) for layout in (PP1, PP2)]
+    print(f"split: {ours}; stock on one rank and on two: {theirs}")
+    for name, value in ours.items():
+        largest = max(one[name] for one in theirs)
+        assert 0.0 < value <= 2.0 * largest, (name, ours, theirs)
