@@ -70,12 +70,21 @@ class Item(Form):
 
 _LATER_ITEM_FIELDS = ("first_extra_activation_bytes", "last_extra_activation_bytes")
 
+LayerRange = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
+def _is_none(value: object) -> bool:
+    # Fields that were added later do not appear where they say nothing: digests stay as they were.
+    return value is None
+
 
 class LayerExtra(Form):
     """What sits before the first or after the last layer of a module, beside its items."""
 
     forward_us: Time = 0.0
     static_bytes: Bytes = 0
+    trainable: bool | None = Field(default=None, exclude_if=_is_none)
+    """Whether anything in it is trained; as in the whole module where not given."""
 
 
 class Module(Form):
@@ -86,12 +95,82 @@ class Module(Form):
     upstream: tuple[str, ...]
     """Modules whose output this one reads."""
     trainable: bool
+    """Whether anything in it is trained."""
+    trained_layers: tuple[LayerRange, ...] | None = Field(default=None, exclude_if=_is_none)
+    """Pairs of a first layer and the one after a last: those that are trained.  Where not given,
+    all of a trainable module and none of another."""
     layer_overhead_us: Time
     """Per layer and call, whatever its size (kernel launches)."""
     layer_static_bytes: Bytes
     """Weights, gradients and optimizer state of one layer."""
+    frozen_layer_static_bytes: Bytes | None = Field(default=None, exclude_if=_is_none)
+    """The same of a layer that is not trained; ``layer_static_bytes`` where not given."""
     first_layer_extra: LayerExtra = LayerExtra()
     last_layer_extra: LayerExtra = LayerExtra()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ends = [0, *(end for layers in self.trained_layers or () for end in layers)]
+        if ends != sorted(ends) or ends[-1] > self.num_layers:
+            given = [list(layers) for layers in self.trained_layers or ()]
+            raise ValueError(
+                f"trained_layers {given}: expected ascending pairs of a first layer and the one "
+                f"after a last, up to {self.num_layers}"
+            )
+        trains_any = bool(
+            self.num_trained(range(self.num_layers))
+            or self.trains_first_extra
+            or self.trains_last_extra
+        )
+        if trains_any != self.trainable:
+            raise ValueError(
+                f"trainable is {str(self.trainable).lower()} but trained_layers and the extras say "
+                f"that {'something' if trains_any else 'nothing'} is trained (expected the same)"
+            )
+        return self
+
+    @property
+    def trained_ranges(self) -> tuple[range, ...]:
+        """The layers that are trained, ascending."""
+        if self.trained_layers is None:
+            return (range(self.num_layers),) if self.trainable else ()
+        return tuple(range(*layers) for layers in self.trained_layers)
+
+    @property
+    def trains_first_extra(self) -> bool:
+        trainable = self.first_layer_extra.trainable
+        return self.trainable if trainable is None else trainable
+
+    @property
+    def trains_last_extra(self) -> bool:
+        trainable = self.last_layer_extra.trainable
+        return self.trainable if trainable is None else trainable
+
+    def num_trained(self, layers: range) -> int:
+        """How many of consecutive ``layers`` are trained."""
+        return sum(len(_common(layers, trained)) for trained in self.trained_ranges)
+
+    def first_with_backward(self, has_upstream: bool) -> int | None:
+        """Where backwards of the module end.
+
+        Args:
+            has_upstream: Whether a gradient goes on to a module that this one reads.
+
+        Returns:
+            -1 with what sits before the first layer, the number of a layer, ``num_layers`` with
+            what sits after the last, or None where the module has no backward at all.
+        """
+        if has_upstream or self.trains_first_extra:
+            return -1
+        trained = next((layers.start for layers in self.trained_ranges if layers), None)
+        if trained is None and self.trains_last_extra:
+            return self.num_layers
+        return trained
+
+
+def _common(layers: range, others: range) -> range:
+    """What two ranges of consecutive numbers have in common."""
+    return range(max(layers.start, others.start), min(layers.stop, others.stop))
 
 
 class TransferCost(Form):
@@ -194,14 +273,21 @@ class Problem(Form):
         return topological_order(self.modules)
 
     @cached_property
-    def modules_with_backward(self) -> frozenset[str]:
-        """Modules with something trainable in them or upstream of them."""
-        found: set[str] = set()
+    def first_with_backward(self) -> Mapping[str, int]:
+        """Where backwards of a module end, see :meth:`Module.first_with_backward`; modules without
+        a backward are not in it."""
+        found: dict[str, int] = {}
         for name in self.module_order:
             module = self.module(name)
-            if module.trainable or found.intersection(module.upstream):
-                found.add(name)
-        return frozenset(found)
+            first = module.first_with_backward(not found.keys().isdisjoint(module.upstream))
+            if first is not None:
+                found[name] = first
+        return found
+
+    @property
+    def modules_with_backward(self) -> frozenset[str]:
+        """Modules with something trainable in them or upstream of them."""
+        return frozenset(self.first_with_backward)
 
     def module(self, name: str) -> Module:
         return self._modules_by_name[name]

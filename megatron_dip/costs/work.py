@@ -1,14 +1,15 @@
 """Time and memory of one sub-microbatch in one stage, from the costs of its items.
 
-With L the layers of the stage and sums over the items of the sub-microbatch:
+With L the layers of the stage, of which B have a backward and T are trained (see
+``megatron_dip.plan.trained``), and sums over the items of the sub-microbatch:
 
 - forward: L x overhead + L x sum(forward) + extras
-- input gradient: L x overhead + L x sum(input_grad) + extras
+- input gradient: B x overhead + B x sum(input_grad) + extras with a backward
   + recomputed layers x (overhead + sum(recompute))
-- weight gradient: L x sum(weight_grad) + extras
-- stored from the start of the forward to the end of the backward: per item ``activation_bytes``
-  for each stored and ``boundary_bytes`` for each recomputed layer, and the bytes of extras; nothing
-  without a backward.
+- weight gradient: T x sum(weight_grad) + trained extras
+- stored from the start of the forward to the end of the backward: of the B layers, per item
+  ``activation_bytes`` for each stored and ``boundary_bytes`` for each recomputed one, and the bytes
+  of extras with a backward.
 
 Times of a stage that ``stage_factors`` names are multiplied by its factors at the end.
 
@@ -79,34 +80,40 @@ def work_costs(graph: PipelineGraph) -> WorkCosts:
     overhead_us = np.array([module.layer_overhead_us for module in modules])[wiring.place]
     layers = np.array([stage.num_layers for stage in stages], dtype=np.int64)[wiring.place]
     forward_us = layers * (overhead_us + times_us[0])
-    input_grad_us = layers * (overhead_us + times_us[1])
-    weight_grad_us = layers * times_us[2]
+    backwards = [graph.backwards[stage.stage] for stage in stages]
+    with_backward = np.array([len(b.layers) for b in backwards], dtype=np.int64)[wiring.place]
+    trained = np.array([b.num_trained_layers for b in backwards], dtype=np.int64)[wiring.place]
+    input_grad_us = with_backward * (overhead_us + times_us[1])
+    weight_grad_us = trained * times_us[2]
     activation_bytes, boundary_bytes, first_bytes, last_bytes = num_bytes
-    kept_bytes = layers * activation_bytes
+    kept_bytes = with_backward * activation_bytes
     first_extras = [module.first_layer_extra for module in modules]
     last_extras = [module.last_layer_extra for module in modules]
+    first_shares = [(b.first_extra, b.trains_first_extra) for b in backwards]
+    last_shares = [(b.last_extra, b.trains_last_extra) for b in backwards]
     ends = (
-        (graph.partition.first_stage, first_extras, times_us[4:7], first_bytes),
-        (graph.partition.last_stage, last_extras, times_us[7:], last_bytes),
+        (graph.partition.first_stage, first_extras, first_shares, times_us[4:7], first_bytes),
+        (graph.partition.last_stage, last_extras, last_shares, times_us[7:], last_bytes),
     )
-    for end_of, extras, extra_us, extra_bytes in ends:
+    for end_of, extras, shares, extra_us, extra_bytes in ends:
         extra_forward_us, extra_input_grad_us, extra_weight_grad_us = extra_us
         is_end = np.array([end_of(stage.module) is stage for stage in stages])[wiring.place]
+        has_backward, is_trained = np.array(shares)[wiring.place].T
         fixed_us = np.array([extra.forward_us for extra in extras])[wiring.place]
         forward_us += is_end * fixed_us
         forward_us += is_end * extra_forward_us
-        input_grad_us += is_end * extra_input_grad_us
-        weight_grad_us += is_end * extra_weight_grad_us
-        kept_bytes += is_end * extra_bytes
+        input_grad_us += has_backward * extra_input_grad_us
+        weight_grad_us += is_trained * extra_weight_grad_us
+        kept_bytes += has_backward * extra_bytes
     factors = graph.problem.stage_factors or {}
     by_stage = [factors.get(stage.stage, StageFactor()) for stage in stages]
     forward_factor, backward_factor = np.array(by_stage, dtype=np.float64)[wiring.place].T
     return WorkCosts(
         forward_us=forward_factor * forward_us,
-        input_grad_us=wiring.has_backward * backward_factor * input_grad_us,
-        weight_grad_us=wiring.has_weight_grad * backward_factor * weight_grad_us,
+        input_grad_us=backward_factor * input_grad_us,
+        weight_grad_us=backward_factor * weight_grad_us,
         recompute_layer_us=wiring.has_backward * backward_factor * (overhead_us + times_us[3]),
-        stored_bytes=wiring.has_backward * kept_bytes,
+        stored_bytes=kept_bytes,
         saved_layer_bytes=wiring.has_backward * (activation_bytes - boundary_bytes),
         boundary_bytes=boundary_bytes,
     )
@@ -157,7 +164,14 @@ def static_bytes(problem: Problem, partition: Partition, rank: int) -> int:
     total = 0
     for stage in partition.stages_on(rank):
         module = problem.module(stage.module)
-        total += module.layer_static_bytes * stage.num_layers
+        num_trained, frozen_bytes = (
+            module.num_trained(stage.layers),
+            module.frozen_layer_static_bytes,
+        )
+        if frozen_bytes is None:
+            frozen_bytes = module.layer_static_bytes
+        total += module.layer_static_bytes * num_trained
+        total += frozen_bytes * (stage.num_layers - num_trained)
         if partition.first_stage(stage.module).stage == stage.stage:
             total += module.first_layer_extra.static_bytes
         if partition.last_stage(stage.module).stage == stage.stage:

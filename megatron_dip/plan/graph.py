@@ -19,6 +19,7 @@ import numpy as np
 from megatron_dip.errors import PlanError
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, ActionType
+from megatron_dip.plan.trained import StageBackward, stage_backward
 from megatron_dip.plan.wiring import Wiring, wire
 from megatron_dip.workload import Problem, SubMicrobatch
 
@@ -164,7 +165,13 @@ class PipelineGraph:
     @cached_property
     def wiring(self) -> Wiring:
         """Works and messages as numbers; the methods below are views of it."""
-        return wire(self.problem, self.partition, self.sub_microbatches, tuple(self._links()))
+        return wire(
+            self.problem,
+            self.partition,
+            self.sub_microbatches,
+            tuple(self._links()),
+            tuple(self.backwards[stage.stage] for stage in self.stages),
+        )
 
     @cached_property
     def works(self) -> tuple[Work, ...]:
@@ -179,11 +186,17 @@ class PipelineGraph:
 
     # ---- what a stage computes --------------------------------------------------------------
 
+    @cached_property
+    def backwards(self) -> dict[int, StageBackward]:
+        """What of every stage takes part in backwards, by its number."""
+        problem, partition = self.problem, self.partition
+        return {s.stage: stage_backward(problem, partition, s) for s in partition.stages}
+
     def has_backward(self, stage: int) -> bool:
-        return self.partition[stage].module in self.problem.modules_with_backward
+        return self.backwards[stage].has_backward
 
     def has_weight_grad(self, stage: int) -> bool:
-        return self.problem.module(self.partition[stage].module).trainable
+        return self.backwards[stage].has_weight_grad
 
     def is_loss_stage(self, stage: int) -> bool:
         """True for the last stage of a module that no other reads: its output is the loss."""

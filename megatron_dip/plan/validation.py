@@ -146,7 +146,7 @@ def _check_compute(graph: PipelineGraph, numbers: ActionNumbers, positions: _Pos
             forward = numbers.actions[computed[_F, work]]
             raise PlanError(
                 f"{numbers.actions[computed[kind, work]]}: {forward} has no backward (nothing "
-                f"trainable in its module or upstream of it)"
+                f"trained in its stage or before it)"
             )
     _refuse_others(
         numbers,
@@ -302,12 +302,12 @@ def _check_recompute(plan: Plan) -> None:
             raise PlanError(f"{what} comes {repeated[work]} times (expected once)")
         if not plan.graph.has_backward(work.stage):
             raise PlanError(f"{what}: it has no backward, so nothing is stored to begin with")
-        stage = plan.partition[work.stage]
-        outside = sorted(set(entry.layers).difference(stage.layers))
+        known = plan.graph.backwards[work.stage].layers
+        outside = sorted(set(entry.layers).difference(known))
         if outside or len(set(entry.layers)) != len(entry.layers):
             raise PlanError(
-                f"{what}: layers {list(entry.layers)} (expected each once, from "
-                f"{stage.first_layer} to {stage.first_layer + stage.num_layers - 1})"
+                f"{what}: layers {list(entry.layers)} (expected each once, from {known.start} to "
+                f"{known.stop - 1}: layers of the stage that have a backward)"
             )
 
 

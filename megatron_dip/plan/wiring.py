@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.partition import Partition
+from megatron_dip.plan.trained import StageBackward
 from megatron_dip.workload import Problem, SubMicrobatch
 
 __all__ = ["BoolArray", "FloatArray", "IntArray", "Wiring", "wire"]
@@ -89,6 +90,7 @@ def wire(
     partition: Partition,
     groups: Sequence[SubMicrobatch],
     links: Sequence[tuple[int, int]],
+    backwards: Sequence[StageBackward],
 ) -> Wiring:
     """Lay out the works of a batch and connect them.
 
@@ -97,6 +99,7 @@ def wire(
         partition: The stages.
         groups: The sub-microbatches by microbatch, module (upstream first) and number.
         links: Pairs of sub-microbatches of which the second reads what the first makes.
+        backwards: By module and place in its chain, as stages are counted.
     """
     chains = [partition.chains[name] for name in problem.module_order]
     stages = [stage for chain in chains for stage in chain]
@@ -135,7 +138,7 @@ def wire(
     source, target = made[first], place[read[first]]
     place_rank = np.array([stage.rank for stage in stages], dtype=np.int64)
     place_stage = np.array([stage.stage for stage in stages], dtype=np.int64)
-    has_backward = np.array([s.module in problem.modules_with_backward for s in stages])[place]
+    has_backward = np.array([backward.has_backward for backward in backwards])[place]
     return Wiring(
         place=place,
         stage=place_stage[place],
@@ -144,7 +147,7 @@ def wire(
         sub=sub,
         group=blocks.first_group[block] + sub,
         has_backward=has_backward,
-        has_weight_grad=np.array([problem.module(s.module).trainable for s in stages])[place],
+        has_weight_grad=np.array([backward.has_weight_grad for backward in backwards])[place],
         first_work=first_work,
         num_subs=num_subs,
         place_stage=place_stage,

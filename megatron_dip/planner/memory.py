@@ -153,11 +153,11 @@ class MemoryFitter:
 
 
 def layers_to_recompute(table: TaskTable, num_recomputed: IntArray) -> tuple[Recompute, ...]:
-    """The choice as a plan has it: the first layers of each stage."""
+    """The choice as a plan has it: of each stage, the first layers with a backward."""
     entries = []
     for number in np.flatnonzero(num_recomputed).tolist():
         work = table.graph.works[number]
-        layers = table.graph.partition[work.stage].layers[: num_recomputed[number]]
+        layers = table.graph.backwards[work.stage].layers[: num_recomputed[number]]
         entries.append(Recompute(work.stage, work.microbatch, work.sub, tuple(layers)))
     return tuple(entries)
 

@@ -58,6 +58,8 @@ def in_flight_limits(graph: PipelineGraph) -> dict[int, int]:
     for name in modules:
         num_positions = before[name] + length[name] + after[name]
         for index, stage in enumerate(partition.chains[name]):
+            if not graph.has_backward(stage.stage):
+                continue
             left = num_positions - before[name] - index
             limits[stage.stage] = math.ceil(problem.num_ranks * left / num_positions)
     return limits

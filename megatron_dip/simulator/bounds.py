@@ -117,15 +117,19 @@ def useful_work_us(problem: Problem) -> float:
     """Times of all items in all layers with their extras, without overheads and recomputation."""
     total = 0.0
     for name in problem.module_order:
-        layers = problem.module(name).num_layers
+        module = problem.module(name)
+        first = problem.first_with_backward.get(name)
+        layers = range(module.num_layers)
+        num_with_backward = 0 if first is None else len(layers[max(first, 0) :])
+        num_trained = module.num_trained(layers)
         for number in range(problem.num_microbatches):
             for item in problem.items(name, number):
-                total += layers * item.forward_us
+                total += module.num_layers * item.forward_us
                 total += item.first_extra_forward_us + item.last_extra_forward_us
-                if name in problem.modules_with_backward:
-                    total += layers * item.input_grad_us
-                    total += item.first_extra_input_grad_us + item.last_extra_input_grad_us
-                if problem.module(name).trainable:
-                    total += layers * item.weight_grad_us
-                    total += item.first_extra_weight_grad_us + item.last_extra_weight_grad_us
+                total += num_with_backward * item.input_grad_us
+                total += (first == -1) * item.first_extra_input_grad_us
+                total += (first is not None) * item.last_extra_input_grad_us
+                total += num_trained * item.weight_grad_us
+                total += module.trains_first_extra * item.first_extra_weight_grad_us
+                total += module.trains_last_extra * item.last_extra_weight_grad_us
     return total

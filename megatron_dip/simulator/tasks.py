@@ -65,7 +65,7 @@ class TaskTable:
     costs: WorkCosts
     """Without recomputation."""
     num_layers: IntArray
-    """Of the work's stage."""
+    """Of the work's stage, those with a backward: what can be recomputed."""
     num_recomputed: IntArray
     """Layers that are computed again in the backward."""
     static_bytes: IntArray
@@ -174,7 +174,9 @@ def build_task_table(
             delay_us=np.where(crosses, delay_us, 0.0),
         ),
         costs=costs,
-        num_layers=np.array([s.num_layers for s in graph.stages], dtype=np.int64)[wiring.place],
+        num_layers=np.array(
+            [len(graph.backwards[stage.stage].layers) for stage in graph.stages], dtype=np.int64
+        )[wiring.place],
         num_recomputed=num_recomputed,
         static_bytes=np.array(
             [static_bytes(problem, partition, rank) for rank in range(problem.num_ranks)],

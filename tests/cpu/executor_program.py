@@ -68,6 +68,38 @@ CASES: dict[int, list[Case]] = {
             frozen=("text",),
             split_backward=True,
         ),
+        Case(
+            name="projector alone, before a frozen language; a microbatch without images",
+            upstream={"vision": (), "language": ("vision",)},
+            batch=[
+                {"vision": [4, 8], "language": [6, 5]},
+                {"vision": [], "language": [7]},
+                {"vision": [4, 2], "language": [3, 9]},
+            ],
+            cut={"vision": [[2, 1], [1, 0]], "language": [[1, 1], [0, 1]]},
+            frozen=("language",),
+            parts={"vision": ((), True)},
+            max_tokens={"vision": 6, "language": 6},
+        ),
+        Case(
+            name="last layer of the tower, last layer and projector of language",
+            upstream={"vision": (), "language": ("vision",)},
+            batch=[{"vision": [4, 8], "language": [6, 5]}, {"vision": [], "language": [7]}],
+            cut={"vision": [[2, 2]], "language": [[2, 1]]},
+            parts={"vision": (((3, 4),), False), "language": (((2, 3),), True)},
+            split_backward=True,
+            recompute=True,
+        ),
+        Case(
+            name="frozen tower, and of language the last layer alone",
+            upstream={"vision": (), "language": ("vision",)},
+            batch=[{"vision": [4], "language": [6, 5]}, {"vision": [3], "language": [7]}],
+            cut={"vision": [[1, 1]], "language": [[1, 2], [1, 1]]},
+            frozen=("vision",),
+            parts={"language": (((4, 5),), False)},
+            split_backward=True,
+            recompute=True,
+        ),
     ],
     4: [
         Case(
@@ -119,9 +151,9 @@ def plan_of(case: Case, num_ranks: int, partition: Partition) -> Plan:
 def recompute_everything(plan: Plan) -> tuple[Recompute, ...]:
     graph = plan.graph
     return tuple(
-        Recompute(*work, tuple(graph.partition[work.stage].layers))
+        Recompute(*work, tuple(graph.backwards[work.stage].layers))
         for work in graph.works
-        if graph.has_backward(work.stage) and graph.partition[work.stage].num_layers
+        if graph.backwards[work.stage].layers
     )
 
 

@@ -6,7 +6,7 @@ none can stand in for another.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_dip.partition import Partition, Stage
 from megatron_dip.plan import Work
 from megatron_dip.runtime import ForwardCall, StageInput
-from megatron_dip.workload import Item, Module, Problem, SubMicrobatch, TransferCost
+from megatron_dip.workload import Item, LayerExtra, Module, Problem, SubMicrobatch, TransferCost
 
 __all__ = ["WIDTH", "Case", "ToyStage", "build_stages", "plain_loop"]
 
@@ -35,6 +35,9 @@ class Case:
     """Tokens of every item, per microbatch and module."""
     cut: Cut
     frozen: tuple[str, ...] = ()
+    parts: dict[str, tuple[tuple[tuple[int, int], ...], bool]] = field(default_factory=dict)
+    """Modules with a projector after their last layer: which layers are trained, as pairs of a
+    first one and the one after a last, and whether the projector is."""
     max_tokens: dict[str, int | None] = field(default_factory=dict)
     needs: dict[ItemKey, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     split_backward: bool = False
@@ -51,9 +54,10 @@ class Case:
                     name=name,
                     num_layers=sum(sum(segment) for segment in self.cut[name]),
                     upstream=upstream,
-                    trainable=name not in self.frozen,
+                    trainable=self._trains(name),
                     layer_overhead_us=1.0,
                     layer_static_bytes=1,
+                    **self._part_fields(name),
                 )
                 for name, upstream in self.upstream.items()
             ),
@@ -67,13 +71,33 @@ class Case:
             ),
         )
 
+    def _trains(self, module: str) -> bool:
+        layers, projector = self.parts.get(module, ((), module not in self.frozen))
+        return bool(layers) or projector
+
+    def _part_fields(self, module: str) -> dict[str, Any]:
+        if module not in self.parts:
+            return {}
+        layers, projector = self.parts[module]
+        return {
+            "trained_layers": layers,
+            "first_layer_extra": LayerExtra(trainable=False),
+            "last_layer_extra": LayerExtra(trainable=projector),
+        }
+
+    def trains_layer(self, module: str, layer: int) -> bool:
+        """Whether a layer is trained."""
+        if module not in self.parts:
+            return module not in self.frozen
+        return any(start <= layer < stop for start, stop in self.parts[module][0])
+
     def _item(self, microbatch: int, module: str, item: int, tokens: int) -> Item:
         return Item(
             item=item,
             tokens=tokens,
             forward_us=float(tokens),
             input_grad_us=float(tokens),
-            weight_grad_us=float(tokens) if module not in self.frozen else 0.0,
+            weight_grad_us=float(tokens),
             activation_bytes=tokens,
             boundary_bytes=tokens,
             needs=self.needs.get((module, microbatch, item)),
@@ -98,10 +122,21 @@ class ToyStage(torch.nn.Module):
     def __init__(self, case: Case, stage: Stage) -> None:
         super().__init__()
         self._case = case
+        is_last = stage.layers.stop == sum(map(sum, case.cut[stage.module]))
+        # As the partition has it: only the last rank may hold a last stage.
+        self._has_projector = (
+            stage.module in case.parts
+            and is_last
+            and stage.rank == len(case.cut[stage.module][0]) - 1
+        )
         self.layers = torch.nn.ModuleDict(
             {str(layer): _make_layer(stage.module, layer) for layer in stage.layers}
         )
-        self.requires_grad_(stage.module not in case.frozen)
+        for layer in stage.layers:
+            self.layers[str(layer)].requires_grad_(case.trains_layer(stage.module, layer))
+        if self._has_projector:
+            self.projector = _make_layer(stage.module, layer=99)
+            self.projector.requires_grad_(case.parts[stage.module][1])
 
     def forward(self, call: ForwardCall, rows_of: dict[ItemKey, torch.Tensor]) -> torch.Tensor:
         sub = call.sub_microbatch
@@ -114,6 +149,8 @@ class ToyStage(torch.nn.Module):
                 rows = checkpoint(layer, rows, use_reentrant=False)
             else:
                 rows = layer(rows)
+        if self._has_projector:
+            rows = self.projector(rows)
         return (rows**2).sum() if call.is_loss else rows.unsqueeze(1)
 
     def _enter(self, call: ForwardCall, rows_of: dict[ItemKey, torch.Tensor]) -> torch.Tensor:

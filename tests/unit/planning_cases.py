@@ -1,7 +1,7 @@
 """Problems for the planning tests: small ones with known numbers, and random ones."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
@@ -10,7 +10,7 @@ from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import Message, PipelineGraph, Work
 from megatron_dip.planner import form_sub_microbatches
 from megatron_dip.simulator import TaskTable, build_task_table
-from megatron_dip.workload import Item, Problem, parse_problem
+from megatron_dip.workload import Item, Module, Problem, parse_problem
 
 UNLIMITED = 10**15
 
@@ -59,6 +59,7 @@ def make_problem(
     num_ranks: int,
     overhead_us: float = 0.0,
     layer_static_bytes: int = 0,
+    module_fields: Mapping[str, Mapping[str, Any]] | None = None,
     latency_us: float = 0.0,
     bytes_per_us: float = 1e30,
     memory_limit_bytes: Sequence[int] | None = None,
@@ -77,6 +78,7 @@ def make_problem(
                     "layer_overhead_us": overhead_us,
                     "layer_static_bytes": layer_static_bytes,
                 }
+                | dict((module_fields or {}).get(name, {}))
                 for name, upstream, trainable in modules
             ],
             "microbatches": microbatches,
@@ -138,40 +140,71 @@ def items_of(graph: PipelineGraph, work: Work) -> list[Item]:
     return [graph.problem.item(group.module, group.microbatch, number) for number in group.items]
 
 
+class Element(NamedTuple):
+    """A layer of a stage, or the extras (``layer`` None) at the ``end`` of its module."""
+
+    layer: int | None
+    end: str
+    is_trained: bool
+    has_backward: bool
+
+
+def elements(problem: Problem, partition: Partition) -> dict[int, list[Element]]:
+    """Per stage, what it is made of, in the order of a forward.
+
+    An element is trained as the problem says, and has a backward if anything trained feeds it:
+    found here by walking along the data, one element after the other.
+    """
+    found: dict[int, list[Element]] = {}
+    feeds: dict[str, bool] = {}
+    for name in problem.module_order:
+        module = problem.module(name)
+        carries = any(feeds[upstream] for upstream in module.upstream)
+        for stage in partition.chains[name]:
+            places = [(layer, "") for layer in stage.layers]
+            places = [(None, "first")] * (stage is partition.chains[name][0]) + places
+            places += [(None, "last")] * (stage is partition.chains[name][-1])
+            for layer, end in places:
+                is_trained = _is_trained(module, layer, end)
+                carries = carries or is_trained
+                found.setdefault(stage.stage, []).append(Element(layer, end, is_trained, carries))
+        feeds[name] = carries
+    return found
+
+
+def _is_trained(module: Module, layer: int | None, end: str) -> bool:
+    if layer is None:
+        said = getattr(module, f"{end}_layer_extra").trainable
+        return module.trainable if said is None else said
+    if module.trained_layers is None:
+        return module.trainable
+    return any(start <= layer < stop for start, stop in module.trained_layers)
+
+
 def written_cost(
     graph: PipelineGraph, work: Work, num_recomputed: int = 0
 ) -> tuple[float, float, float, int]:
     """Forward, input gradient, weight gradient and stored bytes, as the design states them."""
-    stage = graph.partition[work.stage]
-    module, layers, items = (
-        graph.problem.module(stage.module),
-        stage.num_layers,
-        items_of(graph, work),
-    )
-    times = dict.fromkeys(("forward_us", "input_grad_us", "weight_grad_us"), 0.0)
-    for kind in times:
-        times[kind] = layers * sum(getattr(item, kind) for item in items)
-        times[kind] += layers * module.layer_overhead_us * (kind != "weight_grad_us")
-        if stage == graph.partition.first_stage(stage.module):
-            times[kind] += sum(getattr(item, f"first_extra_{kind}") for item in items)
-        if stage == graph.partition.last_stage(stage.module):
-            times[kind] += sum(getattr(item, f"last_extra_{kind}") for item in items)
-    times["input_grad_us"] += num_recomputed * (
+    module = graph.problem.module(graph.partition[work.stage].module)
+    items = items_of(graph, work)
+    forward = input_grad = weight_grad = 0.0
+    stored = 0
+    for element in elements(graph.problem, graph.partition)[work.stage]:
+        extra = f"{element.end}_extra_" if element.layer is None else ""
+        overhead = 0.0 if extra else module.layer_overhead_us
+        forward += overhead + sum(getattr(item, f"{extra}forward_us") for item in items)
+        if extra:
+            forward += getattr(module, f"{element.end}_layer_extra").forward_us
+        if element.has_backward:
+            input_grad += overhead + sum(getattr(item, f"{extra}input_grad_us") for item in items)
+            stored += sum(getattr(item, f"{extra}activation_bytes") for item in items)
+        if element.is_trained:
+            weight_grad += sum(getattr(item, f"{extra}weight_grad_us") for item in items)
+    input_grad += num_recomputed * (
         module.layer_overhead_us + sum(item.effective_recompute_us for item in items)
     )
-    stored = sum(
-        (layers - num_recomputed) * item.activation_bytes + num_recomputed * item.boundary_bytes
-        for item in items
-    )
-    has_backward = graph.has_backward(work.stage)
-    return (
-        times["forward_us"]
-        + module.first_layer_extra.forward_us * (stage == graph.partition.first_stage(stage.module))
-        + module.last_layer_extra.forward_us * (stage == graph.partition.last_stage(stage.module)),
-        times["input_grad_us"] * has_backward,
-        times["weight_grad_us"] * graph.has_weight_grad(work.stage),
-        stored * has_backward,
-    )
+    stored -= num_recomputed * sum(item.activation_bytes - item.boundary_bytes for item in items)
+    return forward, input_grad, weight_grad, stored
 
 
 def message_bytes(graph: PipelineGraph, message: Message) -> int:
@@ -228,10 +261,28 @@ def cases(draw: st.DrawFn) -> tuple[Problem, Partition]:
         num_ranks=num_ranks,
         overhead_us=draw(st.sampled_from([0.0, 0.5])),
         layer_static_bytes=100,
+        module_fields={name: _draw_trained(draw, sum(map(sum, layers[name]))) for name in names},
         latency_us=draw(st.sampled_from([0.0, 0.25])),
         bytes_per_us=draw(st.sampled_from([3.0, 1e12])),
     )
     return problem, partition_from_layers(layers, num_ranks)
+
+
+def _draw_trained(draw: st.DrawFn, num_layers: int) -> dict[str, Any]:
+    """Fields of a module that say which of its parts are trained; often none."""
+    if draw(st.booleans()):
+        return {}
+    ends = draw(st.lists(st.integers(0, num_layers), min_size=0, max_size=4))
+    ends = sorted(ends[: len(ends) // 2 * 2])
+    pairs = [list(pair) for pair in zip(ends[::2], ends[1::2], strict=True)]
+    extras = draw(st.tuples(st.booleans(), st.booleans()))
+    return {
+        "trainable": any(extras) or any(start < stop for start, stop in pairs),
+        "trained_layers": pairs,
+        "frozen_layer_static_bytes": draw(st.sampled_from([None, 20])),
+        "first_layer_extra": {"trainable": extras[0], "static_bytes": 7},
+        "last_layer_extra": {"trainable": extras[1], "forward_us": 0.25},
+    }
 
 
 def _draw_item(
@@ -243,6 +294,10 @@ def _draw_item(
         "activation_bytes": draw(st.integers(0, 9)),
         "boundary_bytes": draw(st.integers(0, 5)),
         "last_extra_forward_us": draw(st.sampled_from([0.0, 1.5])),
+        "last_extra_input_grad_us": draw(st.sampled_from([0.0, 0.5])),
+        "last_extra_weight_grad_us": draw(st.sampled_from([0.0, 0.75])),
+        "first_extra_input_grad_us": draw(st.sampled_from([0.0, 0.125])),
+        "last_extra_activation_bytes": draw(st.sampled_from([0, 3])),
     }
     if draw(st.booleans()):
         fields["needs"] = {

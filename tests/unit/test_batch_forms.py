@@ -1,5 +1,7 @@
 """Problems, partitions and the dependency graph: what is refused, and who waits for whom."""
 
+import json
+
 import pytest
 from planning_cases import (
     MODULE_GRAPHS,
@@ -39,6 +41,22 @@ def first_item(data: dict) -> dict:
         (lambda d: d["modules"][1].update(name="vision"), "names repeat"),
         (lambda d: d["memory_limit_bytes"].pop(), "one per rank"),
         (lambda d: d.update(version=2), "version"),
+        (lambda d: d["modules"][0].update(trained_layers=[[0, 3]]), r"trained_layers \[\[0, 3\]\]"),
+        (lambda d: d["modules"][0].update(trained_layers=[[1, 2], [0, 1]]), "ascending pairs"),
+        (
+            lambda d: d["modules"][0].update(
+                trainable=False, last_layer_extra={"trainable": True, "static_bytes": 0}
+            ),
+            "trainable is false but .* something is trained",
+        ),
+        (
+            lambda d: d["modules"][0].update(
+                trained_layers=[],
+                first_layer_extra={"trainable": False},
+                last_layer_extra={"trainable": False},
+            ),
+            "trainable is true but .* nothing is trained",
+        ),
     ],
 )
 def test_a_wrong_problem_names_the_field(change, message):
@@ -47,6 +65,17 @@ def test_a_wrong_problem_names_the_field(change, message):
     change(data)
     with pytest.raises(ProblemError, match=message):
         parse_problem(data)
+
+
+def test_what_parts_are_trained_is_written_only_where_it_is_said():
+    data = problem_data()
+    assert "trained_layers" not in json.dumps(data)
+    assert "trainable" not in data["modules"][0]["last_layer_extra"]
+    digest = parse_problem(data).digest()
+    data["modules"][0] |= {"trained_layers": [[0, 2]], "frozen_layer_static_bytes": 3}
+    said = parse_problem(data)
+    assert said.digest() != digest
+    assert parse_problem(json.loads(said.model_dump_json())) == said
 
 
 @pytest.mark.parametrize(

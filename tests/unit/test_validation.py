@@ -188,7 +188,7 @@ def test_a_frozen_stage_after_a_trainable_one_has_input_gradients_only():
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([Recompute(0, 0, 0, (1,))], r"layers \[1\] \(expected each once, from 0 to 0\)"),
+        ([Recompute(0, 0, 0, (1,))], r"layers \[1\] \(expected each once, from 0 to 0:"),
         ([Recompute(0, 0, 0, (0, 0))], r"layers \[0, 0\]"),
         ([Recompute(0, 5, 0, (0,))], "recompute of 0F5: no such work"),
         ([Recompute(0, 0, 0, (0,))] * 2, "comes 2 times"),

@@ -6,7 +6,7 @@ import gc
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from planning_cases import cases, chain_case, encoder_case, items_of, make_graph
+from planning_cases import cases, chain_case, elements, encoder_case, items_of, make_graph
 
 from megatron_dip.collector import without_collection
 from megatron_dip.errors import PlanError
@@ -56,6 +56,20 @@ def test_the_arrays_say_what_the_rules_say(case):
         assert list(graph.readers(message)) == made[message]
         assert wiring.crosses[number] == graph.crosses_ranks(message)
         assert wiring.has_gradient[number] == graph.has_backward(message.source)
+
+
+@given(case=cases())
+@settings(max_examples=60)
+def test_a_stage_takes_the_part_in_backwards_that_its_layers_do(case):
+    problem, partition = case
+    graph = make_graph(*case)
+    for number, found in elements(problem, partition).items():
+        share = graph.backwards[number]
+        with_backward = [e.layer for e in found if e.has_backward and e.layer is not None]
+        assert list(share.layers) == with_backward
+        assert share.has_backward == any(element.has_backward for element in found)
+        assert share.has_weight_grad == any(element.is_trained for element in found)
+        assert not share.has_weight_grad or share.has_backward
 
 
 @given(case=cases())

@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_dip.errors import PartitionError
 from megatron_dip.simulator.arrays import FloatArray, IntArray
-from megatron_dip.workload import Problem
+from megatron_dip.workload import Module, Problem
 
 __all__ = ["FlatChain", "ModulePart", "PieceCosts", "StaticCut"]
 
@@ -85,8 +85,9 @@ class _ModuleCosts(NamedTuple):
     start: int
     """Position of its first layer in the chain."""
     stop: int
-    has_backward: bool
-    is_trainable: bool
+    first_with_backward: int | None
+    """As :meth:`megatron_dip.workload.Module.first_with_backward`, counted in the module."""
+    module: Module
     layer_us: tuple[FloatArray, FloatArray, FloatArray]
     """Forward, input gradient and weight gradient of one layer."""
     first_us: tuple[FloatArray, FloatArray, FloatArray]
@@ -95,10 +96,29 @@ class _ModuleCosts(NamedTuple):
     recompute_us: FloatArray
     activation_bytes: IntArray
     boundary_bytes: IntArray
-    static_bytes: tuple[int, int, int]
-    """Of one layer, of what sits before the first, of what sits after the last."""
+    first_bytes: IntArray
+    """Kept by what sits before the first layer."""
+    last_bytes: IntArray
     last_reader: int
     """Position of the first layer of the last module that reads this one; -1 without readers."""
+
+    @property
+    def backward_start(self) -> int:
+        """Position of its first layer with a backward; ``stop`` where none has one."""
+        first = self.first_with_backward
+        return self.stop if first is None else self.start + max(first, 0)
+
+    def trains(self, piece: range) -> bool:
+        """Whether anything of the module in a run of positions, extras included, is trained."""
+        first, last = max(piece.start, self.start), min(piece.stop, self.stop)
+        if first >= last:
+            return False
+        form = self.module
+        return bool(
+            form.num_trained(range(first - self.start, last - self.start))
+            or (first == self.start and form.trains_first_extra)
+            or (last == self.stop and form.trains_last_extra)
+        )
 
 
 class FlatChain:
@@ -112,9 +132,15 @@ class FlatChain:
             starts[name] = self.num_layers
             self.num_layers += problem.module(name).num_layers
         self._modules = tuple(_module_costs(problem, name, starts) for name in problem.module_order)
-        trainable = [module.start for module in self._modules if module.is_trainable]
+        trainable = [
+            place
+            for module in self._modules
+            for place in range(module.start, module.stop)
+            if module.trains(range(place, place + 1))
+        ]
         self.first_trainable = min(trainable, default=self.num_layers)
-        """Position of the first layer with a weight gradient; ``num_layers`` if all is frozen."""
+        """Position of the first layer that has a weight gradient, in itself or in the extras that
+        sit with it; ``num_layers`` if all is frozen."""
 
     @cached_property
     def forward_until_us(self) -> FloatArray:
@@ -147,11 +173,10 @@ class FlatChain:
         return [end > self.first_trainable for end in np.cumsum(cut.num_layers).tolist()]
 
     def has_weight_grad(self, cut: StaticCut) -> list[bool]:
-        """Per piece, whether it has a trainable layer."""
-        layers = [_overlap(cut, m.start, m.stop) for m in self._modules if m.is_trainable]
-        return (
-            (np.array(layers).sum(axis=0) > 0).tolist() if layers else [False] * len(cut.num_layers)
-        )
+        """Per piece, whether anything in it is trained."""
+        ends = np.cumsum(cut.num_layers).tolist()
+        pieces = [range(end - num, end) for num, end in zip(cut.num_layers, ends, strict=True)]
+        return [any(module.trains(piece) for module in self._modules) for piece in pieces]
 
     def costs(self, cut: StaticCut, num_recomputed_layers: int = 0) -> PieceCosts:
         """What the pieces of ``cut`` cost.
@@ -173,7 +198,7 @@ class FlatChain:
         parts = []
         for module in self._modules:
             layers = _overlap(cut, module.start, module.stop)
-            recomputed = np.minimum(left, layers) if module.has_backward else np.zeros_like(left)
+            recomputed = np.minimum(left, _overlap(cut, module.backward_start, module.stop))
             left -= recomputed
             parts.append(_part(module, cut, layers, recomputed))
         total = ModulePart(*(sum(arrays) for arrays in zip(*parts, strict=True)))
@@ -194,27 +219,42 @@ def _overlap(cut: StaticCut, start: int, stop: int) -> IntArray:
 def _part(
     module: _ModuleCosts, cut: StaticCut, layers: IntArray, recomputed: IntArray
 ) -> ModulePart:
-    count, again = layers[:, None], recomputed[:, None]
+    again = recomputed[:, None]
     # The pieces that hold the module's first and its last layer also hold its extras.
     before = np.cumsum(layers) - layers
     is_first = ((before == 0) & (layers > 0))[:, None]
     is_last = ((before + layers == module.stop - module.start) & (layers > 0))[:, None]
 
-    def time_us(kind: int) -> FloatArray:
-        own = count * module.layer_us[kind]
-        return own + is_first * module.first_us[kind] + is_last * module.last_us[kind]
+    first, form = module.first_with_backward, module.module
+    with_backward = _overlap(cut, module.backward_start, module.stop)
+    trained = np.zeros_like(layers)
+    for span in form.trained_ranges:
+        trained += _overlap(cut, module.start + span.start, module.start + span.stop)
 
-    nothing = np.zeros((len(layers), len(module.recompute_us)))
-    static = layers * module.static_bytes[0]
-    static += is_first[:, 0] * module.static_bytes[1] + is_last[:, 0] * module.static_bytes[2]
-    if not module.has_backward:
-        return ModulePart(time_us(0), nothing, nothing, nothing.astype(np.int64), static)
-    saved_bytes = module.activation_bytes - module.boundary_bytes
+    def time_us(kind: int, num: IntArray, has_first: bool, has_last: bool) -> FloatArray:
+        extras = is_first * has_first * module.first_us[kind]
+        return (
+            num[:, None] * module.layer_us[kind]
+            + extras
+            + is_last * has_last * module.last_us[kind]
+        )
+
+    frozen_bytes = form.frozen_layer_static_bytes
+    if frozen_bytes is None:
+        frozen_bytes = form.layer_static_bytes
+    static = trained * form.layer_static_bytes + (layers - trained) * frozen_bytes
+    static += is_first[:, 0] * form.first_layer_extra.static_bytes
+    static += is_last[:, 0] * form.last_layer_extra.static_bytes
+    stored = with_backward[:, None] * module.activation_bytes
+    stored -= again * (module.activation_bytes - module.boundary_bytes)
+    stored += is_first * (first == -1) * module.first_bytes
+    stored += is_last * (first is not None) * module.last_bytes
     return ModulePart(
-        forward_us=time_us(0),
-        input_grad_us=time_us(1) + again * module.recompute_us,
-        weight_grad_us=time_us(2) if module.is_trainable else nothing,
-        stored_bytes=count * module.activation_bytes - again * saved_bytes,
+        forward_us=time_us(0, layers, True, True),
+        input_grad_us=time_us(1, with_backward, first == -1, first is not None)
+        + again * module.recompute_us,
+        weight_grad_us=time_us(2, trained, form.trains_first_extra, form.trains_last_extra),
+        stored_bytes=stored,
         static_bytes=static,
     )
 
@@ -250,8 +290,8 @@ def _module_costs(problem: Problem, name: str, starts: dict[str, int]) -> _Modul
         name=name,
         start=starts[name],
         stop=starts[name] + module.num_layers,
-        has_backward=name in problem.modules_with_backward,
-        is_trainable=module.trainable,
+        first_with_backward=problem.first_with_backward.get(name),
+        module=module,
         layer_us=(
             overhead + totals("forward_us"),
             overhead + totals("input_grad_us"),
@@ -262,10 +302,7 @@ def _module_costs(problem: Problem, name: str, starts: dict[str, int]) -> _Modul
         recompute_us=overhead + totals("effective_recompute_us"),
         activation_bytes=total_bytes("activation_bytes"),
         boundary_bytes=total_bytes("boundary_bytes"),
-        static_bytes=(
-            module.layer_static_bytes,
-            module.first_layer_extra.static_bytes,
-            module.last_layer_extra.static_bytes,
-        ),
+        first_bytes=total_bytes("first_extra_activation_bytes"),
+        last_bytes=total_bytes("last_extra_activation_bytes"),
         last_reader=max(readers, default=-1),
     )

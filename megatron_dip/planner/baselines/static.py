@@ -107,12 +107,9 @@ class StaticRun:
                 times = (part.forward_us, part.input_grad_us, part.weight_grad_us)
                 length_us = float(times[kind][piece, number])
                 label = _SPLIT_KINDS[kind]
-                if (
-                    kind == BACKWARD_KIND
-                    and not is_split
-                    and self.chain.problem.module(name).trainable
-                ):
-                    length_us += float(part.weight_grad_us[piece, number])
+                weight_us = float(part.weight_grad_us[piece, number])
+                if kind == BACKWARD_KIND and not is_split and weight_us:
+                    length_us += weight_us
                     label = "B"
                 if length_us:
                     text = f"{piece}{label}{number}"
