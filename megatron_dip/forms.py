@@ -3,35 +3,34 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["Form", "digest_of", "explain_validation_error", "read_json"]
+from megatron_dip.errors import one_line, shown
+
+__all__ = ["Form", "digest_of", "explain_validation_error"]
+
+_NUM_SHOWN_FIELDS = 6
+_MAX_KEY_CHARACTERS = 60
+_MAX_REASON_CHARACTERS = 600
 
 
 def explain_validation_error(error: ValidationError) -> str:
-    """One line per wrong field: its path, what is wrong and, where it helps, what was given."""
+    """One part per wrong field, the first few of them: its path, what is wrong and, where it
+    helps, what was given."""
+    details = error.errors()
     lines = []
-    for detail in error.errors():
-        path = ".".join(str(part) for part in detail["loc"])
+    for detail in details[:_NUM_SHOWN_FIELDS]:
+        path = ".".join(one_line(str(part), _MAX_KEY_CHARACTERS) for part in detail["loc"])
         given = detail.get("input")
-        shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+        value = f" (given: {shown(given)})" if isinstance(given, (str, int, float, bool)) else ""
         # Checks of ours across fields: pydantic puts its own words before the message.
-        message = detail["msg"].removeprefix("Value error, ")
-        lines.append(f"{path}: {message}{shown}" if detail["loc"] else message)
+        message = one_line(detail["msg"].removeprefix("Value error, "), _MAX_REASON_CHARACTERS)
+        lines.append(f"{path}: {message}{value}" if detail["loc"] else message)
+    if len(details) > _NUM_SHOWN_FIELDS:
+        lines.append(f"and {len(details) - _NUM_SHOWN_FIELDS} more wrong fields")
     return "; ".join(lines)
-
-
-def read_json(path: str | Path, error_type: type[ValueError]) -> Any:
-    """The parsed content of a JSON file; ``error_type`` with the path where it has none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise error_type(f"{path}: cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise error_type(f"{path}: not JSON ({error})") from error
 
 
 def digest_of(data: Mapping[str, Any]) -> str:

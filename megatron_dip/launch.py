@@ -23,6 +23,7 @@ from megatron_dip.errors import (
     ExecutionError,
     PlanningError,
     UnsupportedError,
+    one_line,
 )
 
 __all__ = ["main"]
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = None if options.dip_debug else _explain(error)
         if line is None:
             raise
-        _exit_with(" ".join(line.split()))
+        _exit_with(line)
 
 
 def _explain(error: Exception) -> str | None:
@@ -136,7 +137,7 @@ def _pin_to_core() -> list[int]:
 
 
 def _exit_with(message: str) -> Never:
-    print(f"megatron-dip: error: {message}", file=sys.stderr, flush=True)
+    print(f"megatron-dip: error: {one_line(message)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         _end_at_once()

@@ -16,7 +16,8 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.errors import ConfigError
-from megatron_dip.forms import Form, explain_validation_error, read_json
+from megatron_dip.forms import Form, explain_validation_error
+from megatron_dip.reading import read_json
 
 __all__ = [
     "Clips",

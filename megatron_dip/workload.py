@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.errors import ProblemError
-from megatron_dip.forms import Form, digest_of, read_json
+from megatron_dip.errors import ProblemError, shown
+from megatron_dip.forms import Form, digest_of
+from megatron_dip.reading import read_json
 
 __all__ = [
     "Item",
@@ -241,7 +242,9 @@ class Problem(Form):
             for item in items:
                 for upstream, needed in (item.needs or {}).items():
                     if upstream not in known[name].upstream:
-                        raise ValueError(f"{where}.{item.item}.needs: {upstream!r} is not upstream")
+                        raise ValueError(
+                            f"{where}.{item.item}.needs: {shown(upstream)} is not upstream"
+                        )
                     present = {other.item for other in microbatch.get(upstream, ())}
                     missing = sorted(set(needed) - present)
                     if missing:

@@ -16,7 +16,7 @@ from megatron_dip.cli.rehearse import rehearse_plan
 from megatron_dip.cli.report import report_run
 from megatron_dip.cli.simulate import simulate_plans
 from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_profile
-from megatron_dip.errors import ConfigError, DipError
+from megatron_dip.errors import ConfigError, DipError, one_line, shown
 from megatron_dip.mixtures import built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.partition import load_partition
 from megatron_dip.plan.plan import load_plan, save_plan
@@ -37,7 +37,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except DipError as error:
-            typer.echo(f"megatron-dip: {error}", err=True)
+            typer.echo(f"megatron-dip: {one_line(str(error))}", err=True)
             raise typer.Exit(2) from error
 
 
@@ -182,7 +182,9 @@ def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:
     for entry in entries:
         module, _, tokens = entry.partition("=")
         if not tokens.isdecimal():
-            raise ConfigError(f"--max-tokens {entry!r} (expected MODULE=TOKENS, e.g. vision=4096)")
+            raise ConfigError(
+                f"--max-tokens {shown(entry)} (expected MODULE=TOKENS, e.g. vision=4096)"
+            )
         limits[module] = int(tokens)
     return limits
 

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import yaml
-
 from megatron_dip.config.base import DipConfig, build_partition
 from megatron_dip.config.lavin import LavinConfig
 from megatron_dip.config.omni import OmniConfig
 from megatron_dip.config.t2v import T2vConfig
 from megatron_dip.config.vlm import VlmConfig
-from megatron_dip.errors import ConfigError
+from megatron_dip.errors import ConfigError, shown
 from megatron_dip.forms import Form
+from megatron_dip.reading import read_yaml
 
 __all__ = ["DEFAULT_FAMILY", "FAMILIES", "load_config"]
 
@@ -34,17 +33,10 @@ def load_config(path: str | Path) -> DipConfig:
         PartitionError: The partition that it names cannot be read or does not fit the model.
     """
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML ({error})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected the keys model, schedule and data at top level")
+    data = read_yaml(path)
     family = data.get("family", DEFAULT_FAMILY)
-    if family not in FAMILIES:
-        raise ConfigError(f"{path}: family: {family!r} (expected one of {sorted(FAMILIES)})")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"{path}: family: {shown(family)} (expected one of {sorted(FAMILIES)})")
     config = FAMILIES[family].parse(data, ConfigError, str(path))
     folder = path.resolve().parent
     data_form = _resolved(config.data, folder)

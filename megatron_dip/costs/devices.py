@@ -13,7 +13,7 @@ Neither clocks that fall under load nor contention between computing and transfe
 import math
 from dataclasses import dataclass, replace
 
-from megatron_dip.errors import ConfigError
+from megatron_dip.errors import ConfigError, shown
 
 __all__ = ["Device", "device_preset"]
 
@@ -129,5 +129,5 @@ def device_preset(name: str) -> Device:
         if device.name == name:
             return device
     raise ConfigError(
-        f"gpu: no preset {name!r} (expected one of {[device.name for device in presets]})"
+        f"gpu: no preset {shown(name)} (expected one of {[device.name for device in presets]})"
     )

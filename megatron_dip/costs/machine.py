@@ -13,9 +13,10 @@ from megatron_dip.costs.devices import Device, device_preset
 from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.memory import MemoryModel
 from megatron_dip.costs.profile import Profile, ProfiledTimes, load_profile
-from megatron_dip.costs.shapes import ModelShape, ModuleShape, read_yaml
+from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
+from megatron_dip.reading import read_yaml
 from megatron_dip.workload import TransferCost
 
 __all__ = ["ClusterConfig", "RateAssumptions", "cluster_builder", "config_builder", "load_cluster"]

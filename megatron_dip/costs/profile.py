@@ -27,8 +27,9 @@ from megatron_dip.costs.analytic import PhaseTimes
 from megatron_dip.costs.layers import ItemSize, Parallelism
 from megatron_dip.costs.memory import StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
-from megatron_dip.errors import ConfigError
-from megatron_dip.forms import Form, read_json
+from megatron_dip.errors import ConfigError, shown
+from megatron_dip.forms import Form
+from megatron_dip.reading import read_json
 
 __all__ = ["MeasuredModule", "MeasuredPoint", "Profile", "ProfiledTimes", "load_profile"]
 
@@ -234,6 +235,6 @@ def _check_shape(measured: MeasuredModule, module: ModuleShape) -> None:
         given = getattr(measured, field)
         if given != expected:
             raise ConfigError(
-                f"profile: modules.{module.name}.{field} is {given!r}, but the model has "
-                f"{expected!r} (measure this model)"
+                f"profile: modules.{module.name}.{field} is {shown(given)}, but the model has "
+                f"{shown(expected)} (measure this model)"
             )

@@ -16,11 +16,11 @@ A ``causal`` layer may have experts in place of its MLP.  Tied embeddings are no
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import Field, model_validator
 
-from megatron_dip.errors import ConfigError
+from megatron_dip.errors import ConfigError, shown
 from megatron_dip.forms import Form
+from megatron_dip.reading import read_yaml
 
 __all__ = [
     "AdapterShape",
@@ -30,7 +30,6 @@ __all__ = [
     "NeckShape",
     "ProjectorShape",
     "load_model",
-    "read_yaml",
 ]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -291,7 +290,7 @@ class ModelShape(Form):
         for number, module in enumerate(self.modules):
             where = f"modules.{number}"
             if module.name in known:
-                raise ValueError(f"{where}.name: {module.name!r} repeats")
+                raise ValueError(f"{where}.name: {shown(module.name)} repeats")
             unknown = [name for name in module.upstream if name not in known]
             if unknown:
                 raise ValueError(
@@ -326,7 +325,9 @@ class ModelShape(Form):
             if module.name == name:
                 return module
         names = [module.name for module in self.modules]
-        raise ConfigError(f"model {self.name} has no module {name!r} (expected one of {names})")
+        raise ConfigError(
+            f"model {self.name} has no module {shown(name)} (expected one of {names})"
+        )
 
     def modules_with_backward(self) -> frozenset[str]:
         """Modules with something trainable in them or upstream of them."""
@@ -343,23 +344,6 @@ class ModelShape(Form):
     def num_trained_parameters(self) -> int:
         """Those that are trained."""
         return sum(module.num_trained_parameters() for module in self.modules)
-
-
-def read_yaml(path: str | Path) -> dict[str, object]:
-    """The mapping at the top of a YAML file.
-
-    Raises:
-        ConfigError: The file cannot be read, is not YAML or holds no mapping.
-    """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML ({error})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values at top level")
-    return data
 
 
 def load_model(path: str | Path) -> ModelShape:

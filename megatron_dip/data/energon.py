@@ -28,7 +28,8 @@ from PIL import Image
 from megatron_dip.data.files import file_facts
 from megatron_dip.data.images import decode_image
 from megatron_dip.data.samples import Sample, parse_sample, read_samples, sample_name
-from megatron_dip.errors import DataError
+from megatron_dip.errors import DataError, shown
+from megatron_dip.reading import decode_text, parse_json
 
 __all__ = ["EnergonShards", "EnergonSummary", "write_energon"]
 
@@ -126,14 +127,12 @@ class EnergonShards:
 
     def _read_text(self, entry: _Entry) -> dict[str, Any]:
         name = f"{entry.key}.{_TEXT_PART}"
-        what = f"sample {entry.key!r}"
+        what = f"sample {shown(entry.key)}"
         if name not in self._parts:
             raise DataError(f"{what}: has no part {_TEXT_PART!r}, only {', '.join(entry.names)}")
-        content = self._read(name)
-        try:
-            raw = json.loads(content)
-        except ValueError as error:
-            raise DataError(f"{what}: {name} is not JSON ({error})") from error
+        source = f"{what}: {name}"
+        text = decode_text(self._read(name), source, DataError)
+        raw = parse_json(text, source, DataError, allow_repeated_keys=True)
         if not isinstance(raw, dict):
             raise DataError(f"{what}: {name}: expected an object, found {type(raw).__name__}")
         return raw

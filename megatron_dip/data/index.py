@@ -26,7 +26,7 @@ from megatron_dip.data.samples import Sample, check_length, encode_text
 from megatron_dip.data.sources import DataSettings, SampleSource, open_source
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.errors import DataError
-from megatron_dip.forms import read_json
+from megatron_dip.reading import read_json
 
 __all__ = [
     "CheckedSample",

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_dip.data.tokenizer import IMAGE, VlmTokenizer
 from megatron_dip.errors import DataError
-from megatron_dip.forms import read_json
+from megatron_dip.reading import read_json
 
 __all__ = [
     "EncodedText",

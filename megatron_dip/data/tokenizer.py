@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_dip.data.files import write_atomically
 from megatron_dip.errors import DataError
+from megatron_dip.reading import read_text
 
 __all__ = ["SPECIAL_TOKENS", "VlmTokenizer", "load_tokenizer", "train_tokenizer"]
 
@@ -115,10 +116,4 @@ def load_tokenizer(path: str | Path) -> VlmTokenizer:
     Raises:
         DataError: The file cannot be read, is no tokenizer, or lacks a mark.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: the tokenizer cannot be read ({error}); check data.tokenizer"
-        ) from error
-    return VlmTokenizer(text, str(path))
+    return VlmTokenizer(read_text(path, DataError), str(path))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_dip.config import DipConfig, load_config
-from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.errors import ConfigError, UnsupportedError, shown
 from megatron_dip.integration.expert_rules import check_expert_arguments
 from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
 
@@ -261,5 +261,7 @@ def _positive_seconds(text: str) -> float:
         seconds = 0.0
     # Infinity would be a wait without a limit; not a number compares as false.
     if not 0.0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a positive number of seconds, not {shown(text)}"
+        )
     return seconds

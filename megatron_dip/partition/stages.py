@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_dip.errors import PartitionError
-from megatron_dip.forms import Form, read_json
+from megatron_dip.forms import Form
+from megatron_dip.reading import read_json
 from megatron_dip.workload import Problem
 
 __all__ = ["Partition", "Stage", "load_partition", "parse_partition"]

@@ -13,7 +13,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_dip.errors import PlanError
+from megatron_dip.errors import PlanError, shown
 
 __all__ = ["COMPUTE_TYPES", "Action", "ActionType", "format_actions", "parse_actions"]
 
@@ -89,15 +89,16 @@ class Action(NamedTuple):
         match = _PATTERN.fullmatch(text)
         if match is None:
             raise PlanError(
-                f"not a pipeline action: {text!r} (expected e.g. '3F12', '3F12.1' or '3SEND_F12>4')"
+                f"not a pipeline action: {shown(text)} (expected e.g. '3F12', '3F12.1' or "
+                f"'3SEND_F12>4')"
             )
         stage, name, microbatch, sub, arrow, peer = match.groups()
         kind = ActionType(name)
         expected_arrow = ">" if kind.is_send else "<" if kind.is_receive else None
         if arrow != expected_arrow or (microbatch is None) != (kind is ActionType.REDUCE_GRAD):
             raise PlanError(
-                f"not a pipeline action: {text!r} (a send names its target as '>4', a receive its "
-                f"source as '<4', and all but REDUCE_GRAD name a microbatch)"
+                f"not a pipeline action: {shown(text)} (a send names its target as '>4', a receive "
+                f"its source as '<4', and all but REDUCE_GRAD name a microbatch)"
             )
         return cls(
             stage=int(stage),

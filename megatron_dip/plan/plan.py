@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field
 
 from megatron_dip.errors import PlanDigestError, PlanError
-from megatron_dip.forms import Form, read_json
+from megatron_dip.forms import Form
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, format_actions, parse_actions
 from megatron_dip.plan.graph import PipelineGraph, Work
+from megatron_dip.reading import read_json
 from megatron_dip.workload import Problem, SubMicrobatch
 
 __all__ = ["Estimate", "Plan", "Recompute", "load_plan", "parse_plan", "save_plan"]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_dip.errors import PlanError
+from megatron_dip.errors import PlanError, shown
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action
 from megatron_dip.plan.graph import PipelineGraph
@@ -46,9 +46,9 @@ def joint_problem(problems: Sequence[Problem]) -> Problem:
             given, expected = getattr(other, name), getattr(first, name)
             if given != expected:
                 raise PlanError(
-                    f"batches cannot be planned together: {name} of batch {number} is {given!r}, "
-                    f"of batch 0 {expected!r} (expected the same model, machine and number of "
-                    f"microbatches)"
+                    f"batches cannot be planned together: {name} of batch {number} is "
+                    f"{shown(given)}, of batch 0 {shown(expected)} (expected the same model, "
+                    f"machine and number of microbatches)"
                 )
     limits = zip(*(problem.memory_limit_bytes for problem in problems), strict=True)
     return Problem(

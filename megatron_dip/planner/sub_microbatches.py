@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
-from megatron_dip.errors import PlanError
+from megatron_dip.errors import PlanError, shown
 from megatron_dip.workload import Item, Problem, SubMicrobatch
 
 __all__ = ["form_sub_microbatches"]
@@ -26,7 +26,7 @@ def form_sub_microbatches(
     for name, limit in max_tokens.items():
         if name not in known:
             raise PlanError(
-                f"max_tokens: unknown module {name!r} (expected one of {sorted(known)})"
+                f"max_tokens: unknown module {shown(name)} (expected one of {sorted(known)})"
             )
         if limit is not None and limit < 1:
             raise PlanError(f"max_tokens of {name}: {limit} (expected at least 1, or None)")

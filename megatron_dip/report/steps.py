@@ -1,11 +1,11 @@
 """Records of training steps: what was predicted, what was measured; one JSON line per step."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_dip.errors import DataError
 from megatron_dip.forms import Form
+from megatron_dip.reading import parse_json, read_text
 
 __all__ = ["RankRecord", "StepRecord", "read_records", "record_path"]
 
@@ -110,13 +110,9 @@ def read_records(folder: str | Path, replica: int = 0) -> list[StepRecord]:
             f"--dip-trace-dir has written)"
         )
     found: dict[int, StepRecord] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, DataError).splitlines(), start=1):
         source = f"{path}, line {number}"
-        try:
-            data = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{source}: not a record ({error})") from error
-        record = StepRecord.parse(data, DataError, source)
+        record = StepRecord.parse(parse_json(line, source, DataError), DataError, source)
         found[record.iteration] = record
     if not found:
         raise DataError(f"{path}: no records (the first is written in the second iteration)")

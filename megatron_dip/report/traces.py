@@ -1,12 +1,12 @@
 """Traces as ``--dip-trace-dir`` writes them: one JSON line per iteration and rank."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dip.errors import DataError
+from megatron_dip.reading import parse_json, read_text
 
 __all__ = ["IterationTrace", "RankTrace", "Span", "read_traces"]
 
@@ -77,9 +77,9 @@ def read_traces(folder: str | Path) -> list[IterationTrace]:
     found: dict[int, dict[int, RankTrace]] = {}
     schedules: dict[int, str] = {}
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_text(file, DataError).splitlines(), start=1):
+            record = parse_json(line, f"{file}, line {number}", DataError)
             try:
-                record = json.loads(line)
                 iteration, trace = int(record["iteration"]), _rank_trace(record)
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{file}, line {number}: not a trace ({error})") from error
@@ -99,7 +99,8 @@ def read_traces(folder: str | Path) -> list[IterationTrace]:
 
 def _rank_trace(record: dict[str, object]) -> RankTrace:
     spans = record["spans"]
-    assert isinstance(spans, Sequence)
+    if not isinstance(spans, Sequence):
+        raise TypeError("spans is no list")
     return RankTrace(
         rank=int(str(record["rank"])),
         start_us=float(str(record["start_us"])),

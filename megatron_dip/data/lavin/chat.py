@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_dip.data.lavin.instructions import Instruction
 from megatron_dip.errors import DataError
-from megatron_dip.forms import read_json
+from megatron_dip.reading import read_json
 
 __all__ = ["parse_turn", "read_chat"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Self
 
-from megatron_dip.errors import ConfigError, InfeasibleError
+from megatron_dip.errors import ConfigError, InfeasibleError, shown
 from megatron_dip.partition import Partition
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.plan.plan import Plan
@@ -166,7 +166,7 @@ def find_baseline(name: str) -> Baseline:
     """
     by_name = {baseline.name: baseline for baseline in baselines()}
     if name not in by_name:
-        raise ConfigError(f"no baseline {name!r} (expected one of {', '.join(by_name)})")
+        raise ConfigError(f"no baseline {shown(name)} (expected one of {', '.join(by_name)})")
     return by_name[name]
 
 
