@@ -23,7 +23,14 @@ from torch.utils.data import Dataset
 
 from megatron_dip.data.clip_batches import Clip, ClipMicrobatch
 from megatron_dip.data.files import file_facts
-from megatron_dip.data.index import kept_index, read_index, shuffled, usable_samples, write_index
+from megatron_dip.data.index import (
+    INDEX_VERSION,
+    kept_index,
+    read_index,
+    shuffled,
+    usable_samples,
+    write_index,
+)
 from megatron_dip.data.latents import PATCH_SIDE, LatentEncoder, make_encoder, patches_of
 from megatron_dip.data.progress import map_with_progress
 from megatron_dip.data.samples import read_samples, sample_name
@@ -181,7 +188,7 @@ def _digest(
     tokenizer: VlmTokenizer,
     encoder: LatentEncoder,
 ) -> str:
-    facts: list[Any] = [_FORMAT, settings.max_text_tokens, asdict(settings.limits)]
+    facts: list[Any] = [_FORMAT, INDEX_VERSION, settings.max_text_tokens, asdict(settings.limits)]
     facts += [tokenizer.digest, encoder.digest]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(settings.samples.read_bytes())

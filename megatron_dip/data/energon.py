@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from megatron_dip.data.files import file_facts
-from megatron_dip.data.images import decode_image
+from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.samples import Sample, parse_sample, read_samples, sample_name
 from megatron_dip.errors import DataError, shown
 from megatron_dip.reading import decode_text, parse_json

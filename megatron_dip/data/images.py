@@ -1,4 +1,4 @@
-"""Images: decoding, dynamic resolution and patches.
+"""Images: dynamic resolution and patches.
 
 An image keeps its own resolution: it is scaled to the grid of patches that fits its aspect ratio
 and size best, within a minimum and a maximum number of language tokens.  A *group* is a square of
@@ -10,13 +10,11 @@ The values of a patch are ordered (channel, row, column), as a flattened convolu
 """
 
 import math
-from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from megatron_dip.errors import DataError
@@ -26,17 +24,13 @@ __all__ = [
     "PATCHES_PER_TOKEN",
     "ImageLimits",
     "choose_grid",
-    "decode_image",
     "image_patches",
     "num_image_tokens",
     "patch_coordinates",
-    "read_image_size",
 ]
 
 NUM_CHANNELS = 3
 PATCHES_PER_TOKEN = 4
-_ORIENTATION_TAG = 0x0112
-_QUARTER_TURNS = (5, 6, 7, 8)
 # Of two grids, one may distort the aspect ratio by x % more if it keeps 2x % more of the area.
 _AREA_WEIGHT = 0.5
 
@@ -93,67 +87,6 @@ def choose_grid(width: int, height: int, limits: ImageLimits) -> tuple[int, int]
 def num_image_tokens(grid: tuple[int, int]) -> int:
     """How many language tokens an image with this grid of patches stands for."""
     return grid[0] * grid[1] // PATCHES_PER_TOKEN
-
-
-def _explain(path: Path, error: Exception) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"image {path}: no such file; check the name and image_folder")
-    detail = str(error) or type(error).__name__
-    return DataError(
-        f"image {path}: does not decode ({detail}); replace the file, or skip bad samples"
-    )
-
-
-def read_image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) as the image is meant to be seen, from the header of the file alone.
-
-    Raises:
-        DataError: The file is missing or its header is not that of an image.
-    """
-    path = Path(path)
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            # Pillow applies the orientation of TIFF files itself when it reads their header.
-            oriented = image.format == "TIFF"
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception as error:  # Decoders of broken files raise whatever they trip over.
-        raise _explain(path, error) from error
-    if orientation in _QUARTER_TURNS and not oriented:
-        return height, width
-    return width, height
-
-
-def decode_image(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """The image as RGB, turned as its EXIF orientation says, transparent parts on white.
-
-    Args:
-        content: Of the file, where it is no file of its own; ``path`` is then only its name.
-
-    Raises:
-        DataError: The file is missing, broken or cut short; the message names it.
-    """
-    path = Path(path)
-    try:
-        with Image.open(path if content is None else BytesIO(content)) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Decoders of broken files raise whatever they trip over.
-        raise _explain(path, error) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey values at 255 instead of scaling them.
-        values = np.asarray(image).clip(0, 65535) // 256
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(background, layer).convert("RGB")
-    return image.convert("RGB")
 
 
 def image_patches(image: Image.Image, grid: tuple[int, int], patch_size: int) -> Tensor:

@@ -29,6 +29,7 @@ from megatron_dip.errors import DataError
 from megatron_dip.reading import read_json
 
 __all__ = [
+    "INDEX_VERSION",
     "CheckedSample",
     "CheckedSamples",
     "DataIndex",
@@ -49,7 +50,8 @@ __all__ = [
 ]
 
 _FORMAT = "megatron-dip/data-index"
-_VERSION = 1
+INDEX_VERSION = 2
+"""Higher whenever files are read in another way, so that what was made of them is made again."""
 _POLL_S = 0.2
 _NUM_SHOWN = 3
 
@@ -96,7 +98,7 @@ def write_index(
     path: Path, index_format: str, source: Path, samples: Sequence[Any], **more: Any
 ) -> None:
     """Write the file of an index of any kind, with the form of every sample."""
-    head = {"format": index_format, "version": _VERSION, "source": str(source)}
+    head = {"format": index_format, "version": INDEX_VERSION, "source": str(source)}
     write_atomically(path, json.dumps(head | more | {"samples": samples}))
 
 
@@ -107,9 +109,9 @@ def read_index[IndexT](path: Path, index_format: str, parse: Callable[[Any], Ind
         DataError: The file cannot be read or is no index of this version.
     """
     data = read_json(path, DataError)
-    remedy = f"{path}: not an index of version {_VERSION}; delete it, it is made again"
+    remedy = f"{path}: not an index of version {INDEX_VERSION}; delete it, it is made again"
     try:
-        if data["format"] != index_format or data["version"] != _VERSION:
+        if data["format"] != index_format or data["version"] != INDEX_VERSION:
             raise DataError(remedy)
         return parse(data)
     except (KeyError, TypeError, ValueError) as error:
@@ -128,7 +130,7 @@ def kept_index[IndexT](path: Path, load: Callable[[Path], IndexT]) -> IndexT | N
 
 
 def _digest(settings: DataSettings, source: SampleSource, tokenizer: VlmTokenizer) -> str:
-    digest = hashlib.sha256(f"{_FORMAT} {_VERSION}".encode())
+    digest = hashlib.sha256(f"{_FORMAT} {INDEX_VERSION}".encode())
     numbers = {key: value for key, value in asdict(settings).items() if isinstance(value, int)}
     digest.update(json.dumps(numbers, sort_keys=True).encode())
     digest.update(tokenizer.digest.encode())

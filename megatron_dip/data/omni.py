@@ -16,16 +16,23 @@ from torch.utils.data import Dataset
 
 from megatron_dip.data.audio import log_mel, num_audio_tokens, read_wav, read_wav_length
 from megatron_dip.data.files import file_facts
+from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.images import (
     NUM_CHANNELS,
     PATCHES_PER_TOKEN,
     ImageLimits,
     choose_grid,
-    decode_image,
     image_patches,
     num_image_tokens,
 )
-from megatron_dip.data.index import kept_index, read_index, shuffled, usable_samples, write_index
+from megatron_dip.data.index import (
+    INDEX_VERSION,
+    kept_index,
+    read_index,
+    shuffled,
+    usable_samples,
+    write_index,
+)
 from megatron_dip.data.microbatch import ImageData
 from megatron_dip.data.omni_batches import AudioData, OmniMicrobatch, OmniSequence
 from megatron_dip.data.samples import check_length, read_samples, sample_name
@@ -87,7 +94,7 @@ def build_omni_index(settings: OmniSettings, folder: Path) -> tuple[OmniIndex, P
     """
     raw_samples = read_samples(settings.samples)
     tokenizer = load_tokenizer(settings.tokenizer)
-    digest = hashlib.sha256(repr((_FORMAT, settings, tokenizer.digest)).encode())
+    digest = hashlib.sha256(repr((_FORMAT, INDEX_VERSION, settings, tokenizer.digest)).encode())
     digest.update(settings.samples.read_bytes())
     for raw in raw_samples:
         for field in ("image", "audio"):

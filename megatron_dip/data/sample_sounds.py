@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.data.files import write_atomically
-from megatron_dip.data.images import decode_image
+from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.sample_photos import PHOTOS, photo_folder
 from megatron_dip.data.tokenizer import train_tokenizer
 from megatron_dip.errors import DataError

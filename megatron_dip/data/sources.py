@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 from PIL import Image
 
 from megatron_dip.data.files import file_facts
-from megatron_dip.data.images import ImageLimits, decode_image
+from megatron_dip.data.image_files import decode_image
+from megatron_dip.data.images import ImageLimits
 from megatron_dip.data.samples import Sample, parse_sample, read_samples
 from megatron_dip.errors import DataError
 

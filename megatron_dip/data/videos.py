@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from megatron_dip.data.images import ImageLimits, choose_grid, decode_image
+from megatron_dip.data.image_files import decode_image
+from megatron_dip.data.images import ImageLimits, choose_grid
 from megatron_dip.errors import DataError
 
 __all__ = ["Bucket", "ClipLimits", "read_clip"]

@@ -19,7 +19,7 @@ from megatron_dip.data.clips import (
     draw_time_and_noise,
     load_clip_index,
 )
-from megatron_dip.data.images import decode_image
+from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.index import usable_samples
 from megatron_dip.data.latents import (
     BlockTransform,

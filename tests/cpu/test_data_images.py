@@ -1,6 +1,4 @@
-"""Images: grids, decoding, orientation, order of patches."""
-
-from pathlib import Path
+"""Images: grids, and the order of patches."""
 
 import numpy as np
 import pytest
@@ -12,11 +10,9 @@ from PIL import Image
 from megatron_dip.data.images import (
     ImageLimits,
     choose_grid,
-    decode_image,
     image_patches,
     num_image_tokens,
     patch_coordinates,
-    read_image_size,
 )
 from megatron_dip.errors import DataError
 
@@ -72,60 +68,6 @@ def test_limits_that_no_image_can_meet_are_reported():
         choose_grid(10, 10, ImageLimits(14, 9, 8))
     with pytest.raises(DataError, match="patch_size is 0"):
         choose_grid(10, 10, ImageLimits(0, 4, 8))
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_the_header_gives_the_same_size_as_decoding(tmp_path, suffix, orientation):
-    path = tmp_path / f"a.{suffix}"
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    noise(90, 40).save(path, exif=exif.tobytes())
-    decoded = decode_image(path)
-    assert read_image_size(path) == decoded.size
-    assert decoded.size == ((40, 90) if orientation in (6, 8) else (90, 40))
-    assert choose_grid(*read_image_size(path), LIMITS) == choose_grid(*decoded.size, LIMITS)
-
-
-def test_a_turned_photograph_is_turned_back(tmp_path):
-    upright = noise(30, 20)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter when shown
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif.tobytes())
-    assert np.array_equal(np.asarray(decode_image(tmp_path / "a.png")), np.asarray(upright))
-
-
-def test_transparent_parts_become_white_and_deep_grey_is_scaled(tmp_path):
-    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert decode_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert decode_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
-    noise(8, 8).convert("P").save(tmp_path / "palette.png")
-    assert decode_image(tmp_path / "palette.png").mode == "RGB"
-
-
-def truncate(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_a_file_cut_short_is_named(tmp_path, suffix):
-    path = tmp_path / f"cut.{suffix}"
-    noise(200, 200).save(path)
-    assert decode_image(path).size == (200, 200)
-    truncate(path)
-    with pytest.raises(DataError, match=rf"cut\.{suffix}: does not decode .*skip bad samples"):
-        decode_image(path)
-
-
-def test_a_missing_file_and_a_text_file_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.png: no such file"):
-        decode_image(tmp_path / "gone.png")
-    (tmp_path / "text.png").write_text("not an image")
-    for read in (decode_image, read_image_size):
-        with pytest.raises(DataError, match=r"text\.png: does not decode"):
-            read(tmp_path / "text.png")
 
 
 def test_merging_four_patches_as_a_view_gives_a_square_of_pixels():

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megatron_dip.data import DataSettings, VlmDataset, build_index, load_tokenizer
-from megatron_dip.data.images import decode_image
+from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.sample_data import SampleDataOptions, make_sample_data, measure
 from megatron_dip.data.sample_photos import PHOTOS, photo_folder
 from megatron_dip.data.statistics import microbatch_statistics

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_dip.data.images import NUM_CHANNELS, decode_image
+from megatron_dip.data.image_files import decode_image
+from megatron_dip.data.images import NUM_CHANNELS
 
 __all__ = ["IMAGE_MEAN", "IMAGE_STD", "load_patches"]
 

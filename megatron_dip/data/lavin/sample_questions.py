@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_dip.data.files import write_atomically
-from megatron_dip.data.images import decode_image
+from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.lavin.scienceqa import answer_text, parse_problem, prompt_text
 from megatron_dip.data.sample_data import COLORS, cut_photo, measure
 from megatron_dip.data.sample_photos import PHOTOS, Photo, photo_folder
