@@ -106,6 +106,7 @@ class DipPipeline:
             ),
             boundaries=boundaries,
         )
+        self.executor.channels.connect()
 
     def follow(self, step: MeasuredStep) -> None:
         """Use and record what the step before this one has measured; the last one's own, too."""

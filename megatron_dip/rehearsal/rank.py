@@ -78,6 +78,7 @@ def _run(task: RankTask) -> list[RankRun]:
         device=torch.device("cpu"),
         timeout_seconds=task.timeout_seconds,
     )
+    channels.connect()
     rule = BoundaryRule(width=1, dtype=torch.float32)
     rules = dict.fromkeys(upstream, rule)
     executor = Executor(

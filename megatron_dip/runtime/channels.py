@@ -173,6 +173,30 @@ class Channels:
         self._in_flight: dict[Message, _Send] = {}
         self._failure: str | None = None
 
+    def connect(self) -> None:
+        """Send one element over every channel; all ranks of the pipeline call it before they run.
+
+        NCCL makes a communicator at its first transfer and holds the host until the other end comes
+        too.  A receive that is posted ahead of its data would wait there for a rank that waits
+        elsewhere.  Here all ranks come to their channels in one order, so no wait closes a circle.
+
+        Raises:
+            ChannelError: A peer died, or did not come within the time limit.
+        """
+        for channel, link in sorted(self._links.items()):
+            element = torch.zeros(1, device="cpu" if link.is_staged else self.device)
+            try:
+                if link.channel.sender == self.rank:
+                    work = dist.isend(element, dst=link.peer, group=link.group)
+                else:
+                    work = dist.irecv(element, src=link.peer, group=link.group)
+                self._end(work, link)
+            except RuntimeError as error:
+                raise ChannelError(
+                    f"rank {self.rank}: the channel {Channel(*channel)} could not be opened: "
+                    f"{transfer_failure_reason(error)}"
+                ) from error
+
     def abandon(self, failure: str) -> None:
         """Refuse every later run: messages of the failed one may still lie in the channels."""
         self._failure = self._failure or failure.splitlines()[0]
@@ -264,21 +288,24 @@ class Channels:
 
     def _wait(self, transfer: _Send | Receive) -> None:
         message, link, _, work = transfer
-        if work is None:
-            return
         start = time.monotonic()
         try:
-            if link.says_when_ended:
-                # Orders the stream only; the group's own watchdog holds the time limit.
-                work.wait()
-            else:
-                work.wait(self._timeout)
+            self._end(work, link)
         except RuntimeError as error:
             after = (
                 f" after {time.monotonic() - start:.1f} s "
                 f"(limit {self._timeout.total_seconds():g} s)"
             )
             raise self._error(error, message, link.channel, after) from error
+
+    def _end(self, work: dist.Work | None, link: _Link) -> None:
+        if work is None:
+            return
+        if link.says_when_ended:
+            # Orders the stream only; the group's own watchdog holds the time limit.
+            work.wait()
+        else:
+            work.wait(self._timeout)
 
     def _error(
         self, error: RuntimeError, message: Message, channel: Channel, after: str = ""

@@ -239,12 +239,18 @@ class _PlanRun:
     def send(self, action: Action, transfer: Transfer) -> None:
         message = transfer.message
         tensor = self.tensors.pop(message)
+        # Sent, it would end the receiving process, or be taken for something else.
         if tensor.shape != transfer.shape:
-            # Sent, it would end the receiving process, or be taken for something else.
             raise DataError(
                 f"{message.send} would send {list(tensor.shape)} but the plan says "
                 f"{list(transfer.shape)}: the metadata of microbatch {message.microbatch} is not "
                 f"that of its data (make the data set's index again)"
+            )
+        if tensor.dtype != transfer.dtype:
+            raise DataError(
+                f"{message.send} would send {tensor.dtype} but its receiver expects "
+                f"{transfer.dtype} (a stage must put out the type of the run; look for options "
+                f"that keep hidden states in 32 bits)"
             )
         self.channels.send(message, transfer.peer, tensor)
 

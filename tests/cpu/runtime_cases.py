@@ -87,8 +87,9 @@ def runner_of(rank: int, case: Case = CASE, **options: Any) -> ModuleRunner:
     return ModuleRunner(stages, case.rows(), **options)
 
 
-def executor_of(channels: Channels) -> Executor:
-    rules = {name: BoundaryRule(width=WIDTH, dtype=torch.float64) for name in UPSTREAM}
+def executor_of(channels: Channels, dtype: torch.dtype = torch.float64) -> Executor:
+    """``dtype`` is what receivers expect; the stages put out 64 bits."""
+    rules = {name: BoundaryRule(width=WIDTH, dtype=dtype) for name in UPSTREAM}
     return Executor(
         rank=channels.rank,
         channels=channels,

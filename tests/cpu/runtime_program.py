@@ -8,9 +8,11 @@ case: its name, how it ended, the message and the seconds it took.
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ from runtime_cases import (
     runner_of,
     without,
 )
-from runtime_suites import LIMIT_S
+from runtime_suites import LIMIT_S, PATIENCE_S
 from toy_modules import Case, plain_loop
 
 from megatron_dip.plan import Message, parse_actions
@@ -93,7 +95,30 @@ def silent_receiver() -> None:
         dist.barrier()
 
 
+def lazy_communicators(*, connected: bool) -> None:
+    """A plan where, as NCCL does it, the first transfer of a group waits for its other end."""
+    channels = new_channels(limit_s=LIMIT_S if not connected else PATIENCE_S)
+    store, met = dist.distributed_c10d._get_default_store(), set()
+
+    def meeting(transfer: Callable[..., Any]) -> Callable[..., Any]:
+        def transfer_when_met(tensor: torch.Tensor, *, group: Any, **options: Any) -> Any:
+            if group.group_name not in met:
+                met.add(group.group_name)
+                store.set(f"{group.group_name} {rank()}", "here")
+                store.wait([f"{group.group_name} {1 - rank()}"], channels._timeout)
+            return transfer(tensor, group=group, **options)
+
+        return transfer_when_met
+
+    with patch.multiple(dist, isend=meeting(dist.isend), irecv=meeting(dist.irecv)):
+        if connected:
+            channels.connect()
+        run_case(channels, runner_of(rank()))
+
+
 def channels_suite() -> None:
+    report("lazy, connected", lambda: lazy_communicators(connected=True))
+    report("lazy, not connected", lambda: lazy_communicators(connected=False))
     report("receives posted first", lambda: exchange(send_first=False))
     report("sends posted first", lambda: exchange(send_first=True))
     report("silent sender", silent_sender)
@@ -103,8 +128,8 @@ def channels_suite() -> None:
 # ---- executor -------------------------------------------------------------------------------
 
 
-def run_case(channels: Channels, runner: ModuleRunner) -> None:
-    executor_of(channels).run(plan_of(CASE), runner)
+def run_case(channels: Channels, runner: ModuleRunner, **options: Any) -> None:
+    executor_of(channels, **options).run(plan_of(CASE), runner)
 
 
 def missing_send() -> list[str]:
@@ -155,6 +180,10 @@ def executor_suite() -> None:
     report("raising action", lambda: raising(ZeroDivisionError("a bug in the model")))
     report("forward only", forward_only)
     report("leftover", leftover)
+    report(
+        "other type",
+        lambda: run_case(new_channels(limit_s=LIMIT_S), runner_of(rank()), dtype=torch.float32),
+    )
     report("afterwards", lambda: run_case(new_channels(), runner_of(rank())))
     # Last, because rank 1 does not come back.
     channels = new_channels()

@@ -62,3 +62,14 @@ def test_a_wait_for_a_silent_peer_ends_with_action_channel_limit_and_remedy(
     assert LIMIT_S <= report.seconds < LIMIT_S + PATIENCE_S
     for part in (f"rank {rank}", action, "rank 0 to rank 1 (outputs)", "limit 2 s", "see its log"):
         assert part in report.message
+
+
+def test_connected_channels_wait_for_no_communicator_within_a_plan(
+    cases: dict[str, list[CaseReport | None]],
+) -> None:
+    """Not connected, the same plan comes to rest: both ranks wait on different channels."""
+    for connected, not_connected in zip(
+        cases["lazy, connected"], cases["lazy, not connected"], strict=True
+    ):
+        assert connected is not None and connected.outcome == "ok", connected
+        assert not_connected is not None and not_connected.outcome == "ExecutionError"

@@ -52,6 +52,14 @@ def test_a_plan_that_leaves_something_behind_is_reported(cases: Cases) -> None:
     assert all(report is not None and report.outcome == "ok" for report in cases["afterwards"])
 
 
+def test_a_message_of_another_type_is_not_sent(cases: Cases) -> None:
+    report = cases["other type"][0]
+    assert report is not None and (report.outcome, report.cause) == ("ExecutionError", "DataError")
+    assert "0SEND_F0>1 would send torch.float64 but its receiver expects torch.float32" in (
+        report.message
+    )
+
+
 def test_when_a_rank_dies_the_others_end_at_once_and_say_so(cases: Cases) -> None:
     survivor, dead = cases["death"]
     assert dead is None

@@ -60,6 +60,9 @@ import argparse
 parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 args, _ = parser.parse_known_args(["--dip-schedule", "--dip-config", "a.yaml"])
 print(args.dip_schedule, args.dip_config, args.dip_timeout_seconds, args.dip_trace_dir)
+from megatron.core.datasets import utils
+utils.compile_helpers()  # As Megatron does at every start; the wheel has nothing to make it from.
+print("went on")
 """
     completed = launch_text(tmp_path, script)
     assert completed.returncode == 0, completed.output
@@ -67,6 +70,7 @@ print(args.dip_schedule, args.dip_config, args.dip_timeout_seconds, args.dip_tra
     assert "_ScheduleGetter" in completed.output
     assert "forward_backward_no_pipelining" in completed.output
     assert "True a.yaml 300.0 None" in completed.output
+    assert "went on" in completed.output
 
 
 def test_what_cannot_work_on_the_cpu_is_refused() -> None:

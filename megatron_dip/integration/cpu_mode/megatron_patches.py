@@ -5,7 +5,6 @@ Everything here replaces an attribute of a Megatron module or class after its im
 
 import copy
 import functools
-import importlib.util
 import warnings
 from typing import Any
 
@@ -20,7 +19,6 @@ def import_and_patch_megatron() -> None:
     _let_norms_run_sequence_parallel()
     _give_every_parameter_its_step()
     _let_sgd_resume()
-    _skip_building_helpers()
     _skip_kernel_warm_up()
     _give_numbers_of_tokens_as_such()
 
@@ -139,14 +137,6 @@ def _let_sgd_resume() -> None:
         init(self, optimizer, config, init_state_fn)
 
     MegatronOptimizer.__init__ = init_with_momentum
-
-
-def _skip_building_helpers() -> None:
-    """The wheel holds the built helper of the data sets, but not the Makefile."""
-    from megatron.core.datasets import utils
-
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        utils.compile_helpers = lambda: None
 
 
 def _skip_kernel_warm_up() -> None:
