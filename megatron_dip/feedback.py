@@ -26,6 +26,8 @@ from megatron_dip.workload import StageFactor
 
 __all__ = ["CostFeedback", "MeasuredActions", "measure_actions"]
 
+_LEAST_US = 1e-3
+"""Shorter actions, stated or measured, say nothing."""
 _OUTLIER = 2.0
 _WINDOW = 5
 """Iterations; what lasts is followed after half of them."""
@@ -62,7 +64,7 @@ def measure_actions(plan: Plan, durations_us: Iterable[tuple[Action, float]]) ->
     for action, measured_us in durations_us:
         number = plan.graph.numbers[Work(action.stage, action.microbatch or 0, action.sub)]
         expected_us = float(predicted[action.type][number])
-        if expected_us <= 0.0 or measured_us <= 0.0:
+        if expected_us < _LEAST_US or measured_us < _LEAST_US:
             continue
         phase = _FORWARD if action.type is ActionType.FORWARD else _BACKWARD
         stated_us = expected_us / factors.get(action.stage, StageFactor())[phase]

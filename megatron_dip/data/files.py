@@ -1,8 +1,7 @@
-"""Files of samples, files that other processes wait for, and files that an index depends on."""
+"""Files of samples, and files that an index depends on."""
 
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import BinaryIO
 
 from megatron_dip.errors import DataError
 
-__all__ = ["SKIP_HINT", "file_facts", "open_media", "shown_path", "write_atomically"]
+__all__ = ["SKIP_HINT", "file_facts", "open_media", "shown_path"]
 
 SKIP_HINT = "replace the file, or skip bad samples"
 _MOST_SHOWN = 200
@@ -73,25 +72,3 @@ def file_facts(folder: Path, name: str) -> bytes:
         return encoded + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
     except (OSError, ValueError):
         return encoded + b"\0missing\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``path`` so that a reader sees all of ``text`` or no new file at all.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; other ranks may run as another user of the group.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from megatron_dip.data.files import write_atomically
 from megatron_dip.data.images import choose_grid, num_image_tokens
 from megatron_dip.data.progress import map_with_progress
 from megatron_dip.data.samples import Sample, check_length, encode_text
 from megatron_dip.data.sources import DataSettings, SampleSource, open_source
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.errors import DataError
+from megatron_dip.files import write_atomically
 from megatron_dip.reading import read_json
 
 __all__ = [

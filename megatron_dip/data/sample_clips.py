@@ -15,11 +15,11 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_dip.data.files import write_atomically
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.sample_photos import PHOTOS, photo_folder
 from megatron_dip.data.tokenizer import train_tokenizer
 from megatron_dip.errors import DataError
+from megatron_dip.files import write_atomically
 
 __all__ = ["SampleClipOptions", "make_sample_clips"]
 

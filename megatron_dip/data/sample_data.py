@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_dip.data.files import write_atomically
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.sample_photos import PHOTOS, Photo, photo_folder
 from megatron_dip.data.sample_texts import excerpt, text_samples
 from megatron_dip.data.tokenizer import VlmTokenizer, train_tokenizer
+from megatron_dip.files import write_atomically
 
 __all__ = [
     "COLORS",

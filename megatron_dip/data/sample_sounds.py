@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dip.data.files import write_atomically
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.sample_photos import PHOTOS, photo_folder
 from megatron_dip.data.tokenizer import train_tokenizer
 from megatron_dip.errors import DataError
+from megatron_dip.files import write_atomically
 
 __all__ = ["SampleSoundOptions", "make_sample_sounds", "synthesise"]
 

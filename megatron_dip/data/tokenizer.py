@@ -16,8 +16,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_dip.data.files import write_atomically
 from megatron_dip.errors import DataError
+from megatron_dip.files import write_atomically
 from megatron_dip.reading import read_text
 
 __all__ = ["SPECIAL_TOKENS", "VlmTokenizer", "load_tokenizer", "train_tokenizer"]

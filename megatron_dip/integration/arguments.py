@@ -18,6 +18,8 @@ __all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments"]
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_EVAL_INTERVAL = 1000
+_MOST_ITERATIONS = 10**9
+_MOST_SECONDS = 1e7
 
 _BY_PARTITION = f"{LEAVE_OUT}; the partition of --dip-config says which layers a rank holds"
 _SCHEDULE_RULES = (
@@ -127,9 +129,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument(
             "--dip-trace-interval",
             metavar="N",
-            type=int,
+            type=_positive_count,
             default=20,
             help="After the first 20 iterations, timelines of every N-th (default: 20).",
+        )
+        group.add_argument(
+            "--dip-trace-keep",
+            metavar="N",
+            type=_positive_count,
+            default=None,
+            help="Keep the newest N timelines and their plans (default: all).",
         )
         group.add_argument(
             "--skip-bad-samples",
@@ -254,14 +263,20 @@ def _complete_evaluation(args: argparse.Namespace, explicit: dict[str, Any]) -> 
             args.eval_iters = 0
 
 
+def _positive_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:20]) <= _MOST_ITERATIONS:
+        raise argparse.ArgumentTypeError(f"expected 1 to {_MOST_ITERATIONS:,}, not {shown(text)}")
+    return int(text)
+
+
 def _positive_seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     # Infinity would be a wait without a limit; not a number compares as false.
-    if not 0.0 < seconds < float("inf"):
+    if not 0.0 < seconds <= _MOST_SECONDS:
         raise argparse.ArgumentTypeError(
-            f"expected a positive number of seconds, not {shown(text)}"
+            f"expected a positive number of seconds up to {_MOST_SECONDS:,.0f}, not {shown(text)}"
         )
     return seconds

@@ -20,7 +20,7 @@ from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.integration.feedback import MeasuredStep
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
-from megatron_dip.integration.trace import iteration_number, trace_folder, trace_step
+from megatron_dip.integration.trace import iteration_number, trace_step, wants_records
 from megatron_dip.plan import Plan
 from megatron_dip.runtime import Recorder, create_recorder
 
@@ -130,7 +130,7 @@ def _runner(
         reduces_early=_reduces_early(model) and not forward_only,
         first_microbatch=first_microbatch,
         collect_non_loss_data=collect_non_loss_data,
-        counts_stored_bytes=trace_folder() is not None and not forward_only,
+        counts_stored_bytes=wants_records() and not forward_only,
     )
 
 

@@ -14,7 +14,7 @@ from megatron.training import get_args
 from megatron_dip.config import DipConfig, build_partition
 from megatron_dip.costs import config_builder
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
-from megatron_dip.integration.trace import write_record
+from megatron_dip.integration.trace import agree_on_run, write_record
 from megatron_dip.partition import Partition
 from megatron_dip.planner import PlannerSettings, load_joint_plan
 from megatron_dip.report.steps import StepRecord
@@ -62,6 +62,7 @@ class DipPipeline:
         device: torch.device,
         planner_cores: Sequence[int] = (),
     ) -> None:
+        agree_on_run()
         self.config = config
         self.partition: Partition = build_partition(config)
         path = config.schedule.plan

@@ -4,11 +4,14 @@
 the schedule, and a list of spans ``[action, start, end, is wait]``; times are microseconds of the
 host's monotonic clock.  The plan owner's line says where its plan came from.  The plan of the
 iteration lies beside them.  After the first 20 iterations only every ``--dip-trace-interval``-th is
-written in full; records of all steps are a line each.
+written in full; records of all steps are a line each.  Every line names the start of the run that
+it belongs to.
 """
 
-import json
+import functools
+import secrets
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,42 +21,68 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.training import get_args
 
 from megatron_dip.integration.feedback import MeasuredStep
-from megatron_dip.plan import Action, ActionType, save_plan
-from megatron_dip.report.steps import StepRecord, record_path
+from megatron_dip.plan import Action, ActionType
+from megatron_dip.report.steps import StepRecord
+from megatron_dip.report.trace_files import TraceFiles
 from megatron_dip.runtime import Recorder
 
 if TYPE_CHECKING:
     from megatron_dip.integration.pipeline import DipPipeline
 
 __all__ = [
+    "agree_on_run",
     "iteration_number",
     "measure_schedule",
-    "trace_folder",
     "trace_step",
+    "wants_records",
     "write_record",
 ]
 
 _FIRST_TIMELINES = 20
 
 
+def wants_records() -> bool:
+    """Whether this run has ``--dip-trace-dir``."""
+    return bool(getattr(get_args(), "dip_trace_dir", None))
+
+
+def agree_on_run() -> None:
+    """Give this start of the run a name, the same on all ranks; a collective call of the world."""
+    args = get_args()
+    if getattr(args, "dip_run", None) is None:
+        name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        shared: list[Any] = [name]
+        dist.broadcast_object_list(shared, src=0)
+        args.dip_run = shared[0]
+
+
+@functools.cache
+def _files(folder: str) -> TraceFiles:
+    args = get_args()
+    return TraceFiles(
+        Path(folder),
+        args.dip_run,
+        rank=dist.get_rank(),
+        replica=int(mpu.get_data_parallel_rank()),
+        num_kept=args.dip_trace_keep,
+    )
+
+
 def trace_step(pipeline: "DipPipeline", step: MeasuredStep) -> None:
     """Write what this rank did in a step that ends now, where its timeline is wanted."""
-    directory = trace_folder()
-    if directory is None or not _wants_timeline(step.iteration):
+    if not wants_records() or not _wants_timeline(step.iteration):
         return
     step.recorder.finish()
     planning = {"planning": step.planning} if step.planning else {}
-    _write(directory, "dip", step.recorder, step.start_us, step.recorder.now_us(), **planning)
-    if pipeline.writes_records:
-        save_plan(step.plan, directory / f"plan-replica{_replica()}-{step.iteration:06d}.json")
+    line = _line("dip", step.recorder, step.start_us, step.recorder.now_us()) | planning
+    plan = step.plan if pipeline.writes_records else None
+    _files(get_args().dip_trace_dir).write_timeline(line, plan)
 
 
 def write_record(record: StepRecord) -> None:
     """Append the record of a step; called by one rank of a replica."""
-    directory = trace_folder()
-    if directory is not None:
-        with open(record_path(directory, _replica()), "a", encoding="utf-8") as file:
-            file.write(record.model_dump_json() + "\n")
+    if wants_records():
+        _files(get_args().dip_trace_dir).write_record(record)
 
 
 def _wants_timeline(iteration: int) -> bool:
@@ -61,13 +90,12 @@ def _wants_timeline(iteration: int) -> bool:
 
 
 def measure_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's own schedule, its forward and backward steps timed where a trace is asked for."""
+    """Megatron's own schedule, its forward and backward steps timed for ``--dip-trace-dir``."""
 
     def measured(*args: Any, **kwargs: Any) -> Any:
-        directory = trace_folder()
-        unwanted = kwargs.get("forward_only") or not _wants_timeline(iteration_number())
-        if directory is None or unwanted:
+        if kwargs.get("forward_only") or not _wants_timeline(iteration_number()):
             return schedule(*args, **kwargs)
+        agree_on_run()
         recorder = Recorder()
         originals = (schedules.forward_step, schedules.backward_step)
         schedules.forward_step = _timed(schedules.forward_step, ActionType.FORWARD, recorder)
@@ -77,7 +105,8 @@ def measure_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
             return schedule(*args, **kwargs)
         finally:
             schedules.forward_step, schedules.backward_step = originals
-            _write(directory, "stock", recorder, start, recorder.now_us())
+            line = _line("stock", recorder, start, recorder.now_us())
+            _files(get_args().dip_trace_dir).write_timeline(line)
 
     return measured
 
@@ -98,37 +127,20 @@ def _timed(step: Callable[..., Any], kind: ActionType, recorder: Recorder) -> Ca
     return timed
 
 
-def trace_folder() -> Path | None:
-    """Where traces and records go; None where none are wanted."""
-    path = getattr(get_args(), "dip_trace_dir", None)
-    if not path:
-        return None
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
-
-
 def iteration_number() -> int:
     """The iteration under way, counted from 1 as Megatron's log does."""
     return int(get_args().curr_iteration) + 1
 
 
-def _replica() -> int:
-    return int(mpu.get_data_parallel_rank())
-
-
-def _write(
-    directory: Path, schedule: str, recorder: Recorder, start_us: float, end_us: float, **more: Any
-) -> None:
-    line = more | {
+def _line(schedule: str, recorder: Recorder, start_us: float, end_us: float) -> dict[str, Any]:
+    return {
         "schedule": schedule,
         "iteration": iteration_number(),
         "rank": mpu.get_pipeline_model_parallel_rank(),
+        "num_ranks": mpu.get_pipeline_model_parallel_world_size(),
         "start_us": start_us,
         "end_us": end_us,
         "spans": [
             [str(span.label), span.start_us, span.end_us, span.is_wait] for span in recorder.spans
         ],
     }
-    with open(directory / f"rank{dist.get_rank():05d}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")

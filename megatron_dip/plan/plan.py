@@ -22,7 +22,16 @@ from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.reading import read_json
 from megatron_dip.workload import Problem, SubMicrobatch
 
-__all__ = ["Estimate", "Plan", "Recompute", "load_plan", "parse_plan", "save_plan"]
+__all__ = [
+    "Estimate",
+    "Plan",
+    "Recompute",
+    "load_plan",
+    "parse_plan",
+    "plan_path",
+    "plan_text",
+    "save_plan",
+]
 
 
 class Recompute(NamedTuple):
@@ -201,6 +210,16 @@ def load_plan(path: str | Path) -> Plan:
     return parse_plan(read_json(path, PlanError), str(path))
 
 
+def plan_path(folder: str | Path, replica: int, iteration: int) -> Path:
+    """The file in a trace folder of the plan that an iteration of a replica ran."""
+    return Path(folder) / f"plan-replica{replica}-{iteration:06d}.json"
+
+
+def plan_text(plan: Plan) -> str:
+    """What a file of ``plan`` holds."""
+    return json.dumps(plan.to_json(), indent=1) + "\n"
+
+
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write ``plan`` as JSON."""
-    Path(path).write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
+    Path(path).write_text(plan_text(plan), encoding="utf-8")

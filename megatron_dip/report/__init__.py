@@ -5,7 +5,7 @@ from megatron_dip.report.local_run import LocalRun, run_local_training
 from megatron_dip.report.page import write_report
 from megatron_dip.report.panels import measured_panel
 from megatron_dip.report.steps import RankRecord, StepRecord, read_records
-from megatron_dip.report.traces import IterationTrace, RankTrace, Span, read_traces
+from megatron_dip.report.traces import IterationTrace, RankTrace, Span, plan_of_trace, read_traces
 
 __all__ = [
     "IterationTrace",
@@ -16,6 +16,7 @@ __all__ = [
     "StepRecord",
     "measured_panel",
     "module_slowness",
+    "plan_of_trace",
     "read_records",
     "read_traces",
     "run_local_training",

@@ -28,5 +28,6 @@ def module_slowness(iterations: Iterable[tuple[IterationTrace, Plan]]) -> dict[s
                 if span.label in predicted and not span.is_wait:
                     module, timed = predicted[span.label]
                     expected = timed.end_us - timed.start_us
-                    ratios.setdefault(module, []).append(span.duration_us / expected)
+                    if expected > 0.0:
+                        ratios.setdefault(module, []).append(span.duration_us / expected)
     return {module: median(values) for module, values in ratios.items()}

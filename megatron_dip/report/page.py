@@ -9,10 +9,10 @@ from statistics import median
 from typing import Any
 
 from megatron_dip.errors import DataError
-from megatron_dip.plan import load_plan
+from megatron_dip.report.lines import say_left_out
 from megatron_dip.report.panels import measured_panel
 from megatron_dip.report.steps import StepRecord, read_records
-from megatron_dip.report.traces import read_traces
+from megatron_dip.report.traces import plan_of_trace, read_traces
 from megatron_dip.simulator.timeline import (
     COLOURS,
     plan_panel,
@@ -23,11 +23,14 @@ from megatron_dip.simulator.timeline import (
 __all__ = ["write_report"]
 
 _GB = 1e9
+_MOST_MS = 1e12
 _NO_TIMELINES = "No iteration of this run has both a measured timeline and its plan."
 
 
 def write_report(folder: str | Path, output: str | Path, replica: int = 0) -> int:
     """Write the page about the run whose records lie in ``folder``, or in its folder ``trace``.
+
+    What is left out, because it is damaged or belongs to an earlier run, is said there and logged.
 
     Returns:
         Number of iterations that it shows.
@@ -38,13 +41,18 @@ def write_report(folder: str | Path, output: str | Path, replica: int = 0) -> in
     folder = Path(folder)
     if (folder / "trace").is_dir():
         folder = folder / "trace"
-    records = read_records(folder, replica)
+    left_out: list[str] = []
+    records = read_records(folder, replica, left_out.append)
+    timelines = _timelines(folder, records, replica, left_out)
+    for line in left_out:
+        say_left_out(line)
     data = {
         "iterations": [record.iteration for record in records],
         "tiles": _tiles(records),
         "charts": _charts(records),
         "timeline_page": timeline_template(),
-        "timelines": _timelines(folder, records, replica),
+        "timelines": timelines,
+        "left_out": left_out,
         "no_timelines": _NO_TIMELINES,
     }
     template = resources.files("megatron_dip.report").joinpath("page.html")
@@ -63,15 +71,22 @@ def _throughput(record: StepRecord) -> float:
 
 def _waited_ms(record: StepRecord) -> float:
     """For the plan alone where that is known; with the agreement of the ranks otherwise."""
-    found = record.planning.get("waited_ms")
-    if isinstance(found, int | float):
-        return float(found)
+    found = _milliseconds(record, "waited_ms")
+    if found is not None:
+        return found
     return max(rank.plan_us for rank in record.ranks) / 1000
 
 
 def _planning_ms(record: StepRecord) -> float | None:
-    found = record.planning.get("planning_ms")
-    return float(found) if isinstance(found, int | float) else None
+    return _milliseconds(record, "planning_ms")
+
+
+def _milliseconds(record: StepRecord, name: str) -> float | None:
+    """What the planner said; None where it said nothing that can be drawn."""
+    found = record.planning.get(name)
+    if isinstance(found, int | float) and abs(found) < _MOST_MS:
+        return float(found)
+    return None
 
 
 def _tiles(records: Sequence[StepRecord]) -> list[tuple[str, str]]:
@@ -108,6 +123,8 @@ def _charts(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
 
     def memory(rank: int, measured: bool) -> dict[str, Any]:
         def value(record: StepRecord) -> float | None:
+            if rank >= len(record.ranks):
+                return None
             one = record.ranks[rank]
             held = one.stored_bytes if measured else one.predicted_bytes
             return held / _GB if held else None
@@ -115,10 +132,10 @@ def _charts(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
         name = f"rank {rank} {'measured' if measured else 'predicted'}"
         return series(name, rank, value, dashed=not measured)
 
-    idle = [
-        series(f"rank {rank}", rank, lambda r, rank=rank: 100 * r.idle_fractions[rank])  # type: ignore[misc]
-        for rank in ranks
-    ]
+    def idle_on(rank: int) -> Callable[[StepRecord], float | None]:
+        return lambda r: 100 * r.idle_fractions[rank] if rank < len(r.ranks) else None
+
+    idle = [series(f"rank {rank}", rank, idle_on(rank)) for rank in ranks]
     charts: list[dict[str, Any]] = [
         {
             "title": "Throughput, tokens per second",
@@ -163,20 +180,25 @@ def _charts(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
     return charts
 
 
-def _timelines(folder: Path, records: Sequence[StepRecord], replica: int) -> list[dict[str, Any]]:
-    """Measured above predicted, where both were written."""
-    known = {record.iteration: record for record in records}
+def _timelines(
+    folder: Path, records: Sequence[StepRecord], replica: int, left_out: list[str]
+) -> list[dict[str, Any]]:
+    """Measured above predicted, where both were written by the run that wrote the record."""
+    runs = {record.iteration: record.run for record in records}
     try:
-        traces = read_traces(folder)
+        traces = read_traces(folder, replica, left_out.append)
     except DataError:
         # Records alone are a report as well.
         return []
     timelines = []
     for trace in traces:
-        path = folder / f"plan-replica{replica}-{trace.iteration:06d}.json"
-        if trace.iteration not in known or not path.is_file():
+        if runs.get(trace.iteration) != trace.run:
             continue
-        plan = load_plan(path)
+        try:
+            plan = plan_of_trace(folder, trace)
+        except DataError as error:
+            left_out.append(f"{error}: its timeline is left out")
+            continue
         panels = [
             measured_panel(trace, "measured", plan.partition),
             plan_panel(plan, "predicted"),

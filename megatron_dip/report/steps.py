@@ -1,69 +1,84 @@
 """Records of training steps: what was predicted, what was measured; one JSON line per step."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from megatron_dip.errors import DataError
 from megatron_dip.forms import Form
-from megatron_dip.reading import parse_json, read_text
+from megatron_dip.report.lines import LeftOut, read_lines, say_left_out, superseded
 
 __all__ = ["RankRecord", "StepRecord", "read_records", "record_path"]
+
+
+# Far more than can be measured, and little enough to reckon with.
+Measured = Annotated[float, Field(ge=-1e30, le=1e30)]
+_LEAST_US = 1e-6
+Amount = Annotated[int, Field(ge=-(2**62), le=2**62)]
 
 
 class RankRecord(Form):
     """One pipeline rank in one step."""
 
-    busy_us: float
+    busy_us: Measured
     """Computing."""
-    data_us: float
+    data_us: Measured
     """Until the data of the step was at hand."""
-    plan_us: float
+    plan_us: Measured
     """From then until its plan was."""
-    static_bytes: int
+    static_bytes: Amount
     """Weights, gradients and optimizer state, as the cost model counts them."""
-    predicted_bytes: int
+    predicted_bytes: Amount
     """Most activations held at a time, by the plan."""
-    stored_bytes: int
+    stored_bytes: Amount
     """The same, measured; 0 where it was not."""
 
 
 class StepRecord(Form):
     """One training step of one pipeline."""
 
-    iteration: int
-    predicted_us: float
+    iteration: Annotated[int, Field(ge=0, le=2**53)]
+    predicted_us: Measured
     """Makespan, by the plan."""
-    measured_us: float
+    measured_us: Measured
     """From the plan at hand to the last compute action's end, on the slowest rank."""
-    predicted_step_us: float
+    predicted_step_us: Measured
     """The whole step: the makespan, and what came beside it in the steps before."""
-    step_us: float
+    step_us: Measured
     """From the begin of the step to that of the next."""
-    action_error: float
+    action_error: Measured
     """Median part by which predictions of actions were off."""
-    tokens: dict[str, int]
+    tokens: dict[str, Amount]
     """Per module."""
-    num_microbatches: int
+    num_microbatches: Amount
     planning: dict[str, Any]
     """Where the plan came from, what it took, what training waited for it."""
     ranks: tuple[RankRecord, ...]
+    run: str = ""
+    """The start of the run that it belongs to; earlier versions wrote none."""
 
     @property
     def idle_fractions(self) -> tuple[float, ...]:
         """Per rank, the part of the makespan in which it did not compute."""
-        if not self.measured_us:
+        if self.measured_us <= 0.0:
             return tuple(0.0 for _ in self.ranks)
         return tuple(max(0.0, 1.0 - rank.busy_us / self.measured_us) for rank in self.ranks)
 
     @property
     def error(self) -> float:
         """Part by which the makespan was off; positive: it took longer than predicted."""
-        return self.measured_us / self.predicted_us - 1.0 if self.predicted_us else 0.0
+        return self.measured_us / self.predicted_us - 1.0 if self.predicted_us > _LEAST_US else 0.0
 
     @property
     def step_error(self) -> float:
         """The same of the whole step."""
-        return self.step_us / self.predicted_step_us - 1.0 if self.predicted_step_us else 0.0
+        return (
+            self.step_us / self.predicted_step_us - 1.0
+            if self.predicted_step_us > _LEAST_US
+            else 0.0
+        )
 
     def numbers(self) -> dict[str, float]:
         """For writers of curves."""
@@ -97,11 +112,19 @@ def record_path(folder: str | Path, replica: int) -> Path:
     return Path(folder) / f"steps-replica{replica}.jsonl"
 
 
-def read_records(folder: str | Path, replica: int = 0) -> list[StepRecord]:
-    """All records of a replica, by iteration; of an iteration that was run again, the last.
+def read_records(
+    folder: str | Path, replica: int = 0, left_out: LeftOut = say_left_out
+) -> list[StepRecord]:
+    """The records of a replica, by iteration.
+
+    Damaged lines are left out, and of several starts that wrote into the folder what a later one
+    ran again.
+
+    Args:
+        left_out: Is told what was left out.
 
     Raises:
-        DataError: There are none, or a line is none.
+        DataError: There are none.
     """
     path = record_path(folder, replica)
     if not path.is_file():
@@ -109,11 +132,51 @@ def read_records(folder: str | Path, replica: int = 0) -> list[StepRecord]:
             f"{folder}: no {path.name} (expected a folder that a run with --dip-schedule and "
             f"--dip-trace-dir has written)"
         )
+    damaged: list[str] = []
+    runs = _by_run(read_lines(path, _parse_record, damaged.append))
+    for line in damaged:
+        left_out(line)
+    if not runs:
+        reason = damaged[0] if damaged else "the first is written in the second iteration"
+        raise DataError(f"{path}: no records ({reason})")
+    ends = superseded({name: min(records) for name, records in runs.items()})
     found: dict[int, StepRecord] = {}
-    for number, line in enumerate(read_text(path, DataError).splitlines(), start=1):
-        source = f"{path}, line {number}"
-        record = StepRecord.parse(parse_json(line, source, DataError), DataError, source)
-        found[record.iteration] = record
-    if not found:
-        raise DataError(f"{path}: no records (the first is written in the second iteration)")
+    for name, records in runs.items():
+        end = ends.get(name)
+        again = [iteration for iteration in records if end is not None and iteration >= end]
+        if again:
+            left_out(
+                f"{path}: {len(again)} records of run {name} from iteration {min(again)} on, which "
+                f"a later run ran again: left out"
+            )
+        found |= {number: record for number, record in records.items() if number not in set(again)}
     return [found[iteration] for iteration in sorted(found)]
+
+
+def _by_run(records: Iterable[StepRecord]) -> dict[str, dict[int, StepRecord]]:
+    """By run, in the order of their starts, and iteration; of one that was run twice the last.
+
+    Records that name no run begin another one wherever their iterations do not grow.
+    """
+    runs: dict[str, dict[int, StepRecord]] = {}
+    num_unnamed, last = 0, 0
+    for record in records:
+        name = record.run
+        if not name:
+            if record.iteration <= last or not num_unnamed:
+                num_unnamed += 1
+            last = record.iteration
+            name = f"number {num_unnamed}"
+        runs.setdefault(name, {})[record.iteration] = record
+    return runs
+
+
+def _parse_record(data: Any) -> StepRecord:
+    """
+    Raises:
+        DataError: It is no record, or none that can be drawn.
+    """
+    record = StepRecord.parse(data, DataError)
+    if not record.ranks or not record.tokens or record.step_us <= _LEAST_US:
+        raise DataError("a record without ranks, tokens or time")
+    return record

@@ -1,14 +1,20 @@
 """Traces as ``--dip-trace-dir`` writes them: one JSON line per iteration and rank."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from megatron_dip.errors import DataError
-from megatron_dip.reading import parse_json, read_text
+from megatron_dip.errors import DataError, DipError, shown
+from megatron_dip.plan import Plan, load_plan
+from megatron_dip.plan.plan import plan_path
+from megatron_dip.report.lines import LeftOut, read_lines, say_left_out, superseded
 
-__all__ = ["IterationTrace", "RankTrace", "Span", "read_traces"]
+__all__ = ["IterationTrace", "PlanFile", "RankTrace", "Span", "plan_of_trace", "read_traces"]
+
+_LIMIT = 2**53
+"""Of all numbers: floats are whole numbers up to here."""
 
 
 class Span(NamedTuple):
@@ -38,6 +44,13 @@ class RankTrace:
         return sum(span.duration_us for span in self.spans if not span.is_wait)
 
 
+class PlanFile(NamedTuple):
+    """The file of a plan, beside the traces."""
+
+    name: str
+    sha256: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class IterationTrace:
     """One iteration of one schedule on all ranks of a pipeline."""
@@ -46,6 +59,11 @@ class IterationTrace:
     """``dip`` or ``stock``."""
     iteration: int
     ranks: tuple[RankTrace, ...]
+    run: str = ""
+    """The start of the run that it belongs to; earlier versions wrote none."""
+    replica: int = 0
+    plan: PlanFile | None = None
+    """Its plan, where the run named it."""
 
     @property
     def start_us(self) -> float:
@@ -62,48 +80,167 @@ class IterationTrace:
         return tuple(1.0 - rank.busy_us / self.duration_us for rank in self.ranks)
 
 
-def read_traces(folder: str | Path) -> list[IterationTrace]:
-    """All complete iterations in ``folder``, in order.
+class _Line(NamedTuple):
+    schedule: str
+    iteration: int
+    run: str
+    replica: int | None
+    """None in lines of earlier versions."""
+    num_ranks: int | None
+    plan: PlanFile | None
+    trace: RankTrace
+
+
+def read_traces(
+    folder: str | Path, replica: int = 0, left_out: LeftOut = say_left_out
+) -> list[IterationTrace]:
+    """All complete iterations of a replica in ``folder``, in order.
 
     Ranks that share a pipeline rank (tensor-parallel peers) did the same: the first one counts.
+    Damaged lines are left out, and of several starts that wrote into the folder what a later one
+    ran again.
+
+    Args:
+        left_out: Is told what was left out.
 
     Raises:
-        DataError: The folder holds no traces, or a line is none.
+        DataError: The folder holds no traces.
     """
     folder = Path(folder)
     files = sorted(folder.glob("rank*.jsonl"))
     if not files:
         raise DataError(f"{folder}: no traces (expected rank*.jsonl, written by --dip-trace-dir)")
-    found: dict[int, dict[int, RankTrace]] = {}
-    schedules: dict[int, str] = {}
+    damaged: list[str] = []
+    found: dict[str, dict[int, dict[int, _Line]]] = {}
     for file in files:
-        for number, line in enumerate(read_text(file, DataError).splitlines(), start=1):
-            record = parse_json(line, f"{file}, line {number}", DataError)
-            try:
-                iteration, trace = int(record["iteration"]), _rank_trace(record)
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{file}, line {number}: not a trace ({error})") from error
-            found.setdefault(iteration, {}).setdefault(trace.rank, trace)
-            schedules[iteration] = record["schedule"]
-    num_ranks = max(len(ranks) for ranks in found.values())
-    return [
-        IterationTrace(
-            schedule=schedules[iteration],
-            iteration=iteration,
-            ranks=tuple(ranks[rank] for rank in sorted(ranks)),
-        )
-        for iteration, ranks in sorted(found.items())
-        if len(ranks) == num_ranks
-    ]
+        # Of an iteration that was run twice, the last: what a later file adds are peers.
+        own = {
+            (line.run, line.iteration): line
+            for line in read_lines(file, _parse_line, damaged.append)
+            if line.replica in (None, replica)
+        }
+        for (run, iteration), line in own.items():
+            ranks = found.setdefault(run, {}).setdefault(iteration, {})
+            ranks.setdefault(line.trace.rank, line)
+    for text in damaged:
+        left_out(text)
+    if not found:
+        reason = damaged[0] if damaged else f"none of replica {replica}"
+        raise DataError(f"{folder}: no traces ({reason})")
+    return _of_last_runs(folder, replica, dict(sorted(found.items())), left_out)
 
 
-def _rank_trace(record: dict[str, object]) -> RankTrace:
-    spans = record["spans"]
-    if not isinstance(spans, Sequence):
-        raise TypeError("spans is no list")
-    return RankTrace(
-        rank=int(str(record["rank"])),
-        start_us=float(str(record["start_us"])),
-        end_us=float(str(record["end_us"])),
-        spans=tuple(Span(*span) for span in spans),
+def _of_last_runs(
+    folder: Path,
+    replica: int,
+    runs: Mapping[str, Mapping[int, Mapping[int, _Line]]],
+    left_out: LeftOut,
+) -> list[IterationTrace]:
+    ends = superseded({run: min(iterations) for run, iterations in runs.items()})
+    traces = []
+    for run, iterations in runs.items():
+        most = max(map(len, iterations.values()))
+        again = []
+        for iteration, ranks in iterations.items():
+            if run in ends and iteration >= ends[run]:
+                again.append(iteration)
+            elif len(ranks) == (next(iter(ranks.values())).num_ranks or most):
+                traces.append(_joined([ranks[rank] for rank in sorted(ranks)], replica))
+        if again:
+            name = f"run {run}" if run else "an unnamed run"
+            left_out(
+                f"{folder}: {len(again)} timelines of {name} from iteration {min(again)} on, which "
+                f"a later run ran again: left out"
+            )
+    return sorted(traces, key=lambda trace: trace.iteration)
+
+
+def _joined(lines: list[_Line], replica: int) -> IterationTrace:
+    first = lines[0]
+    return IterationTrace(
+        schedule=first.schedule,
+        iteration=first.iteration,
+        ranks=tuple(line.trace for line in lines),
+        run=first.run,
+        replica=replica,
+        plan=next((line.plan for line in lines if line.plan), None),
     )
+
+
+def _parse_line(data: Any) -> _Line:
+    """
+    Raises:
+        ValueError: A value is out of range.
+        LookupError: A field is missing.
+        TypeError: A field is of another type.
+    """
+    if not isinstance(data, dict):
+        raise TypeError("not an object")
+    plan = data.get("plan")
+    replica, num_ranks = data.get("replica"), data.get("num_ranks")
+    spans = tuple(_parse_span(*span) for span in data["spans"])
+    trace = RankTrace(
+        rank=_whole(data["rank"]),
+        start_us=_time(data["start_us"]),
+        end_us=_time(data["end_us"]),
+        spans=spans,
+    )
+    if not trace.end_us > trace.start_us:
+        raise ValueError(f"ends at {trace.end_us}, before it begins")
+    return _Line(
+        schedule=str(data["schedule"]),
+        iteration=_whole(data["iteration"]),
+        run=str(data.get("run", "")),
+        replica=None if replica is None else _whole(replica),
+        num_ranks=None if num_ranks is None else _whole(num_ranks),
+        plan=None if plan is None else PlanFile(str(plan["file"]), str(plan["sha256"])),
+        trace=trace,
+    )
+
+
+def _parse_span(label: object, start_us: object, end_us: object, is_wait: object) -> Span:
+    if not isinstance(label, str) or not isinstance(is_wait, bool):
+        raise TypeError(f"not a span: {shown(label)}")
+    return Span(label, _time(start_us), _time(end_us), is_wait)
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or not 0 <= value < _LIMIT:
+        raise ValueError(f"{shown(value)} is not a whole number from 0 to {_LIMIT}")
+    return value
+
+
+def _time(value: object) -> float:
+    if not isinstance(value, int | float) or not abs(value) <= _LIMIT:
+        raise ValueError(f"{shown(value)} is not a time in microseconds")
+    return float(value)
+
+
+def plan_of_trace(folder: str | Path, trace: IterationTrace) -> Plan:
+    """The plan that ``trace`` followed.
+
+    Raises:
+        DataError: There is none in ``folder``, or the one there is damaged or of another run.
+    """
+    path = plan_path(folder, trace.replica, trace.iteration)
+    where = f"{path}: the plan of iteration {trace.iteration}"
+    if trace.plan is not None:
+        path = Path(folder) / Path(trace.plan.name).name
+        try:
+            is_own = hashlib.sha256(path.read_bytes()).hexdigest() == trace.plan.sha256
+        except OSError as error:
+            raise DataError(f"{where} cannot be read ({error.strerror})") from error
+        if not is_own:
+            raise DataError(f"{where} is damaged or was written by another run")
+    try:
+        plan = load_plan(path)
+    except DipError as error:
+        raise DataError(f"{where} cannot be used: {error}") from error
+    done = [
+        [span.label for span in rank.spans if not span.is_wait and span.label[:1].isdigit()]
+        for rank in trace.ranks
+    ]
+    meant = [[str(a) for a in line if a.type.is_compute] for line in plan.actions]
+    if list(map(sorted, done)) != list(map(sorted, meant)):
+        raise DataError(f"{where} is not what its timeline shows: it belongs to another run")
+    return plan

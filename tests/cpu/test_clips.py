@@ -219,8 +219,11 @@ def test_a_corrupt_video_ends_a_run_with_its_name_or_is_skipped_and_counted(
     flags = ("--dip-config", str(config), "--dip-schedule")
     (refused,) = run_vlm(tmp_path / "refused", 1, *flags, script=script)
     assert broken.name in error_of(refused)
-    (skipped,) = run_vlm(tmp_path / "skipped", 1, *flags, "--skip-bad-samples", script=script)
+    # A folder for records that is none: training goes on without them.
+    more = ("--skip-bad-samples", "--dip-trace-dir", str(config))
+    (skipped,) = run_vlm(tmp_path / "skipped", 1, *flags, *more, script=script)
     assert skipped.returncode == 0, skipped.output[-3000:]
+    assert skipped.output.count("nothing can be recorded in") == 1
     assert "left out 1 bad of 20 samples" in skipped.output
     assert "iteration        2/" in skipped.output
 

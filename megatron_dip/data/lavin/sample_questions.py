@@ -14,13 +14,13 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_dip.data.files import write_atomically
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.lavin.scienceqa import answer_text, parse_problem, prompt_text
 from megatron_dip.data.sample_data import COLORS, cut_photo, measure
 from megatron_dip.data.sample_photos import PHOTOS, Photo, photo_folder
 from megatron_dip.data.sample_texts import excerpt, python_texts
 from megatron_dip.data.tokenizer import train_tokenizer
+from megatron_dip.files import write_atomically
 
 __all__ = ["QuestionOptions", "make_sample_questions"]
 
