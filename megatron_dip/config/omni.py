@@ -27,6 +27,7 @@ class AudioConfig(TransformerForm):
             **self.sizes(),
             trainable=self.trainable,
             patch_values=3 * self.num_mels + 3 * self.hidden_size + 1,
+            num_mels=self.num_mels,
             projector=ProjectorShape(
                 intermediate_size=4 * self.hidden_size, output_size=output_size
             ),

@@ -6,6 +6,7 @@ fast a GPU does it, ``analytic`` and ``profile`` how long that takes, ``memory``
 """
 
 from megatron_dip.costs.builder import ItemSizes, ProblemBuilder
+from megatron_dip.costs.kernels import Kernels
 from megatron_dip.costs.layers import ItemSize, Parallelism
 from megatron_dip.costs.machine import (
     ClusterConfig,
@@ -21,6 +22,7 @@ __all__ = [
     "ClusterConfig",
     "ItemSize",
     "ItemSizes",
+    "Kernels",
     "ModelShape",
     "ModuleShape",
     "Parallelism",

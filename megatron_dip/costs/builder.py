@@ -138,7 +138,12 @@ class ProblemBuilder:
 
     def _stored_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int:
         measured = self.times.activation_bytes(module, size, part)
-        return self.memory.stored_bytes(module, size, part) if measured is None else measured
+        counted = self.memory.stored_bytes(module, size, part)
+        if measured is None:
+            return counted
+        # Layers are measured without dropout and without Megatron's recomputation.
+        as_measured = self.memory.without_dropout_and_recompute().stored_bytes(module, size, part)
+        return max(0, measured + counted - as_measured)
 
 
 @dataclass(frozen=True)

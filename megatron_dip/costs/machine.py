@@ -6,10 +6,11 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.base import CostConfig, DipConfig
+from megatron_dip.config.base import CostConfig, DipConfig, build_partition
 from megatron_dip.costs.analytic import AnalyticTimes, LayerTimes
 from megatron_dip.costs.builder import ProblemBuilder
 from megatron_dip.costs.devices import Device, device_preset
+from megatron_dip.costs.kernels import Kernels
 from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.memory import MemoryModel
 from megatron_dip.costs.profile import Profile, ProfiledTimes, load_profile
@@ -200,13 +201,17 @@ def _check_experts(module: ModuleShape, expert: int, *, has_profile: bool) -> No
 def config_builder(
     config: DipConfig,
     *,
-    is_fp32: bool,
-    is_unfused: bool = False,
+    kernels: Kernels,
     num_tensor_ranks: int = 1,
     num_expert_ranks: int = 1,
     sequence_parallel: bool = False,
+    optimizer_shards: int = 1,
 ) -> ProblemBuilder:
     """Problems of a run: at the times of ``schedule.costs.profile``, or at constant rates.
+
+    Args:
+        kernels: What the run says of its layers.
+        optimizer_shards: Ranks that share one optimizer state.
 
     Raises:
         ConfigError: The profile cannot be read, or was measured at other shapes or precision.
@@ -218,11 +223,16 @@ def config_builder(
     for module in config.model_shape().modules:
         has_profile = schedule.costs.profile is not None
         _check_experts(module, num_expert_ranks, has_profile=has_profile)
-    memory = MemoryModel(parallel=parallel, is_fp32=is_fp32, is_unfused=is_unfused)
+    memory = MemoryModel(
+        parallel=parallel,
+        kernels=kernels,
+        layers_per_stage=_layers_per_stage(config),
+        optimizer_shards=optimizer_shards,
+    )
     times: LayerTimes
     if schedule.costs.profile is not None:
         profile = load_profile(schedule.costs.profile)
-        _check_precision(profile, is_fp32)
+        _check_precision(profile, kernels.is_fp32)
         times = ProfiledTimes.for_model(profile, config.model_shape(), parallel)
     else:
         times = AnalyticTimes(
@@ -233,7 +243,7 @@ def config_builder(
                 if module.flops_per_us is not None
             },
             parallel=parallel,
-            bytes_per_value=memory.bytes_per_value,
+            bytes_per_value=kernels.bytes_per_value,
             tensor_link_bytes_per_us=math.inf,
             ring_link_bytes_per_us=math.inf,
         )
@@ -248,6 +258,15 @@ def config_builder(
             bytes_per_us=schedule.costs.transfer_bytes_per_us,
         ),
     )
+
+
+def _layers_per_stage(config: DipConfig) -> dict[str, float]:
+    partition = build_partition(config)
+    found: dict[str, float] = {}
+    for name, total in config.num_layers().items():
+        stages = [stage for stage in partition.chains[name] if stage.num_layers]
+        found[name] = total / max(1, len(stages))
+    return found
 
 
 def _check_precision(profile: Profile, is_fp32: bool) -> None:

@@ -4,19 +4,18 @@ Mixed precision as in Megatron: weights in bf16, gradients accumulated in fp32, 
 fp32 copy of the weight with Adam's two moments, which a distributed optimizer divides over the
 data-parallel ranks.  Frozen weights have neither gradient nor optimizer state.
 
-Activations are what the backward of a layer reads, with a fused attention kernel, that keeps no
-scores, and without dropout: inputs of linear layers and norms, queries, keys, values and output of
-attention, both sides of the MLP's activation.  Frozen layers that only pass a gradient on keep
-no inputs of linear layers; an adapter keeps the rows that it reads.  Layers made of torch's own
-operations (``local`` ones with ``SpanAttention``) keep more: what the steps of a norm, of
-rotary positions and of a gated activation hand to one another, and outputs of attention twice,
-before and after they are joined.  Not modelled: the allocator's losses, buffers of collectives,
-and workspace.
+Activations are what the backward of a layer reads, see ``megatron_dip.costs.kept``.  Not modelled:
+the allocator's losses, buffers of collectives, workspace, and what a recomputed layer holds while
+its backward runs.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatron_dip.costs.kept import Kept, KeptTensors
+from megatron_dip.costs.kernels import Kernels
 from megatron_dip.costs.layers import ItemSize, Parallelism
 from megatron_dip.costs.shapes import ModuleShape
 
@@ -26,9 +25,11 @@ StoredPart = Literal["linear", "first_extra", "last_extra"]
 """One layer, what sits before the first, or what sits after the last."""
 
 _FP32_BYTES = 4
-_BF16_BYTES = 2
 _ADAM_BYTES = 8
-_INDEX_BYTES = 8
+
+
+def _total(kept: Iterable[Kept]) -> float:
+    return sum(tensor.num_bytes for tensor in kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +37,26 @@ class MemoryModel:
     """Bytes on one rank."""
 
     parallel: Parallelism
-    is_fp32: bool = False
-    """Weights and activations in fp32; bf16 otherwise."""
-    is_unfused: bool = False
-    """Layers made of torch's own operations, without Transformer Engine."""
+    kernels: Kernels = field(default_factory=Kernels)
+    """How layers compute; precision is theirs."""
+    layers_per_stage: Mapping[str, float] = field(default_factory=dict)
+    """Per module, the mean over its stages that have any; where not given they are many."""
     optimizer_shards: int = 1
     """Ranks that share one optimizer state: the data-parallel size with a distributed optimizer."""
 
-    @property
-    def bytes_per_value(self) -> int:
-        """Of weights and activations."""
-        return _FP32_BYTES if self.is_fp32 else _BF16_BYTES
+    def without_dropout_and_recompute(self) -> "MemoryModel":
+        """As layers are measured."""
+        return replace(self, kernels=self.kernels.without_dropout_and_recompute())
 
     def bytes_per_weight(self, *, trainable: bool, shards: int | None = None) -> float:
         """Weight, gradient and optimizer state together; ``shards`` ranks share the latter."""
         if not trainable:
-            return self.bytes_per_value
+            return self.kernels.bytes_per_value
         # In fp32 the weight is its own master copy.
-        state = _ADAM_BYTES if self.is_fp32 else _ADAM_BYTES + _FP32_BYTES
-        return self.bytes_per_value + _FP32_BYTES + state / (shards or self.optimizer_shards)
+        state = _ADAM_BYTES if self.kernels.is_fp32 else _ADAM_BYTES + _FP32_BYTES
+        return (
+            self.kernels.bytes_per_value + _FP32_BYTES + state / (shards or self.optimizer_shards)
+        )
 
     def layer_static_bytes(self, module: ModuleShape) -> int:
         """One layer."""
@@ -93,78 +95,36 @@ class MemoryModel:
         """Kept from forward to backward by one item in a part of a module that has a backward."""
         if part == "linear":
             return self.activation_bytes(module, size)
-        values = {"first_extra": self._first_bytes, "last_extra": self._last_bytes}[part]
-        return round(values(module, size))
-
-    def _first_bytes(self, module: ModuleShape, size: ItemSize) -> float:
-        """What an embedding's weight gradient reads."""
-        if not module.trains_layers:
-            return 0.0
-        rows = size.tokens / self.parallel.context
-        if module.kind == "causal":
-            return _INDEX_BYTES * rows
-        return self.bytes_per_value * rows * (module.patch_values or 0)
-
-    def _last_bytes(self, module: ModuleShape, size: ItemSize) -> float:
-        """The final norm, and what reads it: head and loss, or the projector."""
-        rows = size.tokens / self.parallel.context
-        between_rows = size.tokens / self.parallel.sequence_shards
-        norm = self._norm_values(module) + (2 if module.trains_layers else 1) * module.hidden_size
-        stored = self.bytes_per_value * norm * between_rows
-        if module.kind == "causal" and module.has_head:
-            # The loss keeps probabilities in 32 bits, the target, and whether it is on this rank.
-            stored += _FP32_BYTES * rows * (module.vocab_size or 0) / self.parallel.tensor
-            stored += (_INDEX_BYTES + 1) * rows
-        if module.projector is not None:
-            inner = module.projector.intermediate_size / self.parallel.tensor
-            groups = rows / module.projector.merge
-            stored += self.bytes_per_value * groups * inner * (2 if module.trains_layers else 1)
-        return stored
-
-    def _norm_values(self, module: ModuleShape) -> int:
-        """Kept by a norm per token beside its input and output."""
-        if not self.is_unfused:
-            return 0
-        # RMSNorm in steps keeps its factor and the row before it is weighted, LayerNorm two sums.
-        return module.hidden_size + 1 if module.kind == "causal" else 2
+        kept = KeptTensors(module, size, self.parallel, self.kernels)
+        return round(_total(kept.first_extra() if part == "first_extra" else kept.last_extra()))
 
     def activation_bytes(self, module: ModuleShape, size: ItemSize) -> int:
-        """Kept per layer from forward to backward for one item, without recompute."""
-        hidden, ffn, grouped = module.hidden_size, module.ffn_hidden_size, module.key_value_size
-        inside_rows = size.tokens / self.parallel.context / self.parallel.tensor
-        between_rows = size.tokens / self.parallel.sequence_shards
-        context_rows = size.context_tokens / self.parallel.tensor
-        # Norm inputs; queries, keys, values and output of attention; the MLP before activation.
-        between = 2 * hidden
-        if module.experts is not None:
-            ffn = module.experts.top_k * module.experts.ffn_hidden_size
-            ffn += module.experts.shared_ffn_hidden_size or 0
-            # Rows in the order of their experts, before and after; the router's probabilities.
-            between += 2 * module.experts.top_k * hidden + module.experts.num_experts
-        inside = 2 * hidden + 2 * grouped + (2 if module.is_gated else 1) * ffn
-        context = 0
-        if module.adapter is not None:
-            # What the adapter reads; what it writes goes into linear layers.
-            between += hidden
-        if module.trains_layers:
-            between += 2 * hidden
-            inside += ffn
-        if module.kind == "dit":
-            # The third norm; what the two gates multiply; queries, output, keys and values.
-            between += (4 if module.trainable else 3) * hidden
-            inside += 2 * hidden
-            context = 2 * hidden
-        if self.is_unfused:
-            between += 2 * self._norm_values(module)
-            # Outputs of attention before they are put together, and one sum per head and token.
-            inside += hidden + module.num_attention_heads
-            if module.kind == "causal":
-                # Rotated queries and keys beside the joint tensor that holds the values; two more
-                # steps of the gate; and sines and cosines for queries and for keys.
-                inside += hidden + grouped + 2 * ffn
-                between += 4 * hidden // module.num_attention_heads
-        values = between * between_rows + inside * inside_rows + context * context_rows
-        return round(self.bytes_per_value * values)
+        """Kept per layer from forward to backward for one item, without a plan's recompute."""
+        kept = KeptTensors(module, size, self.parallel, self.kernels)
+        stored = _total(kept.layer())
+        # Spread over the layers, of which a problem knows the number in no stage.
+        once = _total(kept.stage()) / self.layers_per_stage.get(module.name, math.inf)
+        if self.kernels.recompute != "full":
+            return round(stored + once)
+        share = self._stored_share(module)
+        inputs = _total(kept.recomputed_layer()) * self._kept_inputs(module)
+        return round(stored * share + inputs + once)
+
+    def _stored_share(self, module: ModuleShape) -> float:
+        """The part of a stage's layers that Megatron's full recomputation leaves alone."""
+        if self.kernels.recompute_method != "block":
+            return 0.0
+        layers = self.layers_per_stage.get(module.name, math.inf)
+        return max(0.0, 1.0 - self.kernels.recompute_num_layers / layers)
+
+    def _kept_inputs(self, module: ModuleShape) -> float:
+        """Inputs that Megatron's full recomputation keeps, per layer."""
+        if self.kernels.recompute_method == "block":
+            return 1.0 - self._stored_share(module)
+        layers = self.layers_per_stage.get(module.name)
+        if layers is None:
+            return 1.0 / self.kernels.recompute_num_layers
+        return math.ceil(layers / self.kernels.recompute_num_layers) / layers
 
     def boundary_bytes(self, module: ModuleShape, size: ItemSize) -> int:
         """Input or output of a layer for one item.
@@ -174,4 +134,4 @@ class MemoryModel:
         rows = size.tokens / self.parallel.sequence_shards
         if module.kind == "dit":
             rows += size.context_tokens + module.conditioning_rows * len(size.spans)
-        return round(self.bytes_per_value * rows * module.hidden_size)
+        return round(self.kernels.bytes_per_value * rows * module.hidden_size)

@@ -127,6 +127,8 @@ class ModuleShape(Form):
     """Of ``vit`` and ``dit`` modules: values of one patch (channels x frames x rows x columns)."""
     num_positions: Count = 0
     """Rows of the learned table of positions."""
+    num_mels: Positive | None = None
+    """Of ``vit`` modules whose embedding are two convolutions over log-mel frames."""
     projector: ProjectorShape | None = None
     """Of ``vit`` modules."""
     context_size: Positive | None = None
@@ -190,6 +192,11 @@ class ModuleShape(Form):
     def key_value_size(self) -> int:
         """Width of the keys, and of the values, of one token."""
         return self.hidden_size // self.num_attention_heads * self.query_groups
+
+    @property
+    def is_clip(self) -> bool:
+        """A tower whose features are rows between its layers: no final norm, a GELU in steps."""
+        return self.kind == "vit" and self.adapter is not None
 
     @property
     def is_gated(self) -> bool:

@@ -57,7 +57,7 @@ def build_model(
         device = torch.device("cuda", torch.cuda.current_device())
         pipeline = DipPipeline(
             dip_config,
-            factory.loss_config,
+            base,
             factory.boundaries(),
             args.dip_timeout_seconds,
             device,

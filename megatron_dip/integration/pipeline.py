@@ -13,7 +13,9 @@ from megatron.training import get_args
 
 from megatron_dip.config import DipConfig, build_partition
 from megatron_dip.costs import config_builder
+from megatron_dip.integration import cpu_mode
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
+from megatron_dip.integration.kernels import kernels_of
 from megatron_dip.integration.trace import agree_on_run, write_record
 from megatron_dip.partition import Partition
 from megatron_dip.planner import PlannerSettings, load_joint_plan
@@ -46,7 +48,7 @@ class DipPipeline:
 
     Args:
         config: The run's configuration.
-        transformer_config: Megatron's configuration of the module with the loss.
+        transformer_config: Megatron's configuration of the run.
         boundaries: Shapes of what is received.
         timeout_seconds: Limit of every wait of the executor.
         device: Where the stages compute.
@@ -71,11 +73,13 @@ class DipPipeline:
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
         self._problems = config_builder(
             config,
-            is_fp32=transformer_config.params_dtype == torch.float32,
-            is_unfused=transformer_config.transformer_impl == "local",
+            kernels=kernels_of(transformer_config, on_cpu=cpu_mode.is_enabled()),
             num_tensor_ranks=mpu.get_tensor_model_parallel_world_size(),
             num_expert_ranks=mpu.get_expert_model_parallel_world_size(),
             sequence_parallel=transformer_config.sequence_parallel,
+            optimizer_shards=mpu.get_data_parallel_world_size()
+            if get_args().use_distributed_optimizer
+            else 1,
         )
         own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
         upstream = {module.name: module.upstream for module in config.model_shape().modules}

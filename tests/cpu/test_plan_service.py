@@ -14,7 +14,7 @@ import pytest
 from tiny_vlm import write_config
 
 from megatron_dip.config import build_partition, load_config
-from megatron_dip.costs import ItemSize, ItemSizes, ProblemBuilder, config_builder
+from megatron_dip.costs import ItemSize, ItemSizes, Kernels, ProblemBuilder, config_builder
 from megatron_dip.errors import PlanningError
 from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import Plan, pack_plan, unpack_plan
@@ -38,7 +38,7 @@ LIMITS = ProcessLimits(memory_bytes=4 * 2**30, nice=0)
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[ProblemBuilder, Partition]:
     folder = tmp_path_factory.mktemp("config")
     config = load_config(write_config(folder / "config.yaml", folder, num_ranks=2, num_segments=2))
-    builder = config_builder(config, is_fp32=True, num_tensor_ranks=1, sequence_parallel=False)
+    builder = config_builder(config, kernels=Kernels(is_fp32=True))
     partition = build_partition(config)
     # Before anything is waited for, what is not compiled yet is.
     make_plan(builder.build(sizes(0)), partition, evaluations=EVALUATIONS)
@@ -340,7 +340,8 @@ from pathlib import Path
 
 folder = Path(sys.argv[1])
 config = cases.load_config(cases.write_config(folder / "config.yaml", folder, num_ranks=2))
-run = (cases.config_builder(config, is_fp32=True), cases.build_partition(config))
+kernels = cases.Kernels(is_fp32=True)
+run = (cases.config_builder(config, kernels=kernels), cases.build_partition(config))
 with cases.planning(run, workers=2, evaluations=10**7) as one:
     one.until_ready()
     for number in range(4):

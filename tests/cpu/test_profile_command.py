@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
 from megatron_dip.config import load_config
-from megatron_dip.costs import ItemSize, config_builder, load_profile
+from megatron_dip.costs import ItemSize, Kernels, config_builder, load_profile
 from megatron_dip.errors import ConfigError
 from megatron_dip.runtime.measure import StoredBytes, measure_call
 
@@ -36,7 +36,7 @@ def test_a_profile_of_every_module_is_measured_and_planned_from(tmp_path):
     data = yaml.safe_load(config.read_text())
     data["schedule"]["costs"] = {"profile": "p.json"}
     config.write_text(yaml.safe_dump(data))
-    builder = config_builder(load_config(config), is_fp32=True)
+    builder = config_builder(load_config(config), kernels=Kernels(is_fp32=True))
     size = ItemSize(tokens=48, spans=(48,))
     item = builder.build([{"vision": [size], "language": [size]}]).items("vision", 0)[0]
     vision = profile.modules["vision"]
@@ -47,7 +47,7 @@ def test_a_profile_of_every_module_is_measured_and_planned_from(tmp_path):
     assert item.forward_us == pytest.approx(linear - vision.overhead_us + core)
     assert item.activation_bytes == at_48.activation_bytes
     with pytest.raises(ConfigError, match="precision is fp32, but the run is in bf16"):
-        config_builder(load_config(config), is_fp32=False)
+        config_builder(load_config(config), kernels=Kernels())
 
 
 @pytest.mark.parametrize(

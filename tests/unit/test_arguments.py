@@ -46,6 +46,10 @@ def test_what_contradicts_the_schedule_is_refused_by_its_flag(
         ({"tp_comm_overlap": True}, "--tp-comm-overlap does"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"use_distributed_optimizer": True, "optimizer": "sgd"}, "--optimizer sgd"),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+            "--recompute-modules layernorm",
+        ),
     ],
 )
 def test_what_needs_cuda_is_refused_by_its_flag(values: dict[str, Any], flag: str) -> None:

@@ -7,6 +7,7 @@ from megatron_dip.config import load_config
 from megatron_dip.costs import (
     ClusterConfig,
     ItemSize,
+    Kernels,
     ModelShape,
     ProblemBuilder,
     Profile,
@@ -92,7 +93,9 @@ def test_the_tiny_configuration_gives_operations_over_its_rate():
         "vision": [ItemSize(tokens=64, spans=(64,)), ItemSize(tokens=100, spans=(100,))],
         "language": [ItemSize(tokens=500, spans=(200, 300), needs={"vision": (0, 1)})],
     }
-    made = config_builder(load_config(ROOT / "configs" / "vlm_tiny.yaml"), is_fp32=True)
+    made = config_builder(
+        load_config(ROOT / "configs" / "vlm_tiny.yaml"), kernels=Kernels(is_fp32=True)
+    )
     problem = made.build([sizes])
     image, sequence = problem.item("vision", 0, 1), problem.item("language", 0, 0)
     rate = 45000.0
@@ -106,7 +109,8 @@ def test_the_tiny_configuration_gives_operations_over_its_rate():
     core = 2 * (200**2 + 300**2) * 192 / rate
     assert sequence.forward_us == pytest.approx(linear + core)
     assert sequence.last_extra_weight_grad_us == pytest.approx(2 * 500 * 192 * 3072 / rate)
-    assert sequence.activation_bytes == 4 * 500 * (6 * 192 + 2 * 64 + 3 * 512)
+    sums = 2 + 6
+    assert sequence.activation_bytes == 4 * 500 * (6 * 192 + 2 * 64 + 3 * 512 + sums)
     assert sequence.boundary_bytes == 4 * 500 * 192
     assert sequence.needs == {"vision": (0, 1)}
     assert problem.module("language").layer_overhead_us == 200.0

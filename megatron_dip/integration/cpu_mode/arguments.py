@@ -79,6 +79,12 @@ def check_cpu_arguments(args: argparse.Namespace) -> None:
         UnsupportedError: Names the flag, its value and what to use instead.
     """
     check_rules(args, _RULES, "on the CPU (--cpu)")
+    repeated = getattr(args, "recompute_modules", None) or ()
+    if getattr(args, "recompute_granularity", None) == "selective" and "layernorm" in repeated:
+        raise UnsupportedError(
+            "--recompute-modules layernorm does not work on the CPU (--cpu): Megatron repeats "
+            "norms with Transformer Engine alone (leave layernorm out)"
+        )
     if getattr(args, "use_distributed_optimizer", False) and args.optimizer != "adam":
         raise UnsupportedError(
             f"--optimizer {args.optimizer} with --use-distributed-optimizer does not work on the "

@@ -1,0 +1,141 @@
+"""The memory model against what autograd holds: all families, under all that stores something.
+
+Every case builds a first, a middle and a last stage of each module that has a backward, runs a
+forward in CPU mode and counts the tensors that its graph keeps.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from forked_ranks import fork_ranks
+from launching import REPOSITORY
+
+WORKER = Path(__file__).with_name("kept_memory_worker.py")
+LARGEST_ERROR = 0.02
+FAMILIES = ("vlm", "omni", "t2v", "lavin")
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+BF16 = {"bf16": True}
+SEQUENCE = {"sequence_parallel": True}
+
+
+def selective(*modules):
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+def full(count, method="uniform"):
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": method,
+        "recompute_num_layers": count,
+    }
+
+
+def experts(shared):
+    sizes = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 128}
+    return {"model.language.experts": sizes | ({"shared_ffn_hidden_size": 64} if shared else {})}
+
+
+# A family, what is changed in its tiny configuration, and Megatron's fields.
+CASES = {
+    **{name: (name, {}, {}) for name in FAMILIES},
+    **{f"{name} in 16 bits": (name, {}, BF16) for name in FAMILIES},
+    **{
+        f"{name} with dropout{text}": (name, {}, DROPOUT | fields)
+        for name in ("vlm", "omni", "t2v")
+        for text, fields in (("", {}), (" in 16 bits", BF16))
+    },
+    "dropout of rows alone": ("vlm", {}, {"hidden_dropout": 0.1}),
+    "dropout of scores alone": ("vlm", {}, {"attention_dropout": 0.1}),
+    "fused activation": ("vlm", {}, {"bias_activation_fusion": True}),
+    "fused dropout": ("vlm", {}, DROPOUT | {"bias_dropout_fusion": True}),
+    "selective": ("vlm", {}, selective("core_attn")),
+    "selective with dropout": ("vlm", {}, DROPOUT | selective("core_attn")),
+    "selective, two parts": ("vlm", {}, DROPOUT | BF16 | selective("core_attn", "mlp")),
+    "selective of adapters": ("lavin", {}, selective("core_attn")),
+    "full": ("vlm", {}, full(1)),
+    "full, two layers a chunk": ("omni", {}, BF16 | full(2)),
+    "full, one layer of a stage": ("vlm", {}, DROPOUT | full(1, "block")),
+    "language frozen": ("vlm", {"model.language.trainable": False}, DROPOUT | BF16),
+    "text trained": ("t2v", {"model.text.trainable": True}, DROPOUT),
+    "transformer frozen": (
+        "t2v",
+        {"model.text.trainable": True, "model.dit.trainable": False},
+        {},
+    ),
+    "towers trained": ("lavin", {"model.adapter.tuning": "full"}, BF16),
+    "experts": ("vlm", experts(shared=False), {}),
+    "experts with a shared one": ("vlm", experts(shared=True), DROPOUT | BF16),
+    "experts exchanged": ("vlm", experts(shared=True), {"moe_token_dispatcher_type": "alltoall"}),
+    "experts repeated": ("vlm", experts(shared=False), selective("moe")),
+    "shared expert repeated": ("vlm", experts(shared=True), selective("shared_experts")),
+}
+TWO_RANKS = {
+    **{f"{name} halved": (name, {}, {}) for name in FAMILIES},
+    **{f"{name} halved in sequence": (name, {}, SEQUENCE) for name in FAMILIES},
+    "halved with dropout": ("vlm", {}, DROPOUT | BF16),
+    "halved in sequence with dropout": ("vlm", {}, DROPOUT | SEQUENCE),
+    "halved in sequence in 16 bits": ("vlm", {}, BF16 | SEQUENCE),
+    "halved in sequence, full": ("vlm", {}, SEQUENCE | full(1)),
+    "experts halved": (
+        "vlm",
+        experts(shared=True),
+        SEQUENCE | {"moe_token_dispatcher_type": "alltoall"},
+    ),
+}
+
+
+def _changed(family, changes, path):
+    data = yaml.safe_load((REPOSITORY / "configs" / f"{family}_tiny.yaml").read_text())
+    for name, value in changes.items():
+        *above, field = name.split(".")
+        place = data
+        for part in above:
+            place = place[part]
+        place[field] = value
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+def _measured(folder, cases, num_ranks):
+    found = {
+        name: [_changed(family, changes, folder / f"{number}.yaml"), fields]
+        for number, (name, (family, changes, fields)) in enumerate(cases.items())
+    }
+    (folder / "cases.json").write_text(json.dumps(found))
+    arguments = [str(WORKER), str(folder / "cases.json"), str(folder / "results.json")]
+    for rank in fork_ranks(folder / "run", num_ranks, arguments, timeout_seconds=240):
+        assert rank.returncode == 0, rank.output
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    return _measured(tmp_path_factory.mktemp("one"), CASES, 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return _measured(tmp_path_factory.mktemp("two"), TWO_RANKS, 2)
+
+
+def _check(results):
+    assert results
+    for module, places in results.items():
+        for place, (held, predicted) in places.items():
+            error = predicted / held - 1.0
+            assert abs(error) <= LARGEST_ERROR, (
+                f"{module}, {place} stage: {held} bytes held, {predicted} predicted ({error:+.1%})"
+            )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stages_hold_what_the_memory_model_says(one_rank, name):
+    _check(one_rank[name])
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_each_of_two_tensor_parallel_ranks_holds_what_the_memory_model_says(two_ranks, name):
+    _check(two_ranks[name])
