@@ -7,6 +7,7 @@ from pydantic import model_validator
 from megatron_dip.config.base import MegatronArguments, Positive, PositiveNumber
 from megatron_dip.costs.shapes import ExpertsShape, ModuleShape, ProjectorShape
 from megatron_dip.forms import Form
+from megatron_dip.limits import InnerWidth, Layers, Patch, Size, Tokens, Vocabulary, Width
 
 __all__ = [
     "BackboneConfig",
@@ -29,10 +30,10 @@ class TransformerSizes(TypedDict):
 class TransformerForm(Form):
     """What all transformers have."""
 
-    num_layers: Positive
-    hidden_size: Positive
-    ffn_hidden_size: Positive
-    num_attention_heads: Positive
+    num_layers: Layers
+    hidden_size: Width
+    ffn_hidden_size: InnerWidth
+    num_attention_heads: Size
     trainable: bool = True
     norm_epsilon: PositiveNumber | None = None
     """Added to variances in the module's norms; that of --norm-epsilon where not given."""
@@ -63,8 +64,8 @@ class TransformerForm(Form):
 class VisionConfig(TransformerForm):
     """A vision transformer over images of any size."""
 
-    patch_size: Positive = 14
-    position_grid: Positive = 32
+    patch_size: Patch = 14
+    position_grid: Patch = 32
     """Side of the learned table of positions, which is interpolated to each image's grid."""
 
     def shape(self, name: str, output_size: int) -> ModuleShape:
@@ -85,9 +86,9 @@ class VisionConfig(TransformerForm):
 class LanguageConfig(TransformerForm):
     """A causal language model: RMSNorm, SwiGLU, rotary positions, grouped queries."""
 
-    num_query_groups: Positive
-    vocab_size: Positive
-    seq_length: Positive
+    num_query_groups: Size
+    vocab_size: Vocabulary
+    seq_length: Tokens
     rotary_base: Positive = 10000
     qkv_bias: bool = False
     """Biases of queries, keys and values, as Qwen2.5 has them."""
