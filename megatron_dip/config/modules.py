@@ -138,8 +138,6 @@ class LanguageConfig(TransformerForm):
             "untie_embeddings_and_output_weights": True,
             "tokenizer_type": "NullTokenizer",
             "vocab_size": self.vocab_size,
-            # Megatron's own loaders have no place for a function that puts microbatches together.
-            "dataloader_type": "external",
         }
 
 

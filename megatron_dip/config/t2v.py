@@ -120,6 +120,4 @@ class T2vConfig(DipConfig):
             "untie_embeddings_and_output_weights": True,
             "tokenizer_type": "NullTokenizer",
             "vocab_size": self.model.text.vocab_size,
-            # Megatron's own loaders have no place for a function that puts microbatches together.
-            "dataloader_type": "external",
         }
