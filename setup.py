@@ -47,6 +47,8 @@ setup(
         "typer",
         "rich",
         "Pillow",
+        # libsndfile: WAV in all its forms, and FLAC.
+        "soundfile>=0.13",
         "tokenizers",
         # Megatron reads the memory of the process with it when it saves a checkpoint.
         "psutil",

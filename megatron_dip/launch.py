@@ -151,8 +151,7 @@ def _end_at_once() -> Never:
     exit status and a second message.
     """
     for child in multiprocessing.active_children():
-        # Some let no SIGTERM through, see runtime.signals.
-        child.kill()
+        child.terminate()
     sys.stdout.flush()
     os._exit(_EXIT_USER_ERROR)
 

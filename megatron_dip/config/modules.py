@@ -7,7 +7,6 @@ from pydantic import model_validator
 from megatron_dip.config.base import MegatronArguments, Positive, PositiveNumber
 from megatron_dip.costs.shapes import ExpertsShape, ModuleShape, ProjectorShape
 from megatron_dip.forms import Form
-from megatron_dip.limits import InnerWidth, Layers, Patch, Size, Tokens, Vocabulary, Width
 
 __all__ = [
     "BackboneConfig",
@@ -30,10 +29,10 @@ class TransformerSizes(TypedDict):
 class TransformerForm(Form):
     """What all transformers have."""
 
-    num_layers: Layers
-    hidden_size: Width
-    ffn_hidden_size: InnerWidth
-    num_attention_heads: Size
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_attention_heads: Positive
     trainable: bool = True
     norm_epsilon: PositiveNumber | None = None
     """Added to variances in the module's norms; that of --norm-epsilon where not given."""
@@ -64,8 +63,8 @@ class TransformerForm(Form):
 class VisionConfig(TransformerForm):
     """A vision transformer over images of any size."""
 
-    patch_size: Patch = 14
-    position_grid: Patch = 32
+    patch_size: Positive = 14
+    position_grid: Positive = 32
     """Side of the learned table of positions, which is interpolated to each image's grid."""
 
     def shape(self, name: str, output_size: int) -> ModuleShape:
@@ -86,9 +85,9 @@ class VisionConfig(TransformerForm):
 class LanguageConfig(TransformerForm):
     """A causal language model: RMSNorm, SwiGLU, rotary positions, grouped queries."""
 
-    num_query_groups: Size
-    vocab_size: Vocabulary
-    seq_length: Tokens
+    num_query_groups: Positive
+    vocab_size: Positive
+    seq_length: Positive
     rotary_base: Positive = 10000
     qkv_bias: bool = False
     """Biases of queries, keys and values, as Qwen2.5 has them."""
@@ -138,6 +137,8 @@ class LanguageConfig(TransformerForm):
             "untie_embeddings_and_output_weights": True,
             "tokenizer_type": "NullTokenizer",
             "vocab_size": self.vocab_size,
+            # Megatron's own loaders have no place for a function that puts microbatches together.
+            "dataloader_type": "external",
         }
 
 

@@ -13,12 +13,13 @@ from functools import partial
 import torch
 from torch.utils.data import Dataset
 
-from megatron_dip.data.images import NUM_CHANNELS, image_patches, num_image_tokens
-from megatron_dip.data.index import DataIndex, ImageRecord, usable_samples
+from megatron_dip.data.images import NUM_CHANNELS, blank_patches, num_image_tokens
+from megatron_dip.data.index import DataIndex, ImageRecord, recorded_patches, usable_samples
 from megatron_dip.data.microbatch import ImageData, PackedSequence, VlmMicrobatch
 from megatron_dip.data.packing import PackedEpochs, PackingOptions, pack_epoch
 from megatron_dip.data.samples import EncodedText, encode_text
 from megatron_dip.data.sources import DataSettings, SampleSource, open_source
+from megatron_dip.data.stand_ins import StandIns
 from megatron_dip.data.tokenizer import load_tokenizer
 from megatron_dip.errors import DataError
 
@@ -66,7 +67,7 @@ class VlmDataset(Dataset[PackedSequence]):
         settings: DataSettings,
         index: DataIndex,
         *,
-        num_samples: int | None,
+        num_samples: int,
         seed: int,
         decode_images: bool = True,
         skip_bad_samples: bool = False,
@@ -76,7 +77,7 @@ class VlmDataset(Dataset[PackedSequence]):
     ) -> None:
         """
         Args:
-            num_samples: Packed sequences in all; None for those of one epoch.
+            num_samples: Packed sequences in all.
             decode_images: Whether this rank needs pixels; grids are known without.
             skip_bad_samples: Leave bad samples out instead of refusing the data set.
             subset: Numbers of the samples to use, e.g. from ``split_samples``; default all.
@@ -90,6 +91,7 @@ class VlmDataset(Dataset[PackedSequence]):
         self.seed = seed
         self.decode_images = decode_images
         self.tokenizer = load_tokenizer(settings.tokenizer)
+        self._num_samples = num_samples
         self._packing = packing or PackingOptions()
         self._source = source or open_source(settings)
         if len(self._source) != len(index.samples):
@@ -102,7 +104,7 @@ class VlmDataset(Dataset[PackedSequence]):
         self._lengths = [sample.num_tokens for sample in chosen]
         self._has_images = [bool(sample.images) for sample in chosen]
         self._epochs = PackedEpochs(self._pack)
-        self._num_samples = self._epochs.first_length if num_samples is None else num_samples
+        self._stand_ins = StandIns(allowed=skip_bad_samples)
         values_per_patch = NUM_CHANNELS * settings.patch_size**2
         self.collate_fn = partial(collate, values_per_patch=values_per_patch)
         """Puts the sequences of a microbatch together: give it to the data loader."""
@@ -113,7 +115,7 @@ class VlmDataset(Dataset[PackedSequence]):
     def __getitem__(self, i: int) -> PackedSequence:
         """
         Raises:
-            DataError: An image changed or vanished since the index was made.
+            DataError: An image went bad since the index was made; see ``StandIns``.
         """
         return pack_sequence(
             [self._load(number) for number in self.sample_numbers(i)], self.tokenizer.image_id
@@ -147,22 +149,19 @@ class VlmDataset(Dataset[PackedSequence]):
         except DataError as error:
             raise DataError(f"{self.index.source}: {error}") from error
         records = self.index.samples[number].images
-        try:
-            images = [self._image(n, r) for n, r in zip(sample.images, records, strict=True)]
-        except DataError as error:
-            raise DataError(f"{self.index.source}: {sample.name}: {error}") from error
+        place = f"{self.index.source}: {sample.name}"
+        images = [self._image(place, n, r) for n, r in zip(sample.images, records, strict=True)]
         sizes = [num_image_tokens(record.grid) for record in records]
         image_id = self.tokenizer.image_id
         return encode_text(sample, self.tokenizer).expand(image_id, sizes), images
 
-    def _image(self, name: str, record: ImageRecord) -> ImageData:
+    def _image(self, place: str, name: str, record: ImageRecord) -> ImageData:
         if not self.decode_images:
             return ImageData(grid=record.grid, pixels=None)
-        image = self._source.image(name)
-        if image.size != (record.width, record.height):
-            raise DataError(
-                f"image {name} is {image.width}x{image.height}, but was "
-                f"{record.width}x{record.height} when the index was made; start again"
-            )
-        pixels = image_patches(image, record.grid, self.settings.patch_size)
+        patch_size = self.settings.patch_size
+        pixels = self._stand_ins.read(
+            place,
+            lambda: recorded_patches(self._source.image(name), name, record, patch_size),
+            lambda: blank_patches(record.grid, patch_size),
+        )
         return ImageData(grid=record.grid, pixels=pixels)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from megatron_dip.data.files import file_facts
+from megatron_dip.data.files import file_facts, open_media
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.samples import Sample, parse_sample, read_samples, sample_name
 from megatron_dip.errors import DataError, shown
@@ -93,6 +93,8 @@ class EnergonShards:
             number for number, entry in enumerate(self._entries) if entry.shard in valid
         )
         """The samples of the split ``val``."""
+        if len(self.valid_numbers) == len(self._entries):
+            raise DataError(f"{folder}: no sample in the split train; see {_META_FOLDER}/split.*")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
@@ -271,11 +273,10 @@ def _write_sample(tar: tarfile.TarFile, raw: Any, number: int, image_folder: Pat
         ending = ending if ending not in ("", _TEXT_PART) else "img"
         part = f"{place}.{ending}" if len(images) > 1 else ending
         try:
-            contents[part] = (image_folder / image).read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{sample_name(raw, number)}: image {image_folder / image}: {error.strerror}"
-            ) from error
+            with open_media(image_folder / image, "image") as file:
+                contents[part] = file.read()
+        except DataError as error:
+            raise DataError(f"{sample_name(raw, number)}: {error}") from error
     for part, content in contents.items():
         # Nothing of the machine: the same samples give the same bytes.
         header = tarfile.TarInfo(f"{number:09d}.{part}")

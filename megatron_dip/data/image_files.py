@@ -22,7 +22,7 @@ from megatron_dip.data.image_parts import without_metadata
 from megatron_dip.data.wholeness import missing_part
 from megatron_dip.errors import DataError
 
-__all__ = ["decode_image", "explain"]
+__all__ = ["decode_image", "explain", "on_white"]
 
 _MOST_BYTES = 2**30
 _MOST_DETAIL = 200
@@ -133,9 +133,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Pillow keeps the upper 8 of 16 bits of a color, but not of the transparent one.
         image.info["transparency"] = tuple(value >> 8 for value in transparency)
     if transparency is not None or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
-        layer = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer).convert("RGB")
+        return on_white(image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA"))
     return image.convert("RGB")
+
+
+def on_white(layer: Image.Image) -> Image.Image:
+    """An RGBA image as RGB, with white behind it."""
+    return Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer).convert("RGB")
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ __all__ = [
     "NUM_CHANNELS",
     "PATCHES_PER_TOKEN",
     "ImageLimits",
+    "blank_patches",
     "choose_grid",
     "image_patches",
     "num_image_tokens",
@@ -56,7 +57,7 @@ class ImageLimits(NamedTuple):
             )
 
 
-def choose_grid(width: int, height: int, limits: ImageLimits) -> tuple[int, int]:
+def choose_grid(width: float, height: float, limits: ImageLimits) -> tuple[int, int]:
     """The (rows, columns) of patches for an image of ``width`` x ``height`` pixels.
 
     Among all grids with even sides and between ``min_image_tokens`` and ``max_image_tokens``
@@ -104,6 +105,11 @@ def image_patches(image: Image.Image, grid: tuple[int, int], patch_size: int) ->
     patches = blocks.permute(0, 3, 1, 4, 6, 2, 5)
     flat = patches.reshape(rows * columns, NUM_CHANNELS * patch_size**2)
     return flat.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def blank_patches(grid: tuple[int, int], patch_size: int) -> Tensor:
+    """The patches of an image of an even grey, as :func:`image_patches` makes them."""
+    return torch.zeros(grid[0] * grid[1], NUM_CHANNELS * patch_size**2)
 
 
 def patch_coordinates(grid: tuple[int, int]) -> Tensor:

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 
-from megatron_dip.data.images import choose_grid, num_image_tokens
+from megatron_dip.data.images import choose_grid, image_patches, num_image_tokens
 from megatron_dip.data.progress import map_with_progress
 from megatron_dip.data.samples import Sample, check_length, encode_text
 from megatron_dip.data.sources import DataSettings, SampleSource, open_source
@@ -42,6 +44,7 @@ __all__ = [
     "kept_index",
     "load_index",
     "read_index",
+    "recorded_patches",
     "shuffled",
     "split_samples",
     "split_source",
@@ -69,6 +72,20 @@ class ImageRecord(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         return self.rows, self.columns
+
+
+def recorded_patches(image: Image.Image, name: str, record: ImageRecord, patch_size: int) -> Tensor:
+    """The patches of an image that the index knows.
+
+    Raises:
+        DataError: It has another size, so that other tokens would stand for it.
+    """
+    if image.size != (record.width, record.height):
+        raise DataError(
+            f"image {name} is {image.width}x{image.height}, but was "
+            f"{record.width}x{record.height} when the index was made"
+        )
+    return image_patches(image, record.grid, patch_size)
 
 
 class SampleRecord(NamedTuple):
@@ -319,10 +336,7 @@ def usable_samples(
     if subset is not None:
         good = tuple(sorted(set(good).intersection(subset)))
         if not good:
-            raise DataError(
-                f"{index.source}: no usable sample among those kept for training or validation; "
-                f"see data.valid_share, or the splits of the data set"
-            )
+            raise DataError(f"{index.source}: no usable sample in the given subset")
     return good
 
 
@@ -357,24 +371,18 @@ def shuffled(numbers: Sequence[int], i: int, seed: int) -> int:
 
 
 def split_samples(
-    numbers: Sequence[int], valid_share: float, seed: int, *, needs_valid: bool = True
+    numbers: Sequence[int], valid_share: float, seed: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cut ``numbers`` into those to train on and those to validate on, by chance but repeatably.
-
-    Args:
-        needs_valid: Whether any must be kept for validation.  Where none need be and there are too
-            few samples to cut, all are to train on.
 
     Raises:
         DataError: One of the two would be empty.
     """
     count = round(len(numbers) * valid_share)
     if not 0 < count < len(numbers):
-        if not needs_valid:
-            return tuple(numbers), ()
         raise DataError(
             f"a share of {valid_share} of {len(numbers)} samples for validation leaves one side "
-            f"empty; give another share or more samples, or leave evaluation out"
+            f"empty; give another share or more samples"
         )
     order = np.random.default_rng(seed).permutation(len(numbers)).tolist()
     held_out = sorted(numbers[place] for place in order[:count])
@@ -383,15 +391,14 @@ def split_samples(
 
 
 def split_source(
-    source: SampleSource, valid_share: float, seed: int, *, needs_valid: bool = True
+    source: SampleSource, valid_share: float, seed: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """As ``split_samples``, unless the data set says itself what is kept for validation.
 
     Raises:
-        DataError: See there.
+        DataError: One of the two would be empty.
     """
     if not source.valid_numbers:
-        numbers = range(len(source))
-        return split_samples(numbers, valid_share, seed, needs_valid=needs_valid)
+        return split_samples(range(len(source)), valid_share=valid_share, seed=seed)
     held_out = set(source.valid_numbers)
     return tuple(n for n in range(len(source)) if n not in held_out), source.valid_numbers

@@ -11,24 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from megatron_dip.data.audio import log_mel, num_audio_tokens, read_wav, read_wav_length
+from megatron_dip.data.audio import log_mel, num_audio_tokens, silent_mel
+from megatron_dip.data.audio_files import read_sound
 from megatron_dip.data.files import file_facts
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.images import (
     NUM_CHANNELS,
     PATCHES_PER_TOKEN,
     ImageLimits,
+    blank_patches,
     choose_grid,
-    image_patches,
     num_image_tokens,
 )
 from megatron_dip.data.index import (
     INDEX_VERSION,
+    ImageRecord,
     kept_index,
     read_index,
+    recorded_patches,
     shuffled,
     usable_samples,
     write_index,
@@ -36,8 +41,9 @@ from megatron_dip.data.index import (
 from megatron_dip.data.microbatch import ImageData
 from megatron_dip.data.omni_batches import AudioData, OmniMicrobatch, OmniSequence
 from megatron_dip.data.samples import check_length, read_samples, sample_name
+from megatron_dip.data.stand_ins import StandIns
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
-from megatron_dip.errors import DataError
+from megatron_dip.errors import DataError, shown
 
 __all__ = [
     "OmniDataset",
@@ -68,7 +74,7 @@ class OmniSettings:
 class OmniRecord(NamedTuple):
     """What is known of a sample; ``error`` is the reason why it cannot be used."""
 
-    grid: tuple[int, int] | None
+    image: ImageRecord | None
     audio_tokens: int
     error: str | None = None
 
@@ -117,8 +123,8 @@ def load_omni_index(path: Path) -> OmniIndex:
 
     def parse(data: Any) -> OmniIndex:
         records = tuple(
-            OmniRecord(None if grid is None else (grid[0], grid[1]), tokens, error)
-            for grid, tokens, error in data["samples"]
+            OmniRecord(None if image is None else ImageRecord(*image), tokens, error)
+            for image, tokens, error in data["samples"]
         )
         return OmniIndex(source=data["source"], samples=records)
 
@@ -133,16 +139,17 @@ def _record(raw: Any, number: int, settings: OmniSettings, tokenizer: VlmTokeniz
         for field in ("question", "answer"):
             if not isinstance(raw.get(field), str) or not raw[field]:
                 raise DataError(f"field {field!r} is missing or not a text")
-        grid, audio_tokens = None, 0
+        for field in ("image", "audio"):
+            if raw.get(field) is not None and not (isinstance(raw[field], str) and raw[field]):
+                raise DataError(f"field {field!r} is {shown(raw[field])}; expected a name")
+        image, audio_tokens = None, 0
         if raw.get("image") is not None:
-            size = decode_image(settings.media_folder / str(raw["image"])).size
-            grid = choose_grid(*size, settings.limits)
+            size = decode_image(settings.media_folder / raw["image"]).size
+            image = ImageRecord(*size, *choose_grid(*size, settings.limits))
         if raw.get("audio") is not None:
-            samples = read_wav_length(
-                settings.media_folder / str(raw["audio"]), settings.audio_rate
-            )
-            audio_tokens = num_audio_tokens(samples, settings.audio_rate)
-        rows = (num_image_tokens(grid) if grid else 0) + audio_tokens // PATCHES_PER_TOKEN
+            samples = read_sound(settings.media_folder / raw["audio"], settings.audio_rate)
+            audio_tokens = num_audio_tokens(len(samples), settings.audio_rate)
+        rows = (num_image_tokens(image.grid) if image else 0) + audio_tokens // PATCHES_PER_TOKEN
         text, _ = _text(raw, tokenizer)
     except DataError as error:
         return OmniRecord(None, 0, f"{name}: {error}")
@@ -150,7 +157,7 @@ def _record(raw: Any, number: int, settings: OmniSettings, tokenizer: VlmTokeniz
         check_length(name, len(text), rows, settings.seq_length)
     except DataError as error:
         return OmniRecord(None, 0, str(error))
-    return OmniRecord(grid, audio_tokens)
+    return OmniRecord(image, audio_tokens)
 
 
 def _text(raw: Mapping[str, Any], tokenizer: VlmTokenizer) -> tuple[list[int], list[bool]]:
@@ -166,7 +173,6 @@ class OmniDataset(Dataset[OmniSequence]):
     data and ``(seed, i)`` alone.
 
     Args:
-        num_samples: Sequences in all; None for those of one epoch.
         subset: Numbers of the samples to use.
         decode_media: Whether this rank needs pixels and sounds; sizes are known without.
 
@@ -179,7 +185,7 @@ class OmniDataset(Dataset[OmniSequence]):
         settings: OmniSettings,
         index: OmniIndex,
         *,
-        num_samples: int | None,
+        num_samples: int,
         seed: int,
         subset: Sequence[int],
         decode_media: bool = True,
@@ -189,8 +195,8 @@ class OmniDataset(Dataset[OmniSequence]):
         self._settings, self._index = settings, index
         self._raw = read_samples(settings.samples)
         self._tokenizer = load_tokenizer(settings.tokenizer)
-        self._num_samples = len(self._numbers) if num_samples is None else num_samples
-        self._seed, self._decode = seed, decode_media
+        self._num_samples, self._seed, self._decode = num_samples, seed, decode_media
+        self._stand_ins = StandIns(allowed=skip_bad_samples)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -198,14 +204,16 @@ class OmniDataset(Dataset[OmniSequence]):
     def __getitem__(self, i: int) -> OmniSequence:
         """
         Raises:
-            DataError: A file changed or vanished since the index was made.
+            DataError: A file went bad since the index was made; see ``StandIns``.
         """
         if not 0 <= i < self._num_samples:
             raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
         number = shuffled(self._numbers, i, self._seed)
         raw, record = self._raw[number], self._index.samples[number]
-        images = () if record.grid is None else (self._image(raw, record.grid),)
-        audios = () if not record.audio_tokens else (self._audio(raw, record.audio_tokens),)
+        name = f"{self._index.source}: {sample_name(raw, number)}"
+        images = () if record.image is None else (self._image(name, raw["image"], record.image),)
+        num_heard = record.audio_tokens
+        audios = (self._audio(name, raw["audio"], num_heard),) if num_heard else ()
         num_rows = sum(image.num_tokens for image in images)
         num_rows += sum(audio.num_rows for audio in audios)
         tokens, learned = _text(raw, self._tokenizer)
@@ -226,19 +234,30 @@ class OmniDataset(Dataset[OmniSequence]):
         patch_values = NUM_CHANNELS * self._settings.limits.patch_size**2
         return OmniMicrobatch(sequences=tuple(sequences), values_per_patch=patch_values)
 
-    def _image(self, raw: Mapping[str, Any], grid: tuple[int, int]) -> ImageData:
+    def _image(self, sample: str, name: str, record: ImageRecord) -> ImageData:
         if not self._decode:
-            return ImageData(grid=grid, pixels=None)
-        image = decode_image(self._settings.media_folder / raw["image"])
-        pixels = image_patches(image, grid, self._settings.limits.patch_size)
-        return ImageData(grid=grid, pixels=pixels)
+            return ImageData(grid=record.grid, pixels=None)
+        path, patch_size = self._settings.media_folder / name, self._settings.limits.patch_size
+        pixels = self._stand_ins.read(
+            sample,
+            lambda: recorded_patches(decode_image(path), name, record, patch_size),
+            lambda: blank_patches(record.grid, patch_size),
+        )
+        return ImageData(grid=record.grid, pixels=pixels)
 
-    def _audio(self, raw: Mapping[str, Any], num_tokens: int) -> AudioData:
+    def _audio(self, sample: str, name: str, num_tokens: int) -> AudioData:
         if not self._decode:
             return AudioData(num_tokens=num_tokens, mels=None)
-        rate = self._settings.audio_rate
-        path = self._settings.media_folder / raw["audio"]
-        mels = torch.from_numpy(log_mel(read_wav(path, rate), rate, self._settings.num_mels))
-        if len(mels) != 2 * num_tokens:
-            raise DataError(f"audio {path} changed after the index was made; start again")
-        return AudioData(num_tokens=num_tokens, mels=mels)
+        settings = self._settings
+
+        def read() -> NDArray[np.float32]:
+            samples = read_sound(settings.media_folder / name, settings.audio_rate)
+            if num_audio_tokens(len(samples), settings.audio_rate) != num_tokens:
+                raise DataError(
+                    f"audio {name} has {len(samples)} samples, another length than when the index "
+                    f"was made"
+                )
+            return log_mel(samples, settings.audio_rate, settings.num_mels)
+
+        mels = self._stand_ins.read(sample, read, lambda: silent_mel(num_tokens, settings.num_mels))
+        return AudioData(num_tokens=num_tokens, mels=torch.from_numpy(mels))

@@ -20,16 +20,20 @@ formats without either, such as MPEG-TS.  What follows the end is nobody's and i
 import os
 from typing import BinaryIO
 
-__all__ = ["UNKNOWN_SIZES", "missing_part"]
+__all__ = ["is_unknown_size", "missing_part"]
 
-UNKNOWN_SIZES = frozenset({0, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF})
-"""What writers that cannot seek put where the size of a RIFF belongs."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG_2000 = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")
 _EBML_SEGMENT = 0x18538067
 _BOXES = frozenset(
-    {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"uuid"}
+    b"ftyp moov mdat free skip wide pnot styp moof mfra sidx ssix emsg prft meta uuid pdin".split()
 )
+
+
+def is_unknown_size(size: int) -> bool:
+    """Whether this is what writers that cannot seek put where the size of a RIFF belongs."""
+    # The largest number of 31 or 32 bits, less the head of the file or rounded to pages.
+    return not size or 0x7FFFF000 <= size <= 0x7FFFFFFF or 0xFFFFF000 <= size <= 0xFFFFFFFF
 
 
 def missing_part(file: BinaryIO) -> str | None:
@@ -59,7 +63,7 @@ def _stated_size(file: BinaryIO, head: bytes) -> int | None:
     if head.startswith((b"RIFF", b"RF64")):
         size = int.from_bytes(head[4:8], "little")
         # An odd size may be filled up, and need not be.
-        return None if size in UNKNOWN_SIZES else size + 8
+        return None if is_unknown_size(size) else size + 8
     if head.startswith(b"\x1aE\xdf\xa3"):
         return _segment_end(file)
     return _last_box_end(file) if head[4:8] in _BOXES else None
@@ -120,6 +124,8 @@ def _last_box_end(file: BinaryIO) -> int | None:
     while place < length:
         file.seek(place)
         head = file.read(16)
+        if head[4:8] not in _BOXES:
+            break
         size = int.from_bytes(head[:4], "big")
         if size == 1:
             size = int.from_bytes(head[8:16], "big")

@@ -52,8 +52,7 @@ def build_model(
         raise ConfigError("the model is described by --dip-config FILE, which was not given")
     dip_config = load_config(args.dip_config)
     base = config or core_transformer_config_from_args(args)
-    family = family_of(dip_config)
-    factory = family.stage_factory(dip_config, base, args.seed)
+    factory = family_of(dip_config).stage_factory(dip_config, base, args.seed)
     if args.dip_schedule:
         device = torch.device("cuda", torch.cuda.current_device())
         pipeline = DipPipeline(
@@ -69,7 +68,7 @@ def build_model(
     return factory.stock_model(
         pre_process=pre_process,
         post_process=post_process,
-        idle=family.smallest_data(dip_config),
+        sequences=args.micro_batch_size,
     )
 
 

@@ -16,7 +16,6 @@ from pydantic import Field
 
 from megatron_dip.errors import PlanDigestError, PlanError
 from megatron_dip.forms import Form
-from megatron_dip.limits import Count, Layer
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, format_actions, parse_actions
 from megatron_dip.plan.graph import PipelineGraph, Work
@@ -45,18 +44,15 @@ class Recompute(NamedTuple):
     """Layer numbers within the module."""
 
 
-Estimated = Annotated[float, Field(ge=0, le=1e30)]
-
-
 class Estimate(Form):
     """What the simulator expects of a plan."""
 
-    makespan_us: Estimated
-    peak_bytes: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
+    makespan_us: float
+    peak_bytes: tuple[int, ...]
     """Per rank, weights included."""
-    bubble_fraction: tuple[Annotated[float, Field(ge=-1, le=1)], ...]
+    bubble_fraction: tuple[float, ...]
     """Per rank: idle time over makespan."""
-    lower_bound_us: Estimated
+    lower_bound_us: float
     """No schedule of this partition and these sub-microbatches can be faster, with whole backwards
     where the plan has no split ones."""
 
@@ -138,6 +134,9 @@ class Plan:
         }
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 class _SubMicrobatchForm(Form):
     module: str
     microbatch: Count
@@ -153,7 +152,7 @@ class _RecomputeForm(Form):
     stage: Count
     microbatch: Count
     sub: Count
-    layers: tuple[Layer, ...]
+    layers: tuple[Count, ...]
 
 
 class _PlanForm(Form):

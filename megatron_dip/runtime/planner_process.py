@@ -13,7 +13,6 @@ from pathlib import Path
 
 import megatron_dip
 from megatron_dip.planner.messages import Message, decode_frames, encode_frame
-from megatron_dip.runtime.signals import started_deaf
 
 __all__ = ["PlannerProcess", "ProcessLimits", "wait_for_any"]
 
@@ -32,7 +31,7 @@ class ProcessLimits:
 
 
 class PlannerProcess:
-    """One process; it ends with its owner, however that ends, and not by a signal to the job."""
+    """One process; it ends with its owner, however that ends."""
 
     def __init__(self, limits: ProcessLimits) -> None:
         own, other = socket.socketpair()
@@ -43,7 +42,7 @@ class PlannerProcess:
             *("--memory-bytes", str(limits.memory_bytes), "--nice", str(limits.nice)),
             *("--cores", *map(str, limits.cores)),
         ]
-        with other, started_deaf():
+        with other:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -62,12 +62,7 @@ def settings(folder):
 
 
 def read(folder, split="train"):
-    return read_scienceqa(
-        folder / "problems.json",
-        folder / "pid_splits.json",
-        split,
-        image_folder=folder / "images",
-    )
+    return read_scienceqa(folder / "problems.json", folder / "pid_splits.json", split)
 
 
 def make_dataset(settings, folder, num_samples=70, **options):
@@ -113,28 +108,23 @@ def rewrite(folder, target, change):
     change(problems, splits)
     (target / "problems.json").write_text(json.dumps(problems))
     (target / "pid_splits.json").write_text(json.dumps(splits))
-    return read_scienceqa(
-        target / "problems.json",
-        target / "pid_splits.json",
-        "train",
-        image_folder=folder / "images",
-    )
+    return read_scienceqa(target / "problems.json", target / "pid_splits.json", "train")
 
 
-def test_missing_problems_and_images_are_named_and_the_others_kept(folder, tmp_path, settings):
+def test_missing_problems_are_named_and_the_others_kept(folder, tmp_path, settings):
     def change(problems, splits):
         splits["train"].append("no-such")
-        problems["3"]["image"] = "gone.png"
+        problems["3"]["choices"] = 4
         problems["5"]["answer"] = 9
 
     whole, found = read(folder), rewrite(folder, tmp_path, change)
     assert len(found.problems) == len(whole.problems) - 2
-    image, answer, missing = found.errors
-    assert "problem 3: no image" in image and "gone.png" in image
+    choices, answer, missing = found.errors
+    assert "problem 3: field 'choices'" in choices
     assert "problem 5: answer 9" in answer
     assert "problem no-such: is in split 'train'" in missing
     samples = [to_instruction(problem) for problem in found.problems]
-    with pytest.raises(DataError, match=r"problem 3: no image .* \(and 2 more bad samples\)"):
+    with pytest.raises(DataError, match=r"problem 3: field .* \(and 2 more bad samples\)"):
         LavinDataset(settings, samples, errors=found.errors, num_samples=4, seed=1)
     kept = LavinDataset(
         settings, samples, errors=found.errors, num_samples=62, seed=1, skip_bad_samples=True
@@ -197,14 +187,14 @@ def test_chats_are_read_turn_by_turn(tmp_path):
         {"instruction": 5, "answer": "D."},
     ]
     (tmp_path / "chat.json").write_text(json.dumps({"all": turns}))
-    samples, errors = read_chat(tmp_path / "chat.json", image_folder=tmp_path)
+    samples, errors = read_chat(tmp_path / "chat.json")
     assert samples[0].prompt == "Instruction: What is it? \nResponse:"
-    assert [sample.image and sample.image.name for sample in samples] == ["a.png", None]
-    assert "sample 'q3' (number 2): no image" in errors[0]
-    assert "sample number 3: field 'instruction'" in errors[1]
+    named = [sample.image and sample.image.name for sample in samples]
+    assert named == ["a.png", None, "b.png"]
+    assert "sample number 3: field 'instruction'" in errors[0]
     (tmp_path / "chat.json").write_text("{}")
     with pytest.raises(DataError, match=r'expected \{"all"'):
-        read_chat(tmp_path / "chat.json", image_folder=tmp_path)
+        read_chat(tmp_path / "chat.json")
 
 
 def test_rows_of_a_sample_have_the_published_order(folder, settings):
@@ -323,14 +313,3 @@ def test_blank_images_are_given_only_beside_others_and_read_by_nobody(folder, se
     assert len(batch.images) == 2 and batch.needs == ((), (1,))
     assert batch.images[0].abs().max() == 0
     assert batch.whole(SEQUENCE_LENGTH).wanted == (1,)
-
-
-def test_a_broken_image_is_named_with_its_problem(folder, settings, tmp_path):
-    broken = tmp_path / "train" / "3"
-    broken.mkdir(parents=True)
-    (broken / "image.png").write_bytes(b"no image")
-    dataset = make_dataset(replace(settings, image_folder=tmp_path), folder)
-    problems = read(folder).problems
-    place = next(i for i in range(70) if problems[dataset.sample_numbers(i)[0]].qid == "3")
-    with pytest.raises(DataError, match=r"problem 3: image .*image\.png: does not decode"):
-        dataset[place]

@@ -10,6 +10,12 @@ from megatron_dip.data.lavin.batches import (
 )
 from megatron_dip.data.lavin.chat import read_chat
 from megatron_dip.data.lavin.dataset import LavinDataset, LavinSettings
+from megatron_dip.data.lavin.image_check import (
+    ImageFiles,
+    check_images,
+    load_checked_images,
+    split_by_images,
+)
 from megatron_dip.data.lavin.instructions import Instruction, encode_instruction
 from megatron_dip.data.lavin.scienceqa import (
     ScienceQaProblem,
@@ -21,6 +27,7 @@ from megatron_dip.data.lavin.scienceqa import (
 
 __all__ = [
     "ClipBatch",
+    "ImageFiles",
     "ImageSize",
     "Instruction",
     "LavinDataset",
@@ -31,9 +38,12 @@ __all__ = [
     "RoutedSequence",
     "ScienceQaProblem",
     "ScienceQaScores",
+    "check_images",
     "encode_instruction",
+    "load_checked_images",
     "read_chat",
     "read_scienceqa",
     "score",
+    "split_by_images",
     "to_instruction",
 ]

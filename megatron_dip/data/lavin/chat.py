@@ -15,10 +15,8 @@ from megatron_dip.reading import read_json
 __all__ = ["parse_turn", "read_chat"]
 
 
-def read_chat(
-    path: str | Path, *, image_folder: str | Path
-) -> tuple[tuple[Instruction, ...], tuple[str, ...]]:
-    """The samples of a file, and why the others of it cannot be used; every image is looked for.
+def read_chat(path: str | Path) -> tuple[tuple[Instruction, ...], tuple[str, ...]]:
+    """The samples of a file, and why the others of it cannot be used; no image is looked at.
 
     Raises:
         DataError: The file cannot be read or is not of this form.
@@ -31,10 +29,7 @@ def read_chat(
     errors: list[str] = []
     for number, turn in enumerate(turns):
         try:
-            sample = parse_turn(turn, number)
-            if sample.image is not None and not (Path(image_folder) / sample.image).is_file():
-                raise DataError(f"{sample.name}: no image {Path(image_folder) / sample.image}")
-            good.append(sample)
+            good.append(parse_turn(turn, number))
         except DataError as error:
             errors.append(str(error))
     return tuple(good), tuple(errors)

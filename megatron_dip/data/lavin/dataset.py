@@ -22,6 +22,7 @@ from megatron_dip.data.lavin.instructions import (
     encode_instruction,
 )
 from megatron_dip.data.packing import PackedEpochs, PackingOptions, pack_epoch
+from megatron_dip.data.stand_ins import StandIns
 from megatron_dip.data.tokenizer import load_tokenizer
 from megatron_dip.errors import DataError
 
@@ -74,7 +75,7 @@ class LavinDataset(Dataset[RoutedSequence]):
         samples: Sequence[Instruction],
         *,
         errors: Sequence[str] = (),
-        num_samples: int | None,
+        num_samples: int,
         seed: int,
         decode_images: bool = True,
         skip_bad_samples: bool = False,
@@ -84,7 +85,7 @@ class LavinDataset(Dataset[RoutedSequence]):
         Args:
             samples: Those that can be read.
             errors: Why others cannot.
-            num_samples: Sequences in all; None for those of one epoch.
+            num_samples: Sequences in all.
             decode_images: Whether this rank needs pixels.
             skip_bad_samples: Leave bad samples out instead of refusing the data set.
             source: Where the samples come from, for messages.
@@ -95,10 +96,11 @@ class LavinDataset(Dataset[RoutedSequence]):
         self.settings = settings
         self.seed = seed
         self.decode_images = decode_images
+        self._num_samples = num_samples
         self._samples, self._encoded = _encode(settings, samples, errors, skip_bad_samples, source)
         self._epochs = PackedEpochs(self._pack)
-        self._num_samples = self._epochs.first_length if num_samples is None else num_samples
         self._weights: dict[int, tuple[float, ...]] = {}
+        self._stand_ins = StandIns(allowed=skip_bad_samples)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -106,7 +108,7 @@ class LavinDataset(Dataset[RoutedSequence]):
     def __getitem__(self, i: int) -> RoutedSequence:
         """
         Raises:
-            DataError: An image does not decode.
+            DataError: An image went bad since the index was made; see ``StandIns``.
         """
         if not 0 <= i < self._num_samples:
             raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
@@ -124,9 +126,7 @@ class LavinDataset(Dataset[RoutedSequence]):
     def collate_fn(self, sequences: Sequence[RoutedSequence]) -> LavinMicrobatch:
         """The sequences of one microbatch together."""
         if self.settings.fills_blank_images and any(sequence.images for sequence in sequences):
-            size = self.settings.size
-            blank = torch.zeros(size.num_patches, size.values_per_patch)
-            filler = blank if self.decode_images else None
+            filler = self._blank() if self.decode_images else None
             sequences = [with_blank_images(sequence, filler) for sequence in sequences]
         return LavinMicrobatch(sequences=tuple(sequences), image_size=self.settings.size)
 
@@ -170,16 +170,22 @@ class LavinDataset(Dataset[RoutedSequence]):
 
     def _load(self, number: int) -> Tensor | None:
         sample = self._samples[number]
-        if sample.image is None or not self.decode_images:
+        image = sample.image
+        if image is None or not self.decode_images:
             return None
-        try:
-            return load_patches(
-                self.settings.image_folder / sample.image,
+        return self._stand_ins.read(
+            sample.name,
+            lambda: load_patches(
+                self.settings.image_folder / image,
                 image_size=self.settings.image_size,
                 patch_size=self.settings.patch_size,
-            )
-        except DataError as error:
-            raise DataError(f"{sample.name}: {error}") from error
+            ),
+            self._blank,
+        )
+
+    def _blank(self) -> Tensor:
+        size = self.settings.size
+        return torch.zeros(size.num_patches, size.values_per_patch)
 
 
 def _encode(

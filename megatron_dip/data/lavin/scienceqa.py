@@ -62,10 +62,8 @@ class ScienceQa:
     errors: tuple[str, ...]
 
 
-def read_scienceqa(
-    problems: str | Path, splits: str | Path, split: str, *, image_folder: str | Path
-) -> ScienceQa:
-    """The problems of ``split``, in its order; every image is looked for.
+def read_scienceqa(problems: str | Path, splits: str | Path, split: str) -> ScienceQa:
+    """The problems of ``split``, in its order; no image is looked at.
 
     Raises:
         DataError: A file cannot be read or is not of ScienceQA's form, or there is no such split.
@@ -88,20 +86,10 @@ def read_scienceqa(
                 raise DataError(
                     f"problem {qid}: is in split {split!r} of {splits}, but not in {problems}"
                 )
-            problem = parse_problem(str(qid), by_qid[str(qid)], split)
-            _look_for_image(problem, Path(image_folder))
-            good.append(problem)
+            good.append(parse_problem(str(qid), by_qid[str(qid)], split))
         except DataError as error:
             errors.append(str(error))
     return ScienceQa(problems=tuple(good), errors=tuple(errors))
-
-
-def _look_for_image(problem: ScienceQaProblem, folder: Path) -> None:
-    if problem.image is not None and not (folder / problem.image).is_file():
-        raise DataError(
-            f"problem {problem.qid}: no image {folder / problem.image} (expected "
-            f"IMAGE_FOLDER/SPLIT/QID/NAME)"
-        )
 
 
 def parse_problem(qid: str, raw: Any, split: str) -> ScienceQaProblem:
