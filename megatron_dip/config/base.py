@@ -20,6 +20,7 @@ from megatron_dip.partition import (
 )
 
 if TYPE_CHECKING:
+    from megatron_dip.config.modules import TransformerForm
     from megatron_dip.costs.shapes import ModelShape
 
 __all__ = [
@@ -154,8 +155,19 @@ class DipConfig(Form, ABC):
         Those who write the model in YAML need not repeat it on the command line.
         """
 
+    @abstractmethod
+    def module_forms(self) -> "Mapping[str, TransformerForm]":
+        """What the configuration says of every module, by its name."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        shape = self.model_shape()
+        if not any(module.trains_any for module in shape.modules):
+            names = [module.name for module in shape.modules]
+            raise ValueError(
+                f"model: nothing is trained, {' and '.join(names)} are frozen (expected something "
+                f"to train: say which parts under model.{names[-1]}.trainable)"
+            )
         named, expected = set(self.schedule.modules), set(self.num_layers())
         if self.schedule.partition is None:
             if named != expected:

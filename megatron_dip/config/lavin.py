@@ -33,6 +33,7 @@ __all__ = [
 class ClipConfig(TransformerForm):
     """CLIP's vision transformer over square images of one size."""
 
+    part_names = ("embedding", "layers", "norm")
     patch_size: Positive = 14
     image_size: Positive = 224
     """Pixels per side."""
@@ -93,11 +94,17 @@ class LavinModelConfig(Form):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not (self.vision.trainable and self.language.trainable):
+        if self.vision.trainable is not True or self.language.trainable is not True:
             raise ValueError(
-                "trainable: false is not for this family, which tunes adapters in both towers and "
-                "freezes the rest (leave it out; see adapter.tuning)"
+                "trainable is not for this family, which tunes adapters in both towers and freezes "
+                "the rest (leave it out; see adapter.tuning)"
             )
+        for name, tower in (("vision", self.vision), ("language", self.language)):
+            if isinstance(tower.learning_rate_factor, dict):
+                raise ValueError(
+                    f"{name}.learning_rate_factor: expected one number in this family, for all "
+                    f"that is trained in the tower"
+                )
         adapter = self.adapter
         for name, width in (
             ("adapter.bottleneck", adapter.bottleneck),
@@ -213,6 +220,10 @@ class LavinConfig(DipConfig):
                 ),
             ),
         )
+
+    def module_forms(self) -> dict[str, TransformerForm]:
+        """See :class:`DipConfig`."""
+        return {"vision": self.model.vision, "language": self.model.language}
 
     def megatron_arguments(self) -> MegatronArguments:
         """See :class:`DipConfig`; the towers have no dropout, adapters their own."""

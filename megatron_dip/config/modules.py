@@ -1,16 +1,24 @@
 """Forms of the modules that several families are made of."""
 
-from typing import Self, TypedDict
+from typing import ClassVar, Self, TypedDict
 
 from pydantic import model_validator
 
 from megatron_dip.config.base import MegatronArguments, Positive, PositiveNumber
 from megatron_dip.costs.shapes import ExpertsShape, ModuleShape, ProjectorShape
+from megatron_dip.costs.trained_parts import (
+    LAYERS,
+    Trainable,
+    TrainedParts,
+    by_part,
+    trained_parts,
+)
 from megatron_dip.forms import Form
 
 __all__ = [
     "BackboneConfig",
     "LanguageConfig",
+    "TextConfig",
     "TransformerForm",
     "TransformerSizes",
     "VisionConfig",
@@ -33,9 +41,51 @@ class TransformerForm(Form):
     hidden_size: Positive
     ffn_hidden_size: Positive
     num_attention_heads: Positive
-    trainable: bool = True
+    trainable: Trainable = True
+    """Which parts are trained: true, false, a list of parts, or a mapping that may also choose
+    layers; see ``docs/training_parts.md``."""
+    learning_rate_factor: PositiveNumber | dict[str, PositiveNumber] = 1.0
+    """By what the run's learning rate is multiplied: in the whole module, or part by part."""
     norm_epsilon: PositiveNumber | None = None
     """Added to variances in the module's norms; that of --norm-epsilon where not given."""
+
+    part_names: ClassVar[tuple[str, ...]]
+    """The parts that ``trainable`` and ``learning_rate_factor`` may name."""
+
+    @property
+    def trained(self) -> TrainedParts:
+        """What of the module is trained."""
+        return trained_parts(self.trainable, self.part_names, self.num_layers)
+
+    @property
+    def is_only_used(self) -> bool:
+        """Whether nothing in its layers or before them is trained."""
+        return self.trained.parts.isdisjoint(self.part_names[: self.part_names.index(LAYERS) + 1])
+
+    @property
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Of every part that has one."""
+        factor = self.learning_rate_factor
+        if isinstance(factor, dict):
+            return by_part(factor, self.part_names, "learning_rate_factor")
+        return dict.fromkeys(self.part_names, factor)
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        trained = self.trained.parts
+        if isinstance(self.learning_rate_factor, dict):
+            frozen = sorted(set(self.learning_rate_factors) - trained)
+            if frozen:
+                raise ValueError(
+                    f"learning_rate_factor names {frozen[0]}, which is not trained (train it, or "
+                    f"leave its factor out)"
+                )
+        elif not trained and "learning_rate_factor" in self.model_fields_set:
+            raise ValueError(
+                "learning_rate_factor is given but nothing in the module is trained (train some of "
+                "its parts, or leave the factor out)"
+            )
+        return self
 
     def sizes(self) -> TransformerSizes:
         """Under the names that Megatron, too, has for them."""
@@ -63,6 +113,7 @@ class TransformerForm(Form):
 class VisionConfig(TransformerForm):
     """A vision transformer over images of any size."""
 
+    part_names = ("embedding", "layers", "norm", "projector")
     patch_size: Positive = 14
     position_grid: Positive = 32
     """Side of the learned table of positions, which is interpolated to each image's grid."""
@@ -85,6 +136,7 @@ class VisionConfig(TransformerForm):
 class LanguageConfig(TransformerForm):
     """A causal language model: RMSNorm, SwiGLU, rotary positions, grouped queries."""
 
+    part_names: ClassVar[tuple[str, ...]] = ("embedding", "layers", "norm", "head")
     num_query_groups: Positive
     vocab_size: Positive
     seq_length: Positive
@@ -140,6 +192,12 @@ class LanguageConfig(TransformerForm):
             # Megatron's own loaders have no place for a function that puts microbatches together.
             "dataloader_type": "external",
         }
+
+
+class TextConfig(LanguageConfig):
+    """A language model whose last features are read by another module: it has no head."""
+
+    part_names = ("embedding", "layers", "norm")
 
 
 class BackboneConfig(LanguageConfig):

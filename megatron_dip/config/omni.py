@@ -14,6 +14,7 @@ __all__ = ["AudioConfig", "OmniConfig", "OmniDataConfig", "OmniModelConfig"]
 class AudioConfig(TransformerForm):
     """An encoder of log-mel frames, after Whisper."""
 
+    part_names = ("embedding", "layers", "norm", "projector")
     num_mels: Positive = 80
 
     def shape(self, name: str, output_size: int) -> ModuleShape:
@@ -70,6 +71,14 @@ class OmniConfig(DipConfig):
                 language.shape("language", ("vision", "audio")),
             ),
         )
+
+    def module_forms(self) -> dict[str, TransformerForm]:
+        """See :class:`DipConfig`."""
+        return {
+            "vision": self.model.vision,
+            "audio": self.model.audio,
+            "language": self.model.language,
+        }
 
     def megatron_arguments(self) -> MegatronArguments:
         """See :class:`DipConfig`."""

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Positive
-from megatron_dip.config.modules import LanguageConfig, TransformerForm
+from megatron_dip.config.modules import TextConfig, TransformerForm
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.forms import Form
 
@@ -20,6 +20,7 @@ _ROWS_PER_CLIP = 7
 class DitConfig(TransformerForm):
     """A diffusion transformer over patches of 2x2 latent cells."""
 
+    part_names = ("embedding", "text_projection", "time", "layers", "output")
     latent_channels: Positive = 16
 
     @property
@@ -31,7 +32,7 @@ class DitConfig(TransformerForm):
 class T2vModelConfig(Form):
     """The modules of a text-to-video model."""
 
-    text: LanguageConfig
+    text: TextConfig
     """Used without its head; ``seq_length`` is the longest caption."""
     dit: DitConfig
 
@@ -93,6 +94,10 @@ class T2vConfig(DipConfig):
                 ),
             ),
         )
+
+    def module_forms(self) -> dict[str, TransformerForm]:
+        """See :class:`DipConfig`."""
+        return {"text": self.model.text, "dit": self.model.dit}
 
     def megatron_arguments(self) -> MegatronArguments:
         """See :class:`DipConfig`.

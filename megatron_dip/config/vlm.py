@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Positive
-from megatron_dip.config.modules import BackboneConfig, VisionConfig
+from megatron_dip.config.modules import BackboneConfig, TransformerForm, VisionConfig
 from megatron_dip.costs.shapes import ModelShape
 from megatron_dip.forms import Form
 
@@ -68,6 +68,10 @@ class VlmConfig(DipConfig):
                 language.shape("language", ("vision",)),
             ),
         )
+
+    def module_forms(self) -> dict[str, TransformerForm]:
+        """See :class:`DipConfig`."""
+        return {"vision": self.model.vision, "language": self.model.language}
 
     def megatron_arguments(self) -> MegatronArguments:
         """See :class:`DipConfig`."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from megatron_dip.costs.analytic import LayerTimes, PhaseTimes
-from megatron_dip.costs.layers import ItemSize
+from megatron_dip.costs.analytic import LayerTimes
+from megatron_dip.costs.layers import ItemSize, entered_share, last_operations
 from megatron_dip.costs.memory import MemoryModel, StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ProblemError
@@ -22,16 +23,14 @@ __all__ = ["ItemSizes", "ProblemBuilder"]
 ItemSizes = Mapping[str, Sequence[ItemSize]]
 """Per module, the items of one microbatch; items are numbered from 0."""
 
-_NO_TIME = PhaseTimes(0.0, 0.0, 0.0)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemBuilder:
     """Makes the problem of a batch from the sizes of its items.
 
-    Frozen modules get no weight gradient; modules without anything trainable in them or upstream
-    get no backward, and what sits before a first layer passes no gradient on where nothing upstream
-    is trainable.
+    Frozen parts get no weight gradient; modules without anything trainable in them or upstream get
+    no backward, and what sits before a first layer passes no gradient on where nothing upstream is
+    trainable.
     """
 
     model: ModelShape
@@ -87,31 +86,57 @@ class ProblemBuilder:
         )
 
     def _module(self, module: ModuleShape) -> Module:
+        trained = module.trained_layers()
+        is_whole = sum(map(len, trained)) == (module.num_layers if module.trains_any else 0)
+        frozen_bytes = self.memory.layer_static_bytes(module, is_trained=False)
         return Module(
             name=module.name,
             num_layers=module.num_layers,
             upstream=module.upstream,
-            trainable=module.trainable,
+            trainable=module.trains_any,
+            # Said only where it is not all or nothing.
+            trained_layers=None if is_whole else tuple((r.start, r.stop) for r in trained),
             layer_overhead_us=self.times.overhead_us(module),
             layer_static_bytes=self.memory.layer_static_bytes(module),
-            first_layer_extra=LayerExtra(static_bytes=self.memory.first_static_bytes(module)),
-            last_layer_extra=LayerExtra(static_bytes=self.memory.last_static_bytes(module)),
+            frozen_layer_static_bytes=None if is_whole else frozen_bytes,
+            first_layer_extra=LayerExtra(
+                static_bytes=self.memory.first_static_bytes(module),
+                trainable=_if_other(module.trains_first_extra, module.trains_any),
+            ),
+            last_layer_extra=LayerExtra(
+                static_bytes=self.memory.last_static_bytes(module),
+                trainable=_if_other(module.trains_last_extra, module.trains_any),
+            ),
         )
 
+    @cached_property
+    def _first_with_backward(self) -> dict[str, int]:
+        return self.model.first_with_backward()
+
     def _item(self, module: ModuleShape, number: int, size: ItemSize) -> Item:
-        backward = self.model.modules_with_backward()
-        has_backward = module.name in backward
-        passes_on = any(name in backward for name in module.upstream)
+        end = self._first_with_backward.get(module.name)
+        has_backward = end is not None
         layer, first, last = (
-            _PhaseRule(has_backward, module.trainable).apply(times)
+            times if has_backward else times._replace(input_grad_us=0.0)
             for times in (
                 self.times.layer(module, size),
                 self.times.first_extra(module, size),
                 self.times.last_extra(module, size),
             )
         )
-        if not passes_on:
+        if not module.trains_layers and not module.trains_adapters:
+            layer = layer._replace(weight_grad_us=0.0)
+        if not module.trains_first_extra:
+            first = first._replace(weight_grad_us=0.0)
+        if not module.trains_last_extra:
+            last = last._replace(weight_grad_us=0.0)
+        if not any(name in self._first_with_backward for name in module.upstream):
             first = first._replace(input_grad_us=0.0)
+        if end == module.num_layers:
+            # Nothing before it has a backward: gradients go no further than its first weights.
+            share = entered_share(module, last_operations(module, size, self.memory.parallel, 2))
+            layer = layer._replace(input_grad_us=0.0)
+            last = last._replace(input_grad_us=share * last.input_grad_us)
         stored, first_stored, last_stored = (
             self._stored_bytes(module, size, part) if has_backward else 0
             for part in ("linear", "first_extra", "last_extra")
@@ -146,14 +171,5 @@ class ProblemBuilder:
         return max(0, measured + counted - as_measured)
 
 
-@dataclass(frozen=True)
-class _PhaseRule:
-    has_backward: bool
-    trainable: bool
-
-    def apply(self, times: PhaseTimes) -> PhaseTimes:
-        return PhaseTimes(
-            forward_us=times.forward_us,
-            input_grad_us=times.input_grad_us if self.has_backward else 0.0,
-            weight_grad_us=times.weight_grad_us if self.trainable else 0.0,
-        )
+def _if_other(value: bool, default: bool) -> bool | None:
+    return None if value == default else value

@@ -42,8 +42,14 @@ class KeptTensors:
     def __init__(
         self, module: ModuleShape, size: ItemSize, parallel: Parallelism, kernels: Kernels
     ) -> None:
+        if module.is_only_used:
+            # It runs without dropout, whatever the run says.
+            kernels = kernels.model_copy(
+                update={"hidden_dropout": False, "attention_dropout": False}
+            )
         self._module, self._size, self._kernels = module, size, kernels
         self._trained = module.trains_layers
+        self._parts = module.trained.parts
         self._value = kernels.bytes_per_value
         self._tensor = parallel.tensor
         self._whole = size.tokens / parallel.context
@@ -83,7 +89,7 @@ class KeptTensors:
         if self._module.adapter is not None:
             yield from self._adapter()
         yield from self._modulation("attention")
-        yield from self._linear_input("attention input", normed=True)
+        yield from self._linear_input("attention input")
         has_rotary = self._module.kind != "vit"
         if has_rotary and not (self._kernels.fuses_rotary and self._module.kind == "causal"):
             # Sines and cosines, for queries and for keys.
@@ -154,7 +160,7 @@ class KeptTensors:
         hidden, value = self._module.hidden_size, self._value
         context = self._size.context_tokens / self._tensor
         yield from self._norm("cross norm", self._between)
-        yield from self._linear_input("cross input", normed=True)
+        yield from self._linear_input("cross input")
         yield Kept("cross queries", value * self._inside * hidden)
         yield Kept("cross keys and values", value * context * 2 * hidden)
         yield Kept("cross result", value * self._inside * hidden)
@@ -170,7 +176,7 @@ class KeptTensors:
         elif self._kernels.recomputes("mlp"):
             yield Kept("MLP input", self._value * self._between * self._module.hidden_size)
         else:
-            yield from self._linear_input("MLP input", normed=True)
+            yield from self._linear_input("MLP input")
             yield from self._mlp("MLP", self._inside * self._module.ffn_hidden_size)
         yield from self._residual("MLP")
 
@@ -194,7 +200,7 @@ class KeptTensors:
             yield Kept("experts' input", self._value * self._between * hidden)
             return
         # What the router reads, shared with the shared expert.
-        yield from self._linear_input("experts' input", normed=True)
+        yield from self._linear_input("experts' input")
         # Experts gather the rows that sequence parallelism divides, and divide their width.
         own, gathered = self._between * experts.top_k, self._whole * experts.top_k
         if self._trained:
@@ -241,21 +247,21 @@ class KeptTensors:
         else:
             yield from self._norm(name, self._between)
 
-    def _norm(self, name: str, rows: float) -> Iterator[Kept]:
+    def _norm(self, name: str, rows: float, is_trained: bool | None = None) -> Iterator[Kept]:
         hidden, kernels = self._module.hidden_size, self._kernels
         is_rms = self._module.kind == "causal"
         if is_rms and kernels.is_unfused:
             # In steps, in 32 bits: the row, its factor, and the row before it is weighted.
-            steps = 2 if self._trained else 1
+            steps = 2 if (self._trained if is_trained is None else is_trained) else 1
             yield Kept(f"{name} in steps", _FP32_BYTES * rows * (steps * hidden + 1))
             return
         yield Kept(f"{name} input", self._value * rows * hidden)
         sum_bytes = self._value if kernels.on_cpu else _FP32_BYTES
         yield Kept(f"{name} sums", sum_bytes * rows * (1 if is_rms else 2))
 
-    def _linear_input(self, name: str, *, normed: bool) -> Iterator[Kept]:
+    def _linear_input(self, name: str) -> Iterator[Kept]:
         """The input of a linear layer, which the gradient of its weight reads."""
-        if self._trained and not (normed and self._repeats_norms):
+        if self._trained and not self._repeats_norms:
             yield Kept(name, self._value * self._between * self._module.hidden_size)
 
     def _residual(self, name: str) -> Iterator[Kept]:
@@ -272,7 +278,8 @@ class KeptTensors:
             "dit": self._dit_embedding,
             "vit": self._patch_embedding,
         }
-        embedding = embeddings[self._module.kind]() if self._trained else ()
+        is_trained = not self._parts.isdisjoint(self._module.first_part_parameters())
+        embedding = embeddings[self._module.kind]() if is_trained else ()
         return (*embedding, *self._undivided_rows())
 
     def _undivided_rows(self) -> Iterator[Kept]:
@@ -308,9 +315,12 @@ class KeptTensors:
     def _dit_embedding(self) -> Iterator[Kept]:
         module, value, clips = self._module, self._value, len(self._size.spans)
         hidden = module.hidden_size
-        yield Kept("patches", value * self._whole * (module.patch_values or 0))
-        yield Kept("text", value * self._size.context_tokens * (module.context_size or 0))
-        yield Kept("times", value * clips * (TIMESTEP_VALUES + 4 * hidden))
+        if "embedding" in self._parts:
+            yield Kept("patches", value * self._whole * (module.patch_values or 0))
+        if "text_projection" in self._parts:
+            yield Kept("text", value * self._size.context_tokens * (module.context_size or 0))
+        if "time" in self._parts:
+            yield Kept("times", value * clips * (TIMESTEP_VALUES + 4 * hidden))
 
     # ---- after the last layer ---------------------------------------------------------------
 
@@ -322,13 +332,21 @@ class KeptTensors:
         if self._module.kind == "dit":
             return tuple(self._dit_output())
         parts = self._head() if self._module.kind == "causal" else self._projector()
-        return (*self._norm("final norm", self._between), *parts)
+        return (*self._final_norm(self._between), *parts)
+
+    def _final_norm(self, rows: float) -> Iterator[Kept]:
+        """Nothing where no gradient goes through it: behind it alone something is trained."""
+        module = self._module
+        is_entered = bool(module.upstream) or not module.is_only_used
+        if is_entered or "norm" in self._parts:
+            yield from self._norm("final norm", rows, "norm" in self._parts)
 
     def _head(self) -> Iterator[Kept]:
         module = self._module
         if not module.has_head:
             return
-        yield from self._linear_input("head input", normed=False)
+        if "head" in self._parts:
+            yield Kept("head input", self._value * self._between * module.hidden_size)
         # Probabilities in 32 bits, the target, and whether it is on this rank.
         yield Kept("probabilities", _FP32_BYTES * self._inside * (module.vocab_size or 0))
         yield Kept("targets", (_INDEX_BYTES + 1) * self._whole)
@@ -337,11 +355,12 @@ class KeptTensors:
         module, value = self._module, self._value
         if module.projector is None:
             return
-        if self._trained:
+        is_trained = "projector" in self._parts
+        if is_trained:
             yield Kept("projector input", value * self._whole * module.hidden_size)
         inner = value * self._inside / module.projector.merge * module.projector.intermediate_size
         yield Kept("projector before its activation", inner)
-        if self._trained:
+        if is_trained:
             yield Kept("projector after its activation", inner)
 
     def _dit_output(self) -> Iterator[Kept]:
@@ -349,7 +368,7 @@ class KeptTensors:
         hidden = module.hidden_size
         yield from self._norm("final norm", rows)
         yield Kept("final modulation", value * rows * 2 * hidden)
-        if self._trained:
+        if "output" in self._parts:
             yield Kept("output input", value * rows * hidden)
             yield Kept("final modulation input", value * len(self._size.spans) * hidden)
         yield Kept("errors", _FP32_BYTES * rows * (module.patch_values or 0))

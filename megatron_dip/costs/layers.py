@@ -29,12 +29,14 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from megatron_dip.costs.shapes import NUM_EXPERTS, TIMESTEP_VALUES, ExpertsShape, ModuleShape
+from megatron_dip.costs.trained_parts import LAYERS
 from megatron_dip.forms import Form
 
 __all__ = [
     "ItemSize",
     "Operation",
     "Parallelism",
+    "entered_share",
     "first_operations",
     "last_operations",
     "layer_operations",
@@ -88,13 +90,27 @@ class Operation(NamedTuple):
     """Joined over the tensor-parallel ranks after it, forward and in the input gradient."""
     ring_bytes: float = 0.0
     """Sent to the next context-parallel rank beside it, forward; twice that in the gradient."""
-    is_adapter: bool = False
-    """Part of what is trained in a module whose layers are frozen."""
+    part: str = LAYERS
+    """The part of its module that its weights belong to; ``adapter`` in a layer is beside them."""
+
+
+ADAPTER = "adapter"
 
 
 def trains(module: ModuleShape, operation: Operation) -> bool:
-    """Whether ``operation`` makes a weight gradient in ``module``."""
-    return module.trains_layers or (module.trainable and operation.is_adapter)
+    """Whether ``operation`` makes a weight gradient in ``module``, in a layer that is trained."""
+    if operation.part == ADAPTER:
+        return module.trains_adapters
+    return operation.part in module.trained.parts
+
+
+def entered_share(module: ModuleShape, operations: Sequence[Operation]) -> float:
+    """Of ``operations`` that nothing trained comes before, how much of the input gradients there
+    is: those of what follows the first one that is trained."""
+    whole = sum(operation.input_grad_flops for operation in operations)
+    first = next((n for n, one in enumerate(operations) if trains(module, one)), len(operations))
+    needed = sum(operation.input_grad_flops for operation in operations[first + 1 :])
+    return needed / whole if whole else 0.0
 
 
 class _Sizes(NamedTuple):
@@ -262,7 +278,7 @@ def _adapter(module: ModuleShape, sizes: _Sizes) -> list[Operation]:
             forward_bytes=up.forward_bytes + wide, input_grad_bytes=up.input_grad_bytes + wide
         ),
     ]
-    return [operation._replace(is_adapter=True) for operation in operations]
+    return [operation._replace(part=ADAPTER) for operation in operations]
 
 
 def _cross_attention(
@@ -320,6 +336,7 @@ def first_operations(
         return (
             Operation(
                 "embedding",
+                part="embedding",
                 forward_bytes=2 * moved,
                 weight_grad_bytes=3 * moved,
                 reduced_bytes=moved,
@@ -328,18 +345,18 @@ def first_operations(
     # The embedding of patches is small and whole on every rank.
     whole = sizes._replace(tensor=1)
     patches = _linear("patch_embedding", whole, module.patch_values or 0, hidden)
-    patches = patches._replace(input_grad_flops=0.0, input_grad_bytes=0.0)
+    patches = patches._replace(input_grad_flops=0.0, input_grad_bytes=0.0, part="embedding")
     if module.kind == "vit":
         return (patches,)
     clips = float(len(size.spans))
-    conditioning = [
-        _linear("timestep", whole, TIMESTEP_VALUES + hidden, hidden, rows=clips),
-        _linear(
-            "caption_projection", whole, module.context_size or 0, hidden, rows=size.context_tokens
-        ),
-    ]
+    timestep = _linear("timestep", whole, TIMESTEP_VALUES + hidden, hidden, rows=clips)
+    caption = _linear(
+        "caption_projection", whole, module.context_size or 0, hidden, rows=size.context_tokens
+    )
+    conditioning = [timestep._replace(part="time"), caption._replace(part="text_projection")]
     if module.modulation == "shared":
-        conditioning.append(_linear("modulation", whole, hidden, 6 * hidden, rows=clips))
+        shared = _linear("modulation", whole, hidden, 6 * hidden, rows=clips)
+        conditioning.append(shared._replace(part="time"))
     return (patches, *conditioning)
 
 
@@ -349,7 +366,7 @@ def last_operations(
     """What sits after the last layer."""
     sizes = _sizes(size, parallel, bytes_per_value)
     hidden = module.hidden_size
-    norm = _elementwise("final_norm", sizes, sizes.rows_between, hidden, 2)
+    norm = _elementwise("final_norm", sizes, sizes.rows_between, hidden, 2)._replace(part="norm")
     if module.kind == "causal":
         if not module.has_head:
             return (norm,)
@@ -361,33 +378,30 @@ def last_operations(
             vocabulary / sizes.tensor,
             2,
         )
-        return (norm, _linear("head", sizes, hidden, vocabulary), loss)
+        head = _linear("head", sizes, hidden, vocabulary)
+        return (norm, head._replace(part="head"), loss._replace(part="head"))
     if module.kind == "dit":
         whole = sizes._replace(tensor=1)
         clips = float(len(size.spans))
-        return (
-            norm,
-            _linear("final_modulation", whole, hidden, 2 * hidden, rows=clips),
-            _linear("output", whole, hidden, module.patch_values or 0),
-        )
+        modulation = _linear("final_modulation", whole, hidden, 2 * hidden, rows=clips)
+        output = _linear("output", whole, hidden, module.patch_values or 0)
+        return tuple(part._replace(part="output") for part in (norm, modulation, output))
     if module.projector is None:
         return (norm,)
     rows = sizes.rows / module.projector.merge
     middle = module.projector.intermediate_size
     joined = bytes_per_value * rows * module.projector.output_size
-    return (
-        norm,
-        _linear("projector_in", sizes, module.projector.merge * hidden, middle, rows=rows),
-        _linear(
-            "projector_out",
-            sizes,
-            middle,
-            module.projector.output_size,
-            rows=rows,
-            divides_inputs=True,
-            reduced_bytes=joined,
-        ),
+    inner = _linear("projector_in", sizes, module.projector.merge * hidden, middle, rows=rows)
+    outer = _linear(
+        "projector_out",
+        sizes,
+        middle,
+        module.projector.output_size,
+        rows=rows,
+        divides_inputs=True,
+        reduced_bytes=joined,
     )
+    return (norm, inner._replace(part="projector"), outer._replace(part="projector"))
 
 
 def total_flops(operations: Sequence[Operation]) -> tuple[float, float, float]:

@@ -58,38 +58,42 @@ class MemoryModel:
             self.kernels.bytes_per_value + _FP32_BYTES + state / (shards or self.optimizer_shards)
         )
 
-    def layer_static_bytes(self, module: ModuleShape) -> int:
-        """One layer."""
+    def layer_static_bytes(self, module: ModuleShape, *, is_trained: bool | None = None) -> int:
+        """One layer; where not said, one that is trained if any layer of the module is."""
+        own_trained = module.trains_layers if is_trained is None else is_trained
         experts = module.layer_expert_parameters()
         divided = (module.layer_linear_parameters() - experts) / self.parallel.tensor
-        own = self._static_bytes(module, divided + module.layer_other_parameters())
-        own += self._expert_bytes(module, experts / self.parallel.tensor / self.parallel.expert)
+        own = self._bytes((divided + module.layer_other_parameters(), own_trained))
+        shards = max(1, self.optimizer_shards // self.parallel.expert)
+        # Of experts fewer replicas hold a copy.
+        per_weight = self.bytes_per_weight(trainable=own_trained, shards=shards)
+        own += round(experts / self.parallel.tensor / self.parallel.expert * per_weight)
         return own + self._adapter_bytes(module, module.adapter_parameters())
 
     def first_static_bytes(self, module: ModuleShape) -> int:
         """What sits before the first layer."""
-        parameters = module.first_parameters()
         shards = self.parallel.tensor if module.kind == "causal" else 1
-        own = self._static_bytes(module, parameters / shards)
+        own = self._part_bytes(module, module.first_part_parameters(), shards)
         return own + self._adapter_bytes(module, module.neck_parameters())
 
     def last_static_bytes(self, module: ModuleShape) -> int:
         """What sits after the last layer."""
         shards = 1 if module.kind == "dit" else self.parallel.tensor
-        return self._static_bytes(module, module.last_parameters() / shards)
+        return self._part_bytes(module, module.last_part_parameters(), shards)
 
-    def _static_bytes(self, module: ModuleShape, num_weights: float) -> int:
-        return round(num_weights * self.bytes_per_weight(trainable=module.trains_layers))
+    def _part_bytes(self, module: ModuleShape, weights: Mapping[str, int], shards: int) -> int:
+        trained = module.trained.parts
+        return self._bytes(*((num / shards, part in trained) for part, num in weights.items()))
 
-    def _expert_bytes(self, module: ModuleShape, num_weights: float) -> int:
-        """Weights of experts, of which fewer replicas hold a copy."""
-        shards = max(1, self.optimizer_shards // self.parallel.expert)
-        per_weight = self.bytes_per_weight(trainable=module.trains_layers, shards=shards)
-        return round(num_weights * per_weight)
+    def _bytes(self, *weights: tuple[float, bool]) -> int:
+        """Numbers of weights, and whether they are trained."""
+        return round(
+            sum(num * self.bytes_per_weight(trainable=is_trained) for num, is_trained in weights)
+        )
 
     def _adapter_bytes(self, module: ModuleShape, num_weights: int) -> int:
         """Adapters and neck, which are whole on every rank."""
-        return round(num_weights * self.bytes_per_weight(trainable=module.trainable))
+        return round(num_weights * self.bytes_per_weight(trainable=module.trains_adapters))
 
     def stored_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int:
         """Kept from forward to backward by one item in a part of a module that has a backward."""

@@ -13,11 +13,13 @@ A model is a list of modules, upstream modules first.  Three kinds of layer exis
 A ``causal`` layer may have experts in place of its MLP.  Tied embeddings are not modelled.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_dip.costs.trained_parts import LAYERS, Trainable, TrainedParts, trained_parts
 from megatron_dip.errors import ConfigError, shown
 from megatron_dip.forms import Form
 from megatron_dip.reading import read_yaml
@@ -116,7 +118,9 @@ class ModuleShape(Form):
     num_query_groups: Positive | None = None
     """Heads of keys and values; as many as of queries where not given."""
     upstream: tuple[str, ...] = ()
-    trainable: bool = True
+    trainable: Trainable = True
+    """Which parts are trained, see ``megatron_dip.costs.trained_parts``; ``part_names`` are those
+    that there are."""
     vocab_size: Positive | None = None
     """Of ``causal`` modules."""
     has_head: bool = True
@@ -169,12 +173,58 @@ class ModuleShape(Form):
             raise ValueError("experts belong to causal modules without adapters")
         if self.neck is not None and (self.kind != "causal" or self.adapter is None):
             raise ValueError("neck belongs to causal modules with adapters")
+        if self.adapter is not None and not isinstance(self.trainable, bool):
+            raise ValueError("trainable: expected true or false in a module with adapters")
+        # Parts that do not exist are found here, not when something asks for them.
+        trained_parts(self.trainable, self.part_names, self.num_layers)
         return self
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        """What the module is made of: parts before the first layer, layers, parts after them."""
+        return (*self.first_part_parameters(), LAYERS, *self.last_part_parameters())
+
+    @cached_property
+    def trained(self) -> TrainedParts:
+        """What is trained of the module's own weights; adapters and neck are beside them."""
+        is_tuned = self.adapter is not None and not self.adapter.tunes_layers
+        trainable = False if is_tuned else self.trainable
+        return trained_parts(trainable, self.part_names, self.num_layers)
+
+    def trained_layers(self) -> tuple[range, ...]:
+        """Layers with something trained in them: own weights or an adapter."""
+        return (range(self.num_layers),) if self.trains_adapters else self.trained.layers
+
+    @property
+    def trains_any(self) -> bool:
+        """Whether anything in the module is trained."""
+        return bool(self.trained.parts) or self.trains_adapters
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether it has adapters, and a neck perhaps, that are trained."""
+        return self.adapter is not None and bool(self.trainable)
+
+    @property
     def trains_layers(self) -> bool:
-        """Whether the layers' own weights are trained, and not only adapters in them."""
-        return self.trainable and (self.adapter is None or self.adapter.tunes_layers)
+        """Whether own weights of layers are trained, and not only adapters in them."""
+        return LAYERS in self.trained.parts
+
+    @property
+    def is_only_used(self) -> bool:
+        """Whether nothing in its layers or before them is trained: such layers draw no dropout."""
+        return not (self.trains_layers or self.trains_adapters or self.trains_first_extra)
+
+    @property
+    def trains_first_extra(self) -> bool:
+        """Whether anything before the first layer is trained."""
+        has_neck = self.neck is not None and self.trains_adapters
+        return has_neck or not self.trained.parts.isdisjoint(self.first_part_parameters())
+
+    @property
+    def trains_last_extra(self) -> bool:
+        """Whether anything after the last layer is trained."""
+        return not self.trained.parts.isdisjoint(self.last_part_parameters())
 
     def adapter_parameters(self) -> int:
         """Of the adapter of one layer."""
@@ -237,48 +287,65 @@ class ModuleShape(Form):
         network = 6 * hidden * (hidden + 1) if self.modulation == "per_layer" else 0
         return biases + 4 * hidden + 6 * hidden + network
 
-    def first_parameters(self) -> int:
-        """Parameters before the first layer."""
+    def first_part_parameters(self) -> dict[str, int]:
+        """Parameters of every part before the first layer."""
         hidden = self.hidden_size
         if self.kind == "causal":
-            return (self.vocab_size or 0) * hidden
+            return {"embedding": (self.vocab_size or 0) * hidden}
         embedding = _linear(self.patch_values or 0, hidden) + self.num_positions * hidden
-        return embedding + (self.conditioning_parameters() if self.kind == "dit" else 0)
-
-    def conditioning_parameters(self) -> int:
-        """Of a ``dit`` module: caption projection, timestep embedding and shared modulation."""
-        hidden = self.hidden_size
-        timestep = _linear(TIMESTEP_VALUES, hidden) + _linear(hidden, hidden)
+        if self.kind == "vit":
+            return {"embedding": embedding}
         shared = _linear(hidden, 6 * hidden) if self.modulation == "shared" else 0
-        return _linear(self.context_size or 0, hidden) + timestep + shared
+        return {
+            "embedding": embedding,
+            "text_projection": _linear(self.context_size or 0, hidden),
+            "time": _linear(TIMESTEP_VALUES, hidden) + _linear(hidden, hidden) + shared,
+        }
+
+    def last_part_parameters(self) -> dict[str, int]:
+        """Parameters of every part after the last layer."""
+        hidden = self.hidden_size
+        if self.kind == "causal":
+            head = {"head": (self.vocab_size or 0) * hidden} if self.has_head else {}
+            return {"norm": hidden} | head
+        if self.kind == "dit":
+            modulation = _linear(hidden, 2 * hidden)
+            return {"output": modulation + _linear(hidden, self.patch_values or 0)}
+        if self.projector is None:
+            return {"norm": 2 * hidden}
+        middle = self.projector.intermediate_size
+        merged = _linear(self.projector.merge * hidden, middle)
+        return {
+            "norm": 2 * hidden,
+            "projector": merged + _linear(middle, self.projector.output_size),
+        }
+
+    def layer_parameters(self) -> int:
+        """Own parameters of one layer, without those of an adapter."""
+        return self.layer_linear_parameters() + self.layer_other_parameters()
+
+    def first_parameters(self) -> int:
+        """Parameters before the first layer."""
+        return sum(self.first_part_parameters().values())
 
     def last_parameters(self) -> int:
         """Parameters after the last layer."""
-        hidden = self.hidden_size
-        if self.kind == "causal":
-            return hidden + ((self.vocab_size or 0) * hidden if self.has_head else 0)
-        if self.kind == "dit":
-            return _linear(hidden, 2 * hidden) + _linear(hidden, self.patch_values or 0)
-        if self.projector is None:
-            return 2 * hidden
-        middle = self.projector.intermediate_size
-        merged = self.projector.merge * hidden
-        return 2 * hidden + _linear(merged, middle) + _linear(middle, self.projector.output_size)
+        return sum(self.last_part_parameters().values())
 
     def num_parameters(self) -> int:
         """All parameters of the module."""
-        layer = self.layer_linear_parameters() + self.layer_other_parameters()
-        layer += self.adapter_parameters()
+        layer = self.layer_parameters() + self.adapter_parameters()
         own = self.num_layers * layer + self.first_parameters() + self.last_parameters()
         return own + self.neck_parameters()
 
     def num_trained_parameters(self) -> int:
-        """Those that are trained: all, none, or the adapters' and the neck's."""
-        if not self.trainable:
-            return 0
-        if self.trains_layers:
-            return self.num_parameters()
-        return self.num_layers * self.adapter_parameters() + self.neck_parameters()
+        """Those that are trained."""
+        extras = self.first_part_parameters() | self.last_part_parameters()
+        own = sum(extras.get(part, 0) for part in self.trained.parts)
+        own += self.layer_parameters() * sum(map(len, self.trained.layers))
+        if self.trains_adapters:
+            own += self.num_layers * self.adapter_parameters() + self.neck_parameters()
+        return own
 
 
 TIMESTEP_VALUES = 256
@@ -336,13 +403,23 @@ class ModelShape(Form):
             f"model {self.name} has no module {shown(name)} (expected one of {names})"
         )
 
+    def first_with_backward(self) -> dict[str, int]:
+        """Where backwards of a module end, in modules that have one: as
+        :attr:`megatron_dip.workload.Problem.first_with_backward`."""
+        found: dict[str, int] = {}
+        for module in self.modules:
+            trained = module.trained_layers()
+            if module.trains_first_extra or not found.keys().isdisjoint(module.upstream):
+                found[module.name] = -1
+            elif trained:
+                found[module.name] = trained[0].start
+            elif module.trains_last_extra:
+                found[module.name] = module.num_layers
+        return found
+
     def modules_with_backward(self) -> frozenset[str]:
         """Modules with something trainable in them or upstream of them."""
-        found: set[str] = set()
-        for module in self.modules:
-            if module.trainable or found.intersection(module.upstream):
-                found.add(module.name)
-        return frozenset(found)
+        return frozenset(self.first_with_backward())
 
     def num_parameters(self) -> int:
         """All parameters of the model."""

@@ -15,6 +15,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron_dip.config import load_config
 from megatron_dip.data import LookAhead, Microbatch
 from megatron_dip.errors import DataError
+from megatron_dip.integration.accounting import note_microbatch
 from megatron_dip.integration.chunks import StageBatch
 from megatron_dip.integration.families import SampleSet, family_of
 
@@ -28,6 +29,9 @@ def get_batch(data_iterator: Iterator[Any]) -> StageBatch | Any:
         return batch
     if not isinstance(batch, Microbatch):
         raise DataError(f"expected a microbatch, got {type(batch).__name__}")
+    # Evaluation has gradients off.
+    if torch.is_grad_enabled():
+        note_microbatch(batch)
     device = torch.device("cuda", torch.cuda.current_device())
     return batch.whole(get_args().seq_length).to(device)
 

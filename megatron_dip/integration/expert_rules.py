@@ -86,7 +86,7 @@ def check_expert_arguments(args: argparse.Namespace, path: str, config: DipConfi
         for module in config.model_shape().modules:
             if module.experts is not None:
                 _check_not_split(args, config, module)
-                _check_shared(args, module)
+                _check_shared(args, config, module)
 
 
 def _check_scale(args: argparse.Namespace) -> None:
@@ -119,7 +119,7 @@ def _check_not_split(args: argparse.Namespace, config: DipConfig, module: Module
     )
 
 
-def _check_shared(args: argparse.Namespace, module: ModuleShape) -> None:
+def _check_shared(args: argparse.Namespace, config: DipConfig, module: ModuleShape) -> None:
     """Replicas that share experts exchange different numbers of tokens, in every backward too."""
     size = getattr(args, "expert_model_parallel_size", 1)
     if size == 1:
@@ -131,11 +131,16 @@ def _check_shared(args: argparse.Namespace, module: ModuleShape) -> None:
             f"--expert-model-parallel-size {size} and --dip-schedule: use 'alltoall'; the replicas "
             f"have different numbers of tokens"
         )
-    if not module.trainable:
+    backward = config.model_shape().modules_with_backward()
+    starts_trained = module.trains_first_extra or any(
+        0 in layers for layers in module.trained.layers
+    )
+    if not starts_trained and not backward.isdisjoint(module.upstream):
         raise UnsupportedError(
-            f"--expert-model-parallel-size {size} does not work with a frozen {module.name} module "
-            f"under --dip-schedule: use 1, or train it; a replica whose microbatch needs no "
-            f"gradient would not meet the others in its backward"
+            f"--expert-model-parallel-size {size} does not work with first layers of the "
+            f"{module.name} module that are frozen behind something trained under --dip-schedule: "
+            f"use 1, or train its embedding; a replica whose microbatch needs no gradient there "
+            f"would not meet the others in its backward"
         )
 
 

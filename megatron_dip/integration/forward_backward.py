@@ -17,6 +17,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_dip.data import LookAhead, Microbatch
 from megatron_dip.errors import DataError, UnsupportedError
+from megatron_dip.integration.accounting import note_microbatch
 from megatron_dip.integration.feedback import MeasuredStep
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
@@ -59,6 +60,9 @@ def forward_backward_dip(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     microbatches = _pull(data_iterator, num_microbatches)
+    if not forward_only:
+        for microbatch in microbatches:
+            note_microbatch(microbatch)
     ahead = _Ahead(pipeline, data_iterator, num_microbatches)
     ahead.start()
     recorder.record("data", start_us)

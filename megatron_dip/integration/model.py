@@ -13,9 +13,16 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_dip.config import load_config
 from megatron_dip.errors import ConfigError
+from megatron_dip.integration.accounting import (
+    BatchAccounting,
+    planned_memory,
+    stock_memory,
+    use_accounting,
+)
 from megatron_dip.integration.chunks import ChunkList, DipChunk
 from megatron_dip.integration.families import StageFactory, family_of
-from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.integration.learning_rates import use_learning_rate_factors
+from megatron_dip.integration.pipeline import DipPipeline, run_builder
 from megatron_dip.integration.rules import Rule, check_rules
 from megatron_dip.partition import Stage
 
@@ -51,6 +58,7 @@ def build_model(
     if not args.dip_config:
         raise ConfigError("the model is described by --dip-config FILE, which was not given")
     dip_config = load_config(args.dip_config)
+    use_learning_rate_factors(args, dip_config)
     base = config or core_transformer_config_from_args(args)
     factory = family_of(dip_config).stage_factory(dip_config, base, args.seed)
     if args.dip_schedule:
@@ -63,8 +71,11 @@ def build_model(
             device,
             planner_cores=args.dip_planner_cores,
         )
+        use_accounting(BatchAccounting(dip_config, planned_memory(pipeline)))
         return _build_chunks(factory, pipeline)
     check_rules(args, _STOCK_RULES, "with this model under Megatron's own schedule")
+    builder = run_builder(dip_config, base)
+    use_accounting(BatchAccounting(dip_config, stock_memory(builder, factory.loss_config)))
     return factory.stock_model(
         pre_process=pre_process,
         post_process=post_process,

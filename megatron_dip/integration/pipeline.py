@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from megatron_dip.config import DipConfig, build_partition
-from megatron_dip.costs import config_builder
+from megatron_dip.costs import ProblemBuilder, config_builder
 from megatron_dip.integration import cpu_mode
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
 from megatron_dip.integration.kernels import kernels_of
@@ -35,7 +35,7 @@ from megatron_dip.runtime import (
     pipeline_channels,
 )
 
-__all__ = ["DipPipeline"]
+__all__ = ["DipPipeline", "run_builder"]
 
 # Above what training has (0), so that a planner gets what training leaves of a shared core.
 _PLANNER_NICE = 10
@@ -71,16 +71,7 @@ class DipPipeline:
         # On all ranks, so that all of them refuse a plan that does not fit.
         self._fixed_plan = load_joint_plan(path, self.partition) if path is not None else None
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
-        self._problems = config_builder(
-            config,
-            kernels=kernels_of(transformer_config, on_cpu=cpu_mode.is_enabled()),
-            num_tensor_ranks=mpu.get_tensor_model_parallel_world_size(),
-            num_expert_ranks=mpu.get_expert_model_parallel_world_size(),
-            sequence_parallel=transformer_config.sequence_parallel,
-            optimizer_shards=mpu.get_data_parallel_world_size()
-            if get_args().use_distributed_optimizer
-            else 1,
-        )
+        self._problems = run_builder(config, transformer_config)
         own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
         upstream = {module.name: module.upstream for module in config.model_shape().modules}
         channels = pipeline_channels(self.partition, upstream)
@@ -154,6 +145,20 @@ class DipPipeline:
                 steps_ahead=max(1, planning.look_ahead - 1),
             ),
         )
+
+
+def run_builder(config: DipConfig, transformer_config: TransformerConfig) -> ProblemBuilder:
+    """What makes the problems of this run: its model at its precision and parallel sizes."""
+    return config_builder(
+        config,
+        kernels=kernels_of(transformer_config, on_cpu=cpu_mode.is_enabled()),
+        num_tensor_ranks=mpu.get_tensor_model_parallel_world_size(),
+        num_expert_ranks=mpu.get_expert_model_parallel_world_size(),
+        sequence_parallel=transformer_config.sequence_parallel,
+        optimizer_shards=mpu.get_data_parallel_world_size()
+        if get_args().use_distributed_optimizer
+        else 1,
+    )
 
 
 def _gather_distinct(ranks: Sequence[int]) -> list[list[int]]:

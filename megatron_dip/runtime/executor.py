@@ -42,6 +42,11 @@ class Executor:
         self.boundaries = boundaries
         self._prepared: tuple[Plan, RankProgram] | None = None
 
+    @property
+    def last_plan(self) -> Plan | None:
+        """The plan that was run, or prepared to be run, last."""
+        return None if self._prepared is None else self._prepared[0]
+
     def prepare(self, plan: Plan) -> RankProgram:
         """What this rank does under ``plan``; kept until it is asked for another plan.
 

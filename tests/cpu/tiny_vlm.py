@@ -56,7 +56,7 @@ def write_config(
     data: Path,
     *,
     num_ranks: int,
-    num_segments: int = 1,
+    num_segments: int | Mapping[str, int] = 1,
     sub_microbatch_tokens: tuple[int | None, int | None] = (None, None),
     layers: dict[str, Sequence[Sequence[int]]] | None = None,
     planner: str = "dual_queue",
@@ -69,15 +69,18 @@ def write_config(
 
     Args:
         data: What :func:`make_tiny_data` has filled.
-        num_segments: Of both modules.
+        num_segments: Of both modules, or of each by its name.
         sub_microbatch_tokens: Of vision and language; None leaves microbatches whole.
         layers: Per module, segment and rank; cut evenly where not given.
         planning: As in a configuration file.
         experts: Of the language module, as in a configuration file.
         feedback: Whether costs follow what is measured, so that plans differ from run to run.
     """
+    segments = num_segments
+    if isinstance(segments, int):
+        segments = {"vision": segments, "language": segments}
     modules = {
-        name: {"num_segments": num_segments}
+        name: {"num_segments": segments[name]}
         | ({"sub_microbatch_tokens": tokens} if tokens else {})
         | ({"layers": [list(segment) for segment in layers[name]]} if layers else {})
         for name, tokens in zip(("vision", "language"), sub_microbatch_tokens, strict=True)

@@ -92,8 +92,12 @@ def test_an_auxiliary_loss_that_megatron_would_scale_wrongly_is_refused(tmp_path
 def test_a_frozen_module_is_not_shared_by_replicas(tmp_path: Path) -> None:
     frozen = config_of(tmp_path, trainable=False)
     check(frozen)
-    with pytest.raises(UnsupportedError, match=r"frozen language module.*use 1, or train it"):
+    refused = r"first layers of the language module.*use 1, or train its embedding"
+    with pytest.raises(UnsupportedError, match=refused):
         check(frozen, expert_model_parallel_size=2)
+    with pytest.raises(UnsupportedError, match=refused):
+        check(config_of(tmp_path, trainable=["head"]), expert_model_parallel_size=2)
+    check(config_of(tmp_path, trainable=["embedding"]), expert_model_parallel_size=2)
 
 
 def test_experts_are_stated_in_the_configuration(tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """What a family of models gives to the integration: its stages, its stock form, its data sets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Unpack
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.config import DipConfig
+from megatron_dip.config.modules import TransformerForm
 from megatron_dip.data import Microbatch, StageData
 from megatron_dip.integration.families.stock import StockModel
 from megatron_dip.models.initialization import initialize_parameters
+from megatron_dip.models.parts import choose_trained_parts, set_learning_rate_factors
 from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.runtime import BoundaryRules
 
@@ -28,8 +30,8 @@ class StageFactory(ABC):
 
     def __init__(self, config: DipConfig, seed: int) -> None:
         self.shape = config.model_shape()
+        self.forms: Mapping[str, TransformerForm] = config.module_forms()
         self._seed = seed
-        self._trainable = {module.name: module.trainable for module in self.shape.modules}
 
     @property
     @abstractmethod
@@ -51,15 +53,16 @@ class StageFactory(ABC):
         )
 
     def build(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
-        """A stage with its initial weights; nothing in a module that is frozen is trained."""
+        """A stage with its initial weights; what of it is trained is said, and how fast."""
         stage = self.construct(module, **layers)
         initialize_parameters(stage, self._seed)
-        self.choose_trained(stage, trainable=self._trainable[module])
+        self.choose_trained(stage, self.forms[module])
         return stage
 
-    def choose_trained(self, stage: StageModule, *, trainable: bool) -> None:
-        """Say which parameters of ``stage`` are trained: all of its module's, or none."""
-        stage.requires_grad_(trainable)
+    def choose_trained(self, stage: StageModule, form: TransformerForm) -> None:
+        """Say which parameters of ``stage``, of the module of ``form``, are trained."""
+        choose_trained_parts(stage, form.trained)
+        set_learning_rate_factors(stage, form.learning_rate_factors)
 
 
 class SampleSet(Protocol):

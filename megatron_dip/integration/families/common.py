@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from megatron_dip.config.base import DataForm
-from megatron_dip.config.modules import LanguageConfig
+from megatron_dip.config.modules import LanguageConfig, TransformerForm
 from megatron_dip.costs.shapes import ExpertsShape
 from megatron_dip.data import load_tokenizer, split_samples
 from megatron_dip.data.index import CheckedSamples
@@ -26,6 +26,7 @@ __all__ = [
     "shared_index",
     "skips_bad_samples",
     "split_index",
+    "stop_unneeded_dropout",
 ]
 
 
@@ -106,6 +107,12 @@ def split_index(index: CheckedSamples, data: DataForm) -> tuple[Sequence[int], S
     """The numbers of the samples for training and validation."""
     numbers = range(len(index.samples))
     return split_samples(numbers, valid_share=data.valid_share, seed=get_args().seed)
+
+
+def stop_unneeded_dropout(form: TransformerForm, config: TransformerConfig) -> None:
+    """No dropout in the layers of a module that is only used: it regularises training."""
+    if form.is_only_used:
+        config.hidden_dropout = config.attention_dropout = 0.0
 
 
 def make_backbone_config(

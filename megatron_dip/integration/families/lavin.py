@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from megatron_dip.config import LavinConfig
+from megatron_dip.config.modules import TransformerForm
 from megatron_dip.data import PackingOptions, split_samples
 from megatron_dip.data.lavin import (
     ClipBatch,
@@ -44,6 +45,7 @@ from megatron_dip.models.lavin.adapter import AdapterOptions
 from megatron_dip.models.lavin.language import LavinLanguageStage
 from megatron_dip.models.lavin.stages import freeze_towers
 from megatron_dip.models.lavin.vision import ClipStage, make_clip_config
+from megatron_dip.models.parts import set_learning_rate_factor
 from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.runtime import BoundaryRules
 
@@ -134,12 +136,13 @@ class LavinStages(StageFactory):
             **layers,
         )
 
-    def choose_trained(self, stage: StageModule, *, trainable: bool) -> None:
+    def choose_trained(self, stage: StageModule, form: TransformerForm) -> None:
         """Adapters, neck and modality table; the towers too where tuning is ``full``."""
-        if self._model.adapter.tuning == "full":
-            stage.requires_grad_(trainable)
-        else:
+        if self._model.adapter.tuning != "full":
             freeze_towers(stage)
+        factor = form.learning_rate_factor
+        assert isinstance(factor, float), "the configuration has refused factors by part"
+        set_learning_rate_factor(stage, factor)
 
 
 class LavinFamily(ModelFamily[LavinConfig]):

@@ -30,6 +30,7 @@ from megatron_dip.integration.families.common import (
     shared_index,
     skips_bad_samples,
     split_index,
+    stop_unneeded_dropout,
 )
 from megatron_dip.integration.families.stock import StockModel
 from megatron_dip.integration.families.vlm import (
@@ -71,6 +72,7 @@ class OmniStages(VlmStages):
         self._audio_config = make_vision_config(
             base, norm_epsilon=audio.norm_epsilon, **audio.sizes()
         )
+        stop_unneeded_dropout(audio, self._audio_config)
         self._audio_projection = make_projection_config(
             base,
             hidden_size=config.model.language.hidden_size,

@@ -32,6 +32,7 @@ from megatron_dip.integration.families.common import (
     shared_index,
     skips_bad_samples,
     split_index,
+    stop_unneeded_dropout,
 )
 from megatron_dip.integration.families.stock import StockModel
 from megatron_dip.models.configs import make_dit_config
@@ -63,10 +64,9 @@ class T2vStages(StageFactory):
         text, dit = config.model.text, config.model.dit
         self._model = config.model
         self._text_config = make_backbone_config(base, text)
-        if not text.trainable:
-            # Dropout regularises training: an encoder that is only used must not draw.
-            self._text_config.hidden_dropout = self._text_config.attention_dropout = 0.0
         self.dit_config = make_dit_config(base, norm_epsilon=dit.norm_epsilon, **dit.sizes())
+        stop_unneeded_dropout(text, self._text_config)
+        stop_unneeded_dropout(dit, self.dit_config)
 
     @property
     def loss_config(self) -> TransformerConfig:

@@ -33,6 +33,7 @@ from megatron_dip.integration.families.common import (
     row_rule,
     shared_index,
     skips_bad_samples,
+    stop_unneeded_dropout,
 )
 from megatron_dip.models.configs import (
     make_projection_config,
@@ -58,6 +59,8 @@ class VlmStages(StageFactory):
         self._vision_config = make_vision_config(
             base, norm_epsilon=vision.norm_epsilon, **vision.sizes()
         )
+        stop_unneeded_dropout(language, self.language_config)
+        stop_unneeded_dropout(vision, self._vision_config)
         self._projection_config = make_projection_config(
             base, hidden_size=language.hidden_size, ffn_hidden_size=4 * vision.hidden_size
         )

@@ -123,7 +123,8 @@ class _Bench:
         self._factory, self._options = factory, options
         self._device = torch.device("cuda", torch.cuda.current_device())
         model = config.model_shape()
-        self._has_backward = shape.name in model.modules_with_backward()
+        end = model.first_with_backward().get(shape.name, shape.num_layers + 1)
+        self._has_backward = end < shape.num_layers
         boundaries = factory.boundaries()
         self._boundary = boundaries.inner[shape.name]
         self._upstream_tokens = family.measured_upstream_tokens(config, shape.name)
@@ -132,9 +133,10 @@ class _Bench:
         self._upstream_has_backward = any(
             name in model.modules_with_backward() for name in shape.upstream
         )
-        # Layers from the middle: neither first nor last.
-        first = min(1, shape.num_layers - 1)
-        count = min(_NUM_LAYERS, shape.num_layers - first)
+        # Layers from the middle: neither first nor last, and trained ones where there are any.
+        trained = max(shape.trained_layers(), key=len, default=range(shape.num_layers))
+        first = min(trained.start + 1, trained.stop - 1)
+        count = min(_NUM_LAYERS, trained.stop - first)
         self._layers, self.num_layers = range(first, first + count), count
 
         self._middle = self._build(first, count)
