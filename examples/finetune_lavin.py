@@ -13,7 +13,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_dip.integration.adapters import AdapterFiles, add_adapter_arguments
-from megatron_dip.integration.data import data_iterators, get_batch
+from megatron_dip.integration.data import data_sets, get_batch
 from megatron_dip.integration.model import build_model
 
 
@@ -41,13 +41,11 @@ def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
 
 if __name__ == "__main__":
     args = parse_and_validate_args(extra_args_provider=add_adapter_arguments)
-    files = AdapterFiles(load=args.load_adapters, save=args.save_adapters)
-    files.install()
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        data_iterators,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider=build_model,
-    )
-    files.finish()
+    with AdapterFiles(load=args.load_adapters, save=args.save_adapters):
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            data_sets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider=build_model,
+        )

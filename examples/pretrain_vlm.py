@@ -12,7 +12,7 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_dip.integration.data import data_iterators, get_batch
+from megatron_dip.integration.data import data_sets, get_batch
 from megatron_dip.integration.model import build_model
 
 
@@ -42,7 +42,7 @@ def main(forward_step=forward_step):  # type: ignore[no-untyped-def]
     args = parse_and_validate_args()
     pretrain(
         pretrain_cfg_container_from_args(args),
-        data_iterators,
+        data_sets,
         ModelType.encoder_or_decoder,
         forward_step,
         model_provider=build_model,

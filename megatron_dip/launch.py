@@ -151,7 +151,8 @@ def _end_at_once() -> Never:
     exit status and a second message.
     """
     for child in multiprocessing.active_children():
-        child.terminate()
+        # Some let no SIGTERM through, see runtime.signals.
+        child.kill()
     sys.stdout.flush()
     os._exit(_EXIT_USER_ERROR)
 

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form, explain_validation_error
+from megatron_dip.limits import MOST_ITEMS, MOST_MICROBATCHES, MOST_TOKENS, Tokens
 from megatron_dip.reading import read_json
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "load_workload",
 ]
 
-Positive = Annotated[int, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e15)]
+
+_MOST_DRAWN = 10**6
+"""Images, samples or captions of one microbatch."""
 
 _IMAGE_MERGE = 4
 """Patches that stand for one language token, after the 2x2 merge."""
@@ -55,7 +58,7 @@ class _Weighted(Form):
 class Counts(_Weighted):
     """A distribution over whole numbers."""
 
-    values: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    values: Annotated[tuple[Tokens, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -88,7 +91,7 @@ class ImagesAndText(Form):
     format: Literal["megatron-dip/workload"] = "megatron-dip/workload"
     version: Literal[1] = 1
     kind: Literal["vlm"]
-    sequence_tokens: Positive
+    sequence_tokens: Tokens
     """Tokens of every packed sequence; samples are cut to fill it."""
     image_share: Shares
     """Of a sequence's tokens that stand for images, per sequence."""
@@ -102,6 +105,15 @@ class ImagesAndText(Form):
         wrong = [patches for patches in self.image_patches.values if patches % _IMAGE_MERGE]
         if wrong:
             raise ValueError(f"image_patches.values: {wrong} are no multiples of {_IMAGE_MERGE}")
+        least = min(1 + _LEAST_TEXT_TOKENS, *self.text_tokens.values)
+        num_samples = -(-self.sequence_tokens // least)
+        num_images = max(self.images_per_sample.values)
+        if num_samples * num_images > _MOST_DRAWN:
+            raise ValueError(
+                f"a sequence of {self.sequence_tokens:,} tokens may hold {num_samples:,} samples "
+                f"of {num_images:,} images each (expected at most {_MOST_DRAWN:,} images: fewer "
+                f"sequence_tokens or images_per_sample, or longer text_tokens)"
+            )
         return self
 
     def draw(self, random: Random) -> ItemSizes:
@@ -122,7 +134,8 @@ class ImagesAndText(Form):
                     image_tokens += patches // _IMAGE_MERGE
                     images.append(patches)
             if image_tokens:
-                text = max(_LEAST_TEXT_TOKENS, round(image_tokens * (1 - share) / share))
+                text = round(min(room, image_tokens * (1 - share) / share))
+                text = max(_LEAST_TEXT_TOKENS, text)
             else:
                 text = self.text_tokens.draw(random)
             spans.append(min(room, image_tokens + text))
@@ -151,6 +164,22 @@ class Clips(Form):
     patches_per_frame: Counts
     captions_per_clip: Counts
     caption_tokens: Counts
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        most = max(self.frames.values) * max(self.patches_per_frame.values)
+        if most > MOST_TOKENS:
+            raise ValueError(
+                f"clips have up to {most:,} patches (expected at most {MOST_TOKENS:,}: fewer "
+                f"frames or patches_per_frame)"
+            )
+        most = max(self.clips_per_microbatch.values) * max(self.captions_per_clip.values)
+        if most * max(self.caption_tokens.values) > MOST_TOKENS or most > _MOST_DRAWN:
+            raise ValueError(
+                f"a microbatch has up to {most:,} captions of {max(self.caption_tokens.values):,} "
+                f"tokens (expected at most {_MOST_DRAWN:,}, of {MOST_TOKENS:,} tokens together)"
+            )
+        return self
 
     def draw(self, random: Random) -> ItemSizes:
         """The items of one microbatch: captions and the clips that read them."""
@@ -216,9 +245,19 @@ def draw_microbatches(
     """The items of a batch; the same for the same arguments.
 
     Raises:
-        ConfigError: ``num_microbatches`` is not positive.
+        ConfigError: ``num_microbatches`` is not positive or too large, or they hold too much.
     """
-    if num_microbatches < 1:
-        raise ConfigError(f"{num_microbatches} microbatches (expected at least 1)")
+    if not 1 <= num_microbatches <= MOST_MICROBATCHES:
+        raise ConfigError(f"{num_microbatches} microbatches (expected 1 to {MOST_MICROBATCHES:,})")
     random = Random(seed)
-    return [workload.draw(random) for _ in range(num_microbatches)]
+    drawn: list[ItemSizes] = []
+    num_items = 0
+    for _ in range(num_microbatches):
+        drawn.append(workload.draw(random))
+        num_items += sum(len(size.spans) for sizes in drawn[-1].values() for size in sizes)
+        if num_items > MOST_ITEMS:
+            raise ConfigError(
+                f"{num_microbatches:,} microbatches of these distributions hold more than "
+                f"{MOST_ITEMS:,} items (give fewer microbatches, or shorter ones)"
+            )
+    return drawn

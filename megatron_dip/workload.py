@@ -16,6 +16,18 @@ from pydantic import Field, model_validator
 
 from megatron_dip.errors import ProblemError, shown
 from megatron_dip.forms import Form, digest_of
+from megatron_dip.limits import (
+    MOST_BYTES_IN_ALL,
+    Bytes,
+    Count,
+    Factor,
+    Layer,
+    Layers,
+    MemoryLimit,
+    Ranks,
+    Rate,
+    Time,
+)
 from megatron_dip.reading import read_json
 
 __all__ = [
@@ -31,17 +43,13 @@ __all__ = [
     "topological_order",
 ]
 
-Time = Annotated[float, Field(ge=0)]
-Bytes = Annotated[int, Field(ge=0)]
-Factor = Annotated[float, Field(gt=0)]
-
 
 class Item(Form):
     """The smallest unit of a module's work in a microbatch: an image, a clip, a sequence."""
 
-    item: Annotated[int, Field(ge=0)]
+    item: Count
     """Number of the item, unique within its module and microbatch."""
-    tokens: Annotated[int, Field(ge=0)]
+    tokens: Count
     forward_us: Time
     input_grad_us: Time
     weight_grad_us: Time
@@ -61,7 +69,7 @@ class Item(Form):
     first_extra_activation_bytes: Bytes = 0
     """Kept by what sits before the first layer, whether layers are recomputed or not."""
     last_extra_activation_bytes: Bytes = 0
-    needs: dict[str, tuple[int, ...]] | None = None
+    needs: dict[str, tuple[Count, ...]] | None = None
     """Upstream items that this one reads, per module; a module not named: all of the microbatch."""
 
     @property
@@ -71,7 +79,7 @@ class Item(Form):
 
 _LATER_ITEM_FIELDS = ("first_extra_activation_bytes", "last_extra_activation_bytes")
 
-LayerRange = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+LayerRange = tuple[Layer, Layer]
 
 
 def _is_none(value: object) -> bool:
@@ -92,7 +100,7 @@ class Module(Form):
     """One modality model."""
 
     name: Annotated[str, Field(min_length=1)]
-    num_layers: Annotated[int, Field(ge=1)]
+    num_layers: Layers
     upstream: tuple[str, ...]
     """Modules whose output this one reads."""
     trainable: bool
@@ -178,7 +186,7 @@ class TransferCost(Form):
     """Time of a transfer between two ranks: latency plus bytes over bandwidth."""
 
     latency_us: Time
-    bytes_per_us: Annotated[float, Field(gt=0)]
+    bytes_per_us: Rate
 
     def time_us(self, num_bytes: int) -> float:
         return self.latency_us + num_bytes / self.bytes_per_us
@@ -206,13 +214,13 @@ class Problem(Form):
 
     format: Literal["megatron-dip/problem"] = "megatron-dip/problem"
     version: Literal[1] = 1
-    num_ranks: Annotated[int, Field(ge=1)]
-    memory_limit_bytes: tuple[Bytes, ...]
+    num_ranks: Ranks
+    memory_limit_bytes: tuple[MemoryLimit, ...]
     """Per rank, weights included."""
     transfer: TransferCost
     modules: tuple[Module, ...]
     microbatches: tuple[dict[str, tuple[Item, ...]], ...]
-    stage_factors: dict[Annotated[int, Field(ge=0)], StageFactor] | None = None
+    stage_factors: dict[Count, StageFactor] | None = None
     """By what the forwards and the backwards of a stage take longer than its items say, as measured
     on the rank that it is on; 1 where a stage is not named."""
 
@@ -228,7 +236,27 @@ class Problem(Form):
         topological_order(self.modules)
         for number, microbatch in enumerate(self.microbatches):
             self._check_microbatch(number, microbatch)
+        self._check_bytes()
         return self
+
+    def _check_bytes(self) -> None:
+        """What the planner adds up must stay within 64 bits."""
+        for module in self.modules:
+            extras = module.first_layer_extra.static_bytes + module.last_layer_extra.static_bytes
+            most_static = max(module.layer_static_bytes, module.frozen_layer_static_bytes or 0)
+            per_layer, once = most_static, extras
+            for microbatch in self.microbatches:
+                for item in microbatch.get(module.name, ()):
+                    per_layer += item.activation_bytes + item.boundary_bytes
+                    once += item.first_extra_activation_bytes + item.last_extra_activation_bytes
+            total = per_layer * module.num_layers + once
+            if total * len(self.modules) > MOST_BYTES_IN_ALL:
+                raise ValueError(
+                    f"module {module.name}: its weights and all items of the batch take "
+                    f"{total:.2e} bytes in {module.num_layers} layers (expected at most "
+                    f"{MOST_BYTES_IN_ALL / len(self.modules):.2e}: check activation_bytes, "
+                    f"boundary_bytes and static bytes)"
+                )
 
     def _check_microbatch(self, number: int, microbatch: Mapping[str, tuple[Item, ...]]) -> None:
         known = {module.name: module for module in self.modules}

@@ -12,6 +12,17 @@ from pydantic import Field, model_validator
 
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
+from megatron_dip.limits import (
+    MOST_EVALUATIONS,
+    MOST_WORKERS,
+    Layer,
+    Layers,
+    Positive,
+    PositiveNumber,
+    Ranks,
+    Rate,
+    Time,
+)
 from megatron_dip.partition import (
     Partition,
     cut_evenly,
@@ -39,19 +50,16 @@ __all__ = [
 MegatronArguments = dict[str, int | float | str | bool | None]
 """Arguments of Megatron by their names in ``args``."""
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveNumber = Annotated[float, Field(gt=0)]
-
 
 class ModuleSchedule(Form):
     """How one module is cut, and its share of a microbatch split."""
 
-    num_segments: Positive = 1
-    layers: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | None = None
+    num_segments: Layers = 1
+    layers: tuple[tuple[Layer, ...], ...] | None = None
     """Layers per segment and rank; cut evenly where not given."""
     sub_microbatch_tokens: Positive | None = None
     """Most tokens in a sub-microbatch; a microbatch is not split where not given."""
-    flops_per_us: PositiveNumber | None = None
+    flops_per_us: Rate | None = None
     """What one rank achieves on this module; ``costs.flops_per_us`` where not given."""
 
 
@@ -64,11 +72,11 @@ class CostConfig(Form):
     profile: Path | None = None
     """Measured times of layers, as ``megatron-dip profile`` writes them; the rates of operations
     below are then not used."""
-    flops_per_us: PositiveNumber = 4.0e8
+    flops_per_us: Rate = 4.0e8
     """Floating-point operations per microsecond that one rank achieves."""
-    layer_overhead_us: Annotated[float, Field(ge=0)] = 60.0
-    transfer_latency_us: Annotated[float, Field(ge=0)] = 20.0
-    transfer_bytes_per_us: PositiveNumber = 40000.0
+    layer_overhead_us: Time = 60.0
+    transfer_latency_us: Time = 20.0
+    transfer_bytes_per_us: Rate = 40000.0
     feedback: bool = True
     """Correct times by what steps measure, per stage. Plans then follow the machine, and two runs
     on the same data may plan differently; the log tells the error of predictions either way."""
@@ -77,10 +85,10 @@ class CostConfig(Form):
 class ScheduleConfig(Form):
     """What ``--dip-schedule`` runs."""
 
-    num_ranks: Positive
+    num_ranks: Ranks
     """Pipeline ranks the cut is made for; must equal --pipeline-model-parallel-size."""
     planner: Literal["dual_queue", "one_f_one_b"] = "dual_queue"
-    evaluations: Annotated[int, Field(ge=0)] = 64
+    evaluations: Annotated[int, Field(ge=0, le=MOST_EVALUATIONS)] = 64
     """Orders of a batch that the dual queue tries before it takes the best; 0 tries one."""
     partition: Path | None = None
     """A cut as ``megatron-dip partition`` writes it; modules then state none."""
@@ -89,7 +97,7 @@ class ScheduleConfig(Form):
     plan: Path | None = None
     """One plan for all batches, of several problems as ``megatron-dip plan`` makes it: every batch
     runs what it has of it, in its order."""
-    memory_limit_gib: PositiveNumber = 80.0
+    memory_limit_gib: Annotated[float, Field(gt=0, le=2**30)] = 80.0
     """Per rank, weights included."""
     costs: CostConfig = CostConfig()
 
@@ -109,14 +117,14 @@ class PlanningConfig(Form):
 
     look_ahead: Annotated[int, Field(ge=1, le=16)] = 2
     """Batches that are held while one trains; with fewer than 2 training waits for every plan."""
-    workers: Positive = 1
+    workers: Annotated[int, Field(gt=0, le=MOST_WORKERS)] = 1
     """Planner processes of every pipeline."""
-    wait_limit_ms: Annotated[float, Field(ge=0)] = 1000.0
+    wait_limit_ms: Annotated[float, Field(ge=0, le=1e9)] = 1000.0
     """The longest that training waits for a plan that is late, before it takes a lesser one."""
-    search_limit_ms: PositiveNumber | None = None
+    search_limit_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """The longest that a batch is searched; most of the measured time of a step if not given."""
-    worker_memory_gib: PositiveNumber = 4.0
-    """The most that a planner process may hold."""
+    worker_memory_gib: Annotated[float, Field(ge=0.5, le=2**20)] = 4.0
+    """The most that a planner process may hold; with less than half a GiB it cannot start."""
 
 
 class DataForm(Form):

@@ -18,6 +18,7 @@ from megatron_dip.config.base import (
 from megatron_dip.config.modules import LanguageConfig, TransformerForm
 from megatron_dip.costs.shapes import AdapterShape, ModelShape, ModuleShape, NeckShape
 from megatron_dip.forms import Form
+from megatron_dip.limits import InnerWidth, Patch, Size
 
 __all__ = [
     "ClipConfig",
@@ -34,8 +35,8 @@ class ClipConfig(TransformerForm):
     """CLIP's vision transformer over square images of one size."""
 
     part_names = ("embedding", "layers", "norm")
-    patch_size: Positive = 14
-    image_size: Positive = 224
+    patch_size: Patch = 14
+    image_size: Patch = 224
     """Pixels per side."""
     feature_layers: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """After how many layers the class row becomes a row of the language tower, ascending."""
@@ -72,12 +73,12 @@ class LlamaConfig(LanguageConfig):
 class LavinAdapterConfig(Form):
     """The adapters of both towers, the neck between them, and what is tuned."""
 
-    bottleneck: Positive = 8
-    num_groups: Positive = 2
+    bottleneck: InnerWidth = 8
+    num_groups: Size = 2
     temperature: PositiveNumber = 10.0
     """Divides the router's logits; published: 10 for 7B, 5 for 13B."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    neck_size: Positive = 128
+    neck_size: InnerWidth = 128
     gates: Literal["token", "cls", "public_code"] = "token"
     """Whose gates weigh a row of the vision tower: its own; its image's class row's; or, as in the
     released code, those of the first image of the microbatch."""
@@ -144,12 +145,12 @@ class PublishedOptimizer(Form):
 
     num_train_samples: Positive = 12726
     """ScienceQA's training split."""
-    num_epochs: PositiveNumber = 20
-    num_warmup_epochs: Annotated[float, Field(ge=0)] = 2
+    num_epochs: Annotated[float, Field(gt=0, le=1e6)] = 20
+    num_warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 2
     """Chat: 15 epochs and 0.2 of warm-up."""
     global_batch_size: Positive = 32
     base_learning_rate: PositiveNumber = 9e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.02
 
     def megatron_arguments(self) -> MegatronArguments:
         """By their names in ``args``."""

@@ -14,6 +14,7 @@ from megatron_dip.costs.trained_parts import (
     trained_parts,
 )
 from megatron_dip.forms import Form
+from megatron_dip.limits import InnerWidth, Layers, Patch, Size, Tokens, Vocabulary, Width
 
 __all__ = [
     "BackboneConfig",
@@ -37,10 +38,10 @@ class TransformerSizes(TypedDict):
 class TransformerForm(Form):
     """What all transformers have."""
 
-    num_layers: Positive
-    hidden_size: Positive
-    ffn_hidden_size: Positive
-    num_attention_heads: Positive
+    num_layers: Layers
+    hidden_size: Width
+    ffn_hidden_size: InnerWidth
+    num_attention_heads: Size
     trainable: Trainable = True
     """Which parts are trained: true, false, a list of parts, or a mapping that may also choose
     layers; see ``docs/training_parts.md``."""
@@ -114,8 +115,8 @@ class VisionConfig(TransformerForm):
     """A vision transformer over images of any size."""
 
     part_names = ("embedding", "layers", "norm", "projector")
-    patch_size: Positive = 14
-    position_grid: Positive = 32
+    patch_size: Patch = 14
+    position_grid: Patch = 32
     """Side of the learned table of positions, which is interpolated to each image's grid."""
 
     def shape(self, name: str, output_size: int) -> ModuleShape:
@@ -137,9 +138,9 @@ class LanguageConfig(TransformerForm):
     """A causal language model: RMSNorm, SwiGLU, rotary positions, grouped queries."""
 
     part_names: ClassVar[tuple[str, ...]] = ("embedding", "layers", "norm", "head")
-    num_query_groups: Positive
-    vocab_size: Positive
-    seq_length: Positive
+    num_query_groups: Size
+    vocab_size: Vocabulary
+    seq_length: Tokens
     rotary_base: Positive = 10000
     qkv_bias: bool = False
     """Biases of queries, keys and values, as Qwen2.5 has them."""
@@ -189,8 +190,6 @@ class LanguageConfig(TransformerForm):
             "untie_embeddings_and_output_weights": True,
             "tokenizer_type": "NullTokenizer",
             "vocab_size": self.vocab_size,
-            # Megatron's own loaders have no place for a function that puts microbatches together.
-            "dataloader_type": "external",
         }
 
 

@@ -7,6 +7,7 @@ from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Pos
 from megatron_dip.config.modules import BackboneConfig, TransformerForm, VisionConfig
 from megatron_dip.costs.shapes import ModelShape, ModuleShape, ProjectorShape
 from megatron_dip.forms import Form
+from megatron_dip.limits import Size, Tokens
 
 __all__ = ["AudioConfig", "OmniConfig", "OmniDataConfig", "OmniModelConfig"]
 
@@ -15,7 +16,7 @@ class AudioConfig(TransformerForm):
     """An encoder of log-mel frames, after Whisper."""
 
     part_names = ("embedding", "layers", "norm", "projector")
-    num_mels: Positive = 80
+    num_mels: Size = 80
 
     def shape(self, name: str, output_size: int) -> ModuleShape:
         """What its cost depends on; ``output_size`` is the width of the module that reads it.
@@ -47,8 +48,8 @@ class OmniDataConfig(DataForm):
     """Questions about images and sounds: ``path`` is as ``megatron_dip.data.omni`` has it."""
 
     media_folder: Path
-    min_image_tokens: Positive = 4
-    max_image_tokens: Positive = 256
+    min_image_tokens: Tokens = 4
+    max_image_tokens: Tokens = 256
     audio_rate: Positive = 16000
     """Samples per second of all audio files."""
 

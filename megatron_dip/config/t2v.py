@@ -5,10 +5,11 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Positive
+from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments
 from megatron_dip.config.modules import TextConfig, TransformerForm
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.forms import Form
+from megatron_dip.limits import MOST_TOKENS, Size, Tokens
 
 __all__ = ["DitConfig", "T2vConfig", "T2vDataConfig", "T2vModelConfig"]
 
@@ -21,7 +22,7 @@ class DitConfig(TransformerForm):
     """A diffusion transformer over patches of 2x2 latent cells."""
 
     part_names = ("embedding", "text_projection", "time", "layers", "output")
-    latent_channels: Positive = 16
+    latent_channels: Size = 16
 
     @property
     def patch_values(self) -> int:
@@ -43,13 +44,13 @@ class T2vDataConfig(DataForm):
     video_folder: Path
     vae: Path | None = None
     """A folder of diffusers with an AutoencoderKL; a fixed transform where not given."""
-    max_frames: Positive = 16
-    frame_stride: Positive = 1
+    max_frames: Size = 16
+    frame_stride: Size = 1
     """Every so many-th frame of a video is taken."""
-    min_frame_tokens: Positive = 4
+    min_frame_tokens: Tokens = 4
     """Least patches of a frame."""
-    max_frame_tokens: Positive = 256
-    buckets: tuple[tuple[Positive, Positive, Positive], ...] = ()
+    max_frame_tokens: Tokens = 256
+    buckets: tuple[tuple[Size, Size, Size], ...] = ()
     """Frames, rows and columns of patches: the only sizes that clips get; native sizes within the
     limits where not given."""
 
@@ -59,6 +60,11 @@ class T2vDataConfig(DataForm):
             raise ValueError(
                 f"min_frame_tokens {self.min_frame_tokens} is above max_frame_tokens "
                 f"{self.max_frame_tokens}"
+            )
+        if self.most_clip_tokens > MOST_TOKENS:
+            raise ValueError(
+                f"clips have up to {self.most_clip_tokens:,} patches (expected at most "
+                f"{MOST_TOKENS:,}: fewer frames, or fewer patches of one)"
             )
         return self
 
@@ -119,6 +125,4 @@ class T2vConfig(DipConfig):
             "untie_embeddings_and_output_weights": True,
             "tokenizer_type": "NullTokenizer",
             "vocab_size": self.model.text.vocab_size,
-            # Megatron's own loaders have no place for a function that puts microbatches together.
-            "dataloader_type": "external",
         }

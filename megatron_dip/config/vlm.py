@@ -5,10 +5,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Positive
+from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments
 from megatron_dip.config.modules import BackboneConfig, TransformerForm, VisionConfig
 from megatron_dip.costs.shapes import ModelShape
 from megatron_dip.forms import Form
+from megatron_dip.limits import Tokens
 
 __all__ = ["VlmConfig", "VlmDataConfig", "VlmModelConfig"]
 
@@ -28,9 +29,9 @@ class VlmDataConfig(DataForm):
     megatron-energon has prepared, read in their order."""
     image_folder: Path | None = None
     """The folder that image names are relative to; only of ``llava``, where it must be given."""
-    min_image_tokens: Positive = 4
+    min_image_tokens: Tokens = 4
     """Least language tokens that an image stands for, after the 2x2 merge."""
-    max_image_tokens: Positive = 256
+    max_image_tokens: Tokens = 256
     separation: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the samples that are packed only with their own kind, with images or without: how
     much microbatches differ."""

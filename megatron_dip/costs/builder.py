@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from pydantic import ValidationError
+
 from megatron_dip.costs.analytic import LayerTimes
 from megatron_dip.costs.layers import ItemSize, entered_share, last_operations
 from megatron_dip.costs.memory import MemoryModel, StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ProblemError
+from megatron_dip.forms import explain_validation_error
 from megatron_dip.workload import (
     Item,
     LayerExtra,
@@ -47,8 +50,18 @@ class ProblemBuilder:
         """The problem of one batch; modules without items in a microbatch are left out of it.
 
         Raises:
-            ProblemError: A microbatch names a module that the model does not have.
+            ProblemError: A microbatch names a module that the model does not have, or a cost is
+                beyond what a problem can hold.
         """
+        try:
+            return self._build(microbatches)
+        except ValidationError as error:
+            raise ProblemError(
+                f"the costs of this model and batch make no problem: "
+                f"{explain_validation_error(error)}"
+            ) from None
+
+    def _build(self, microbatches: Sequence[ItemSizes]) -> Problem:
         names = [module.name for module in self.model.modules]
         for number, microbatch in enumerate(microbatches):
             unknown = sorted(set(microbatch) - set(names))
@@ -56,6 +69,7 @@ class ProblemBuilder:
                 raise ProblemError(
                     f"microbatches.{number}: unknown modules {unknown} (expected some of {names})"
                 )
+            self._check_needs(number, microbatch)
         # Many images have one size: what an item of that size costs is worked out once.
         known: dict[tuple[str, int, tuple[int, ...], int], Item] = {}
 
@@ -84,6 +98,16 @@ class ProblemBuilder:
                 for microbatch in microbatches
             ),
         )
+
+    def _check_needs(self, number: int, microbatch: ItemSizes) -> None:
+        for module in self.model.modules:
+            read = {name for size in microbatch.get(module.name, ()) for name in size.needs}
+            if not read <= set(module.upstream):
+                raise ProblemError(
+                    f"microbatches.{number}: items of {module.name} read {sorted(read)}, but in "
+                    f"this model its upstream is {list(module.upstream)} (add what is missing to "
+                    f"the model, or take a workload that fits it)"
+                )
 
     def _module(self, module: ModuleShape) -> Module:
         trained = module.trained_layers()

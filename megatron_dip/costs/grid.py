@@ -4,6 +4,8 @@ from megatron_dip.errors import ConfigError
 
 __all__ = ["size_grid"]
 
+_MOST_POINTS = 1000
+
 
 def size_grid(smallest: int, largest: int, num_points: int, step: int = 1) -> tuple[int, ...]:
     """About ``num_points`` multiples of ``step`` from ``smallest`` to ``largest``, both included.
@@ -13,8 +15,11 @@ def size_grid(smallest: int, largest: int, num_points: int, step: int = 1) -> tu
     Raises:
         ConfigError: Fewer than two points: nothing lies between.
     """
-    if num_points < 2:
-        raise ConfigError(f"--points {num_points}: expected at least 2 (smallest and largest)")
+    if not 2 <= num_points <= _MOST_POINTS:
+        raise ConfigError(
+            f"--points {num_points}: expected at least 2 (smallest and largest), at most "
+            f"{_MOST_POINTS:,}"
+        )
     smallest, largest = (max(step, size // step * step) for size in (smallest, largest))
     factor = (largest / smallest) ** (1.0 / (num_points - 1))
     sizes = {smallest, largest}

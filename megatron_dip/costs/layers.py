@@ -24,13 +24,14 @@ Bytes are of activations alone: an item adds no traffic of weights to a kernel t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
 from megatron_dip.costs.shapes import NUM_EXPERTS, TIMESTEP_VALUES, ExpertsShape, ModuleShape
 from megatron_dip.costs.trained_parts import LAYERS
 from megatron_dip.forms import Form
+from megatron_dip.limits import Size
 
 __all__ = [
     "ItemSize",
@@ -51,9 +52,9 @@ _LOSS_BYTES = 4
 class Parallelism(Form):
     """How one layer is divided."""
 
-    tensor: Annotated[int, Field(gt=0)] = 1
-    context: Annotated[int, Field(gt=0)] = 1
-    expert: Annotated[int, Field(gt=0)] = Field(default=1, exclude_if=lambda size: size == 1)
+    tensor: Size = 1
+    context: Size = 1
+    expert: Size = Field(default=1, exclude_if=lambda size: size == 1)
     sequence_parallel: bool = False
     """Norms and boundaries hold 1/tensor of the tokens."""
 

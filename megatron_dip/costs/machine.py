@@ -17,21 +17,21 @@ from megatron_dip.costs.profile import Profile, ProfiledTimes, load_profile
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
+from megatron_dip.limits import MemoryLimit, Positive, Ranks, Size, Time
 from megatron_dip.reading import read_yaml
 from megatron_dip.workload import TransferCost
 
 __all__ = ["ClusterConfig", "RateAssumptions", "cluster_builder", "config_builder", "load_cluster"]
 
-Positive = Annotated[int, Field(gt=0)]
 _GIB = 1024**3
 
 
 class RateAssumptions(Form):
     """What replaces the preset's rates; nothing does where a field is not given."""
 
-    efficiency: Annotated[float, Field(gt=0, le=1)] | None = None
+    efficiency: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     """Share of the peak achieved at every size, instead of the preset's curve."""
-    layer_overhead_us: Annotated[float, Field(ge=0)] | None = None
+    layer_overhead_us: Time | None = None
     memory_traffic: bool = True
     """False: only operations take time."""
     collectives: bool = True
@@ -45,18 +45,18 @@ class ClusterConfig(Form):
     gpu: str
     """A preset: A100, H100, H200 or H800."""
     num_gpus: Positive
-    gpus_per_node: Positive = 8
-    tensor_parallel: Positive = 1
-    context_parallel: Positive = 1
-    expert_parallel: Positive = 1
+    gpus_per_node: Size = 8
+    tensor_parallel: Size = 1
+    context_parallel: Size = 1
+    expert_parallel: Size = 1
     """Ranks of different replicas among which experts are divided."""
-    pipeline_parallel: Positive
+    pipeline_parallel: Ranks
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
     """Optimizer state divided over the data-parallel (and context-parallel) ranks."""
-    memory_limit_bytes: Positive | None = None
+    memory_limit_bytes: Annotated[MemoryLimit, Field(gt=0)] | None = None
     """Per GPU; all of the preset's memory where not given."""
-    transfer_latency_us: Annotated[float, Field(ge=0)] = 20.0
+    transfer_latency_us: Time = 20.0
     assumptions: RateAssumptions = RateAssumptions()
 
     @model_validator(mode="after")

@@ -29,12 +29,10 @@ from megatron_dip.costs.memory import StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ConfigError, shown
 from megatron_dip.forms import Form
+from megatron_dip.limits import Bytes, InnerWidth, Positive, Size, Time, Width
 from megatron_dip.reading import read_json
 
 __all__ = ["MeasuredModule", "MeasuredPoint", "Profile", "ProfiledTimes", "load_profile"]
-
-Positive = Annotated[int, Field(gt=0)]
-Time = Annotated[float, Field(ge=0)]
 
 
 class MeasuredPoint(Form):
@@ -47,7 +45,7 @@ class MeasuredPoint(Form):
     weight_grad_us: Time
     recompute_us: Time | None = None
     """Of ``linear``: forward again during backward; ``forward_us`` where not given."""
-    activation_bytes: Annotated[int, Field(ge=0)] | None = None
+    activation_bytes: Bytes | None = None
     """Of ``linear`` (attention included) and extras: kept from forward to backward; computed from
     the shape where not given."""
 
@@ -59,10 +57,10 @@ class MeasuredModule(Form):
     """The curves of one kind of layer, and the shape that they were measured at."""
 
     kind: Literal["vit", "causal", "dit"]
-    hidden_size: Positive
-    ffn_hidden_size: Positive
-    num_attention_heads: Positive
-    num_query_groups: Positive
+    hidden_size: Width
+    ffn_hidden_size: InnerWidth
+    num_attention_heads: Size
+    num_query_groups: Size
     overhead_us: Time
     """Part of every forward and input gradient of ``linear`` that does not depend on size."""
     linear: Curve

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from megatron_dip.costs.trained_parts import LAYERS, Trainable, TrainedParts, trained_parts
 from megatron_dip.errors import ConfigError, shown
 from megatron_dip.forms import Form
+from megatron_dip.limits import Count, InnerWidth, Layers, Positive, Size, Vocabulary, Width
 from megatron_dip.reading import read_yaml
 
 __all__ = [
@@ -34,9 +35,6 @@ __all__ = [
     "load_model",
 ]
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-
 
 def _linear(inputs: int, outputs: int) -> int:
     """Parameters of a linear layer with a bias."""
@@ -46,10 +44,10 @@ def _linear(inputs: int, outputs: int) -> int:
 class ProjectorShape(Form):
     """Two linear layers after a vision tower, on groups of merged tokens."""
 
-    merge: Positive = 4
+    merge: Size = 4
     """Tokens that become one row."""
-    intermediate_size: Positive
-    output_size: Positive
+    intermediate_size: InnerWidth
+    output_size: Width
     """Hidden size of the module that reads the rows."""
 
 
@@ -60,8 +58,8 @@ class AdapterShape(Form):
     ``tunes_layers``.
     """
 
-    bottleneck: Positive = 8
-    num_groups: Positive = 2
+    bottleneck: InnerWidth = 8
+    num_groups: Size = 2
     tunes_layers: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
@@ -75,12 +73,12 @@ class AdapterShape(Form):
 class ExpertsShape(Form):
     """Several MLPs in every layer, of which a router picks some for every token."""
 
-    num_experts: Positive
-    top_k: Positive = 2
+    num_experts: Size
+    top_k: Size = 2
     """Experts that a token goes to."""
-    ffn_hidden_size: Positive
+    ffn_hidden_size: InnerWidth
     """Of one expert."""
-    shared_ffn_hidden_size: Positive | None = None
+    shared_ffn_hidden_size: InnerWidth | None = None
     """Of an MLP beside them that all tokens go through."""
 
     @model_validator(mode="after")
@@ -94,8 +92,8 @@ class NeckShape(Form):
     """Two linear layers with biases before the first layer, on rows of the upstream module, and a
     table with a row per modality (text, image)."""
 
-    input_size: Positive
-    intermediate_size: Positive
+    input_size: Width
+    intermediate_size: InnerWidth
 
     def num_parameters(self, hidden_size: int) -> int:
         """Of neck and table."""
@@ -111,17 +109,17 @@ class ModuleShape(Form):
 
     name: Annotated[str, Field(min_length=1)]
     kind: Literal["vit", "causal", "dit"]
-    num_layers: Positive
-    hidden_size: Positive
-    ffn_hidden_size: Positive
-    num_attention_heads: Positive
-    num_query_groups: Positive | None = None
+    num_layers: Layers
+    hidden_size: Width
+    ffn_hidden_size: InnerWidth
+    num_attention_heads: Size
+    num_query_groups: Size | None = None
     """Heads of keys and values; as many as of queries where not given."""
     upstream: tuple[str, ...] = ()
     trainable: Trainable = True
     """Which parts are trained, see ``megatron_dip.costs.trained_parts``; ``part_names`` are those
     that there are."""
-    vocab_size: Positive | None = None
+    vocab_size: Vocabulary | None = None
     """Of ``causal`` modules."""
     has_head: bool = True
     """Of ``causal`` modules: an encoder of text has none."""
@@ -135,7 +133,7 @@ class ModuleShape(Form):
     """Of ``vit`` modules whose embedding are two convolutions over log-mel frames."""
     projector: ProjectorShape | None = None
     """Of ``vit`` modules."""
-    context_size: Positive | None = None
+    context_size: Width | None = None
     """Of ``dit`` modules: hidden size of what cross-attention reads."""
     adapter: AdapterShape | None = None
     """Of ``vit`` and ``causal`` modules whose layers are frozen and tuned through adapters."""

@@ -243,7 +243,7 @@ class ClipDataset(Dataset[Clip]):
     on by its number of consumed samples sees what it would have seen.
 
     Args:
-        num_samples: Clips in all.
+        num_samples: Clips in all; None for those of one epoch.
         subset: Numbers of the samples to use.
         load_latents: Whether this rank needs latents; sizes are known without.
         stage: ``train`` or ``valid``: they draw different noise.
@@ -256,7 +256,7 @@ class ClipDataset(Dataset[Clip]):
         self,
         index: ClipIndex,
         *,
-        num_samples: int,
+        num_samples: int | None,
         seed: int,
         subset: Sequence[int],
         stage: str = "train",
@@ -265,7 +265,7 @@ class ClipDataset(Dataset[Clip]):
     ) -> None:
         self._numbers = usable_samples(index, skip_bad_samples=skip_bad_samples, subset=subset)
         self._index = index
-        self._num_samples = num_samples
+        self._num_samples = len(self._numbers) if num_samples is None else num_samples
         self._seed = seed
         self._stage = stage
         self._load_latents = load_latents

@@ -67,7 +67,7 @@ class VlmDataset(Dataset[PackedSequence]):
         settings: DataSettings,
         index: DataIndex,
         *,
-        num_samples: int,
+        num_samples: int | None,
         seed: int,
         decode_images: bool = True,
         skip_bad_samples: bool = False,
@@ -77,7 +77,7 @@ class VlmDataset(Dataset[PackedSequence]):
     ) -> None:
         """
         Args:
-            num_samples: Packed sequences in all.
+            num_samples: Packed sequences in all; None for those of one epoch.
             decode_images: Whether this rank needs pixels; grids are known without.
             skip_bad_samples: Leave bad samples out instead of refusing the data set.
             subset: Numbers of the samples to use, e.g. from ``split_samples``; default all.
@@ -91,7 +91,6 @@ class VlmDataset(Dataset[PackedSequence]):
         self.seed = seed
         self.decode_images = decode_images
         self.tokenizer = load_tokenizer(settings.tokenizer)
-        self._num_samples = num_samples
         self._packing = packing or PackingOptions()
         self._source = source or open_source(settings)
         if len(self._source) != len(index.samples):
@@ -104,6 +103,7 @@ class VlmDataset(Dataset[PackedSequence]):
         self._lengths = [sample.num_tokens for sample in chosen]
         self._has_images = [bool(sample.images) for sample in chosen]
         self._epochs = PackedEpochs(self._pack)
+        self._num_samples = self._epochs.first_length if num_samples is None else num_samples
         self._stand_ins = StandIns(allowed=skip_bad_samples)
         values_per_patch = NUM_CHANNELS * settings.patch_size**2
         self.collate_fn = partial(collate, values_per_patch=values_per_patch)

@@ -93,8 +93,6 @@ class EnergonShards:
             number for number, entry in enumerate(self._entries) if entry.shard in valid
         )
         """The samples of the split ``val``."""
-        if len(self.valid_numbers) == len(self._entries):
-            raise DataError(f"{folder}: no sample in the split train; see {_META_FOLDER}/split.*")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}

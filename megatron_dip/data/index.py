@@ -336,7 +336,10 @@ def usable_samples(
     if subset is not None:
         good = tuple(sorted(set(good).intersection(subset)))
         if not good:
-            raise DataError(f"{index.source}: no usable sample in the given subset")
+            raise DataError(
+                f"{index.source}: no usable sample among those kept for training or validation; "
+                f"see data.valid_share, or the splits of the data set"
+            )
     return good
 
 
@@ -371,18 +374,24 @@ def shuffled(numbers: Sequence[int], i: int, seed: int) -> int:
 
 
 def split_samples(
-    numbers: Sequence[int], valid_share: float, seed: int
+    numbers: Sequence[int], valid_share: float, seed: int, *, needs_valid: bool = True
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cut ``numbers`` into those to train on and those to validate on, by chance but repeatably.
+
+    Args:
+        needs_valid: Whether any must be kept for validation.  Where none need be and there are too
+            few samples to cut, all are to train on.
 
     Raises:
         DataError: One of the two would be empty.
     """
     count = round(len(numbers) * valid_share)
     if not 0 < count < len(numbers):
+        if not needs_valid:
+            return tuple(numbers), ()
         raise DataError(
             f"a share of {valid_share} of {len(numbers)} samples for validation leaves one side "
-            f"empty; give another share or more samples"
+            f"empty; give another share or more samples, or leave evaluation out"
         )
     order = np.random.default_rng(seed).permutation(len(numbers)).tolist()
     held_out = sorted(numbers[place] for place in order[:count])
@@ -391,14 +400,15 @@ def split_samples(
 
 
 def split_source(
-    source: SampleSource, valid_share: float, seed: int
+    source: SampleSource, valid_share: float, seed: int, *, needs_valid: bool = True
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """As ``split_samples``, unless the data set says itself what is kept for validation.
 
     Raises:
-        DataError: One of the two would be empty.
+        DataError: See there.
     """
     if not source.valid_numbers:
-        return split_samples(range(len(source)), valid_share=valid_share, seed=seed)
+        numbers = range(len(source))
+        return split_samples(numbers, valid_share, seed, needs_valid=needs_valid)
     held_out = set(source.valid_numbers)
     return tuple(n for n in range(len(source)) if n not in held_out), source.valid_numbers

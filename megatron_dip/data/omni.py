@@ -173,6 +173,7 @@ class OmniDataset(Dataset[OmniSequence]):
     data and ``(seed, i)`` alone.
 
     Args:
+        num_samples: Sequences in all; None for those of one epoch.
         subset: Numbers of the samples to use.
         decode_media: Whether this rank needs pixels and sounds; sizes are known without.
 
@@ -185,7 +186,7 @@ class OmniDataset(Dataset[OmniSequence]):
         settings: OmniSettings,
         index: OmniIndex,
         *,
-        num_samples: int,
+        num_samples: int | None,
         seed: int,
         subset: Sequence[int],
         decode_media: bool = True,
@@ -195,7 +196,8 @@ class OmniDataset(Dataset[OmniSequence]):
         self._settings, self._index = settings, index
         self._raw = read_samples(settings.samples)
         self._tokenizer = load_tokenizer(settings.tokenizer)
-        self._num_samples, self._seed, self._decode = num_samples, seed, decode_media
+        self._num_samples = len(self._numbers) if num_samples is None else num_samples
+        self._seed, self._decode = seed, decode_media
         self._stand_ins = StandIns(allowed=skip_bad_samples)
 
     def __len__(self) -> int:

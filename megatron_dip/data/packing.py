@@ -110,6 +110,11 @@ class PackedEpochs:
         self._ends: list[int] = []
         self._packed: dict[int, tuple[tuple[int, ...], ...]] = {}
 
+    @property
+    def first_length(self) -> int:
+        """Sequences of the first epoch."""
+        return len(self._pack(0))
+
     def place(self, i: int) -> tuple[int, tuple[int, ...]]:
         """The epoch of sequence ``i``, and its samples."""
         while not self._ends or self._ends[-1] <= i:

@@ -8,6 +8,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -53,16 +54,16 @@ def stages_of(model: Sequence[torch.nn.Module]) -> list[StageModule]:
 
 
 class AdapterFiles:
-    """What ``--load-adapters`` and ``--save-adapters`` ask for.
+    """What ``--load-adapters`` and ``--save-adapters`` ask for, around a call of ``pretrain``.
 
     Args:
         load: Adapters to go on from; a run that resumes has its own and leaves them.
-        save: Where the adapters go.
+        save: Where the adapters go at an orderly end, also at one before the last iteration.
     """
 
     def __init__(self, load: str | Path | None, save: str | Path | None) -> None:
         self._load, self._save = load, save
-        self._stages: list[StageModule] = []
+        self._stages: list[StageModule] | None = None
 
     def install(self) -> None:
         """Stand behind Megatron's set-up of model and optimizer; before ``pretrain``."""
@@ -77,17 +78,37 @@ class AdapterFiles:
 
         training.setup_model_and_optimizer = set_up_with_adapters
 
+    def __enter__(self) -> "AdapterFiles":
+        self.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Write the adapters at every orderly end.
+
+        Megatron leaves its loop by ``sys.exit`` after ``--exit-interval``, a duration or a signal.
+        """
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self.finish()
+
     def finish(self) -> None:
         """Write the adapters where that was asked for; a collective call of the whole world.
 
         Raises:
             CheckpointError: The file cannot be written.
         """
-        if self._save is not None and mpu.get_data_parallel_rank() == 0:
+        # Without a model, the run ended before it had one.
+        if self._save is None or self._stages is None:
+            return
+        if mpu.get_data_parallel_rank() == 0:
             save_adapters(self._save, self._stages, mpu.get_model_parallel_group())
 
     def _take(self, model: Sequence[torch.nn.Module], optimizer: Any) -> None:
-        self._stages = stages_of(model)
+        self._stages = stages = stages_of(model)
         if self._load is None:
             return
         if get_args().iteration > 0:
@@ -98,7 +119,7 @@ class AdapterFiles:
                 get_args().iteration,
             )
             return
-        load_adapters(self._load, self._stages, mpu.get_model_parallel_group())
+        load_adapters(self._load, stages, mpu.get_model_parallel_group())
         if optimizer is not None:
             # In 16 bits the optimizer steps copies of its own, made before.
             optimizer.reload_model_params()

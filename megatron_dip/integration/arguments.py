@@ -11,13 +11,17 @@ from typing import Any
 
 from megatron_dip.config import DipConfig, load_config
 from megatron_dip.errors import ConfigError, UnsupportedError, shown
+from megatron_dip.integration.evaluation import (
+    check_data_arguments,
+    complete_evaluation,
+    complete_full_validation,
+)
 from megatron_dip.integration.expert_rules import check_expert_arguments
 from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
 
 __all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments"]
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
-DEFAULT_EVAL_INTERVAL = 1000
 _MOST_ITERATIONS = 10**9
 _MOST_SECONDS = 1e7
 
@@ -191,17 +195,24 @@ class ArgumentValidation:
             explicit = self._explicit_arguments()
             _apply_config(args, config_path, config, explicit)
             check_expert_arguments(args, config_path, config)
-            _complete_evaluation(args, explicit)
+            complete_evaluation(args, explicit)
+            check_data_arguments(args, explicit)
             if getattr(args, "dip_schedule", False):
                 _check_num_ranks(args, config)
+        result = self._validate(args, defaults or {})
+        if config_path is not None:
+            complete_full_validation(args)
+        return result
+
+    def _validate(self, args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
         if not getattr(args, "dip_schedule", False):
-            return self._validate_args(args, defaults or {})
+            return self._validate_args(args, defaults)
         check_schedule_arguments(args)
         # Megatron wants layers to divide by pipeline ranks unless a number for the first is given;
         # the partition needs no such thing, and the models read the partition.
         args.decoder_first_pipeline_num_layers = args.num_layers
         try:
-            return self._validate_args(args, defaults or {})
+            return self._validate_args(args, defaults)
         finally:
             args.decoder_first_pipeline_num_layers = None
 
@@ -250,17 +261,6 @@ def _check_num_ranks(args: argparse.Namespace, config: DipConfig) -> None:
             f"schedule.num_ranks is {config.schedule.num_ranks} but the launch has "
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} (make them equal)"
         )
-
-
-def _complete_evaluation(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
-    """No evaluation unless the command line asks for one.
-
-    Megatron's own defaults (100 iterations, no interval) fail where it counts samples.
-    """
-    if "eval_interval" not in explicit:
-        args.eval_interval = DEFAULT_EVAL_INTERVAL
-        if "eval_iters" not in explicit:
-            args.eval_iters = 0
 
 
 def _positive_count(text: str) -> int:

@@ -196,7 +196,7 @@ def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[Microbatc
         if not isinstance(microbatch, Microbatch):
             raise DataError(
                 f"the data iterator yielded {type(microbatch).__name__} (expected a microbatch: "
-                f"use megatron_dip.integration.data.data_iterators)"
+                f"use megatron_dip.integration.data.data_sets)"
             )
         microbatches.append(microbatch)
     return microbatches

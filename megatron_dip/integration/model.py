@@ -60,7 +60,8 @@ def build_model(
     dip_config = load_config(args.dip_config)
     use_learning_rate_factors(args, dip_config)
     base = config or core_transformer_config_from_args(args)
-    factory = family_of(dip_config).stage_factory(dip_config, base, args.seed)
+    family = family_of(dip_config)
+    factory = family.stage_factory(dip_config, base, args.seed)
     if args.dip_schedule:
         device = torch.device("cuda", torch.cuda.current_device())
         pipeline = DipPipeline(
@@ -79,7 +80,7 @@ def build_model(
     return factory.stock_model(
         pre_process=pre_process,
         post_process=post_process,
-        sequences=args.micro_batch_size,
+        idle=family.smallest_data(dip_config),
     )
 
 

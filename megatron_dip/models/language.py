@@ -192,7 +192,7 @@ class LanguageStage(StageModule):
         """The rows ``[padded T, 1, H]`` with those replaced that stand for no word."""
         if upstream is None:
             return embedded
-        features = upstream.reshape(len(batch.image_rows), 1, -1).to(embedded.dtype)
+        features = upstream.reshape(-1, 1, upstream.shape[-1]).to(embedded.dtype)
         return embedded.index_copy(0, batch.image_rows, features)
 
 

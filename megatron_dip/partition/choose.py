@@ -26,6 +26,7 @@ from random import Random
 from typing import NamedTuple
 
 from megatron_dip.errors import ConfigError, InfeasibleError, PartitionError
+from megatron_dip.limits import MOST_EVALUATIONS
 from megatron_dip.partition.changes import changed
 from megatron_dip.partition.cuts import Cut, Layers, balanced_layers, there_and_back
 from megatron_dip.partition.stages import Partition
@@ -92,9 +93,11 @@ def choose_partition(
             than there are ranks to put the least cut on, or ``start`` is of another model.
         InfeasibleError: No cut keeps the memory limit; the message is that of the best one.
     """
-    if evaluations < 1 or max_changes < 0:
+    most = MOST_EVALUATIONS // _FINAL_EVALUATIONS
+    if not 1 <= evaluations <= most or not 0 <= max_changes <= MOST_EVALUATIONS:
         raise ConfigError(
-            f"evaluations {evaluations}, max_changes {max_changes} (expected at least 1 and 0)"
+            f"evaluations {evaluations}, max_changes {max_changes} (expected at least 1 and 0, at "
+            f"most {most:,} and {MOST_EVALUATIONS:,})"
         )
     _check_alike(problems)
     samples = [*problems, *_mixed(problems)]

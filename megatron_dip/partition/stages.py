@@ -15,13 +15,13 @@ from pydantic import Field, model_validator
 
 from megatron_dip.errors import PartitionError
 from megatron_dip.forms import Form
+from megatron_dip.limits import Count, Layer, Rank
 from megatron_dip.reading import read_json
 from megatron_dip.workload import Problem
 
 __all__ = ["Partition", "Stage", "load_partition", "parse_partition"]
 
-Count = Annotated[int, Field(ge=0)]
-SizePerModule = dict[str, Annotated[int, Field(ge=1)]]
+SizePerModule = dict[str, Annotated[int, Field(ge=1, le=2**53)]]
 
 
 class Stage(Form):
@@ -30,10 +30,10 @@ class Stage(Form):
     stage: Count
     """Global number, unique over all modules."""
     module: str
-    segment: Count
-    rank: Count
-    first_layer: Count
-    num_layers: Count
+    segment: Layer
+    rank: Rank
+    first_layer: Layer
+    num_layers: Layer
 
     @property
     def layers(self) -> range:

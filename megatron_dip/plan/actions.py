@@ -53,7 +53,8 @@ _RECEIVE_TYPES = frozenset({ActionType.RECV_FORWARD, ActionType.RECV_BACKWARD})
 
 # Longest names first, so that SEND_F is not read as an action of type F.
 _TYPES = "|".join(sorted((kind.value for kind in ActionType), key=len, reverse=True))
-_PATTERN = re.compile(rf"(\d+)({_TYPES})(?:(\d+)(?:\.(\d+))?)?(?:([<>])(\d+))?")
+_NUMBER = r"(\d{1,100})"
+_PATTERN = re.compile(rf"{_NUMBER}({_TYPES})(?:{_NUMBER}(?:\.{_NUMBER})?)?(?:([<>]){_NUMBER})?")
 
 
 class Action(NamedTuple):

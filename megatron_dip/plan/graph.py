@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_dip.errors import PlanError
+from megatron_dip.limits import MOST_WORKS
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, ActionType
 from megatron_dip.plan.trained import StageBackward, stage_backward
@@ -102,8 +103,18 @@ class PipelineGraph:
             first = self._groups[key].start if key in self._groups else index
             self._groups[key] = range(first, index + 1)
         self._check_subs()
+        self._check_size()
         self.stages = tuple(s for name in problem.module_order for s in partition.chains[name])
         """By module and place in its chain."""
+
+    def _check_size(self) -> None:
+        """Before memory is taken for every work."""
+        num_works = sum(len(self.partition.chains[g.module]) for g in self.sub_microbatches)
+        if num_works > MOST_WORKS:
+            raise PlanError(
+                f"{len(self.sub_microbatches):,} sub-microbatches pass {num_works:,} stages in all "
+                f"(expected at most {MOST_WORKS:,}: fewer microbatches, segments or splits)"
+            )
 
     # ---- sub-microbatches -------------------------------------------------------------------
 

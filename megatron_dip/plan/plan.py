@@ -16,6 +16,7 @@ from pydantic import Field
 
 from megatron_dip.errors import PlanDigestError, PlanError
 from megatron_dip.forms import Form
+from megatron_dip.limits import Count, Layer
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, format_actions, parse_actions
 from megatron_dip.plan.graph import PipelineGraph, Work
@@ -44,15 +45,18 @@ class Recompute(NamedTuple):
     """Layer numbers within the module."""
 
 
+Estimated = Annotated[float, Field(ge=0, le=1e30)]
+
+
 class Estimate(Form):
     """What the simulator expects of a plan."""
 
-    makespan_us: float
-    peak_bytes: tuple[int, ...]
+    makespan_us: Estimated
+    peak_bytes: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
     """Per rank, weights included."""
-    bubble_fraction: tuple[float, ...]
+    bubble_fraction: tuple[Annotated[float, Field(ge=-1, le=1)], ...]
     """Per rank: idle time over makespan."""
-    lower_bound_us: float
+    lower_bound_us: Estimated
     """No schedule of this partition and these sub-microbatches can be faster, with whole backwards
     where the plan has no split ones."""
 
@@ -134,9 +138,6 @@ class Plan:
         }
 
 
-Count = Annotated[int, Field(ge=0)]
-
-
 class _SubMicrobatchForm(Form):
     module: str
     microbatch: Count
@@ -152,7 +153,7 @@ class _RecomputeForm(Form):
     stage: Count
     microbatch: Count
     sub: Count
-    layers: tuple[Count, ...]
+    layers: tuple[Layer, ...]
 
 
 class _PlanForm(Form):

@@ -6,6 +6,7 @@ import time
 from typing import NamedTuple
 
 from megatron_dip.errors import ConfigError, InfeasibleError
+from megatron_dip.limits import MOST_BUDGET_MS, MOST_EVALUATIONS
 from megatron_dip.planner.greedy import GreedySchedule, schedule_greedily
 from megatron_dip.planner.memory import MemoryFitter, memory_levels
 from megatron_dip.planner.rules import BatchRules
@@ -27,10 +28,12 @@ class Budget(NamedTuple):
     def check(self) -> None:
         """Raise ConfigError unless exactly one of the two is given, positive and finite."""
         given = [limit for limit in self if limit is not None]
-        if len(given) != 1 or not 0 < given[0] < math.inf:
+        most = MOST_BUDGET_MS if self.evaluations is None else MOST_EVALUATIONS
+        if len(given) != 1 or not 0 < given[0] <= most:
             raise ConfigError(
                 f"search budget: {self.evaluations} evaluations, {self.milliseconds} ms "
-                f"(expected exactly one of the two, above zero and finite)"
+                f"(expected exactly one of the two, above zero and finite: at most "
+                f"{MOST_EVALUATIONS:,} evaluations, or {MOST_BUDGET_MS:,.0f} ms)"
             )
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from megatron_dip.errors import ConfigError
+from megatron_dip.limits import MOST_WORKERS
 from megatron_dip.planner.evaluator import Budget, Evaluator
 from megatron_dip.planner.greedy import GreedySchedule
 from megatron_dip.planner.local_search import search_locally
@@ -35,9 +36,11 @@ _SEED_STEP = 1_000_003
 
 
 def check_workers(workers: int) -> None:
-    """Raise ConfigError unless there is a worker."""
+    """Raise ConfigError unless there is a worker, and not too many."""
     if workers < 1:
         raise ConfigError(f"{workers} workers (expected 1 or more)")
+    if workers > MOST_WORKERS:
+        raise ConfigError(f"{workers} workers (expected at most {MOST_WORKERS:,})")
 
 
 def search_schedule(
@@ -73,6 +76,11 @@ def search_schedule(
     """
     Budget(evaluations, budget_ms).check()
     check_workers(workers)
+    if not table.graph.sub_microbatches:
+        # Nothing in any microbatch: there is no order to search.
+        return schedule_by_default(
+            table, split_backward=split_backward, memory_program=memory_program
+        )
     started = time.monotonic()
     share = _program_share(table, split_backward, evaluations, budget_ms) if memory_program else 0.0
     goal_us = lower_bound_us(table, split_backward=split_backward)

@@ -16,6 +16,8 @@ __all__ = ["Rehearsal", "rehearse"]
 
 _START_SECONDS = 120.0
 """Limit for processes to start and connect."""
+_MOST_REPETITIONS = 10_000
+_LONGEST_US = 24 * 3600 * 1e6
 _SLOWEST = 20.0
 """Times the predicted duration after which a repetition is given up."""
 
@@ -30,11 +32,18 @@ def rehearse(
         ConfigError: A scale or the number of repetitions is not above zero.
         ExecutionError: A rank failed, died or did not end within its time limit.
     """
-    if repetitions < 1:
-        raise ConfigError(f"--repetitions {repetitions}: expected at least 1")
+    if not 1 <= repetitions <= _MOST_REPETITIONS:
+        raise ConfigError(
+            f"--repetitions {repetitions}: expected at least 1, at most {_MOST_REPETITIONS:,}"
+        )
     validate_plan(plan)
     scaled = scale_plan(plan, time_scale, transfer_scale)
     predicted = simulate(scaled)
+    if predicted.makespan_us * repetitions > _LONGEST_US:
+        raise ConfigError(
+            f"{repetitions} repetitions of {predicted.makespan_us / 1e6:.3g} s each take more than "
+            f"a day (use a smaller --time-scale or fewer --repetitions)"
+        )
     timeout_seconds = _START_SECONDS + _SLOWEST * predicted.makespan_us / 1e6
     with tempfile.TemporaryDirectory(prefix="megatron-dip-") as folder:
         tasks = [

@@ -1,6 +1,5 @@
 """The plan that is rehearsed: computing times and transfer sizes of a plan, scaled."""
 
-import math
 from dataclasses import replace
 
 from megatron_dip.errors import ConfigError
@@ -12,6 +11,7 @@ __all__ = ["VALUE_BYTES", "scale_plan"]
 VALUE_BYTES = 4
 """Bytes of one value of a rehearsed transfer."""
 
+_LARGEST_SCALE = 1e9
 _TIMES = tuple(name for name in Item.model_fields if name.endswith("_us"))
 
 
@@ -26,8 +26,10 @@ def scale_plan(plan: Plan, time_scale: float, transfer_scale: float) -> Plan:
         ConfigError: A scale is not above zero.
     """
     for option, scale in (("--time-scale", time_scale), ("--transfer-scale", transfer_scale)):
-        if not (scale > 0 and math.isfinite(scale)):
-            raise ConfigError(f"{option} {scale:g}: expected a number above 0")
+        if not 0 < scale <= _LARGEST_SCALE:
+            raise ConfigError(
+                f"{option} {scale:g}: expected a number above 0, up to {_LARGEST_SCALE:g}"
+            )
     problem = plan.problem
     scaled = problem.model_copy(
         update={
@@ -52,7 +54,8 @@ def scale_plan(plan: Plan, time_scale: float, transfer_scale: float) -> Plan:
         }
     )
     # Checked anew, which also forgets what the copy has cached of its original.
-    return replace(plan, problem=Problem.model_validate(scaled.model_dump()), estimate=None)
+    checked = Problem.parse(scaled.model_dump(), ConfigError, "the scaled plan")
+    return replace(plan, problem=checked, estimate=None)
 
 
 def _scale_item(item: Item, time_scale: float, transfer_scale: float) -> Item:

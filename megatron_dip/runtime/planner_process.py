@@ -13,6 +13,7 @@ from pathlib import Path
 
 import megatron_dip
 from megatron_dip.planner.messages import Message, decode_frames, encode_frame
+from megatron_dip.runtime.signals import started_deaf
 
 __all__ = ["PlannerProcess", "ProcessLimits", "wait_for_any"]
 
@@ -31,7 +32,7 @@ class ProcessLimits:
 
 
 class PlannerProcess:
-    """One process; it ends with its owner, however that ends."""
+    """One process; it ends with its owner, however that ends, and not by a signal to the job."""
 
     def __init__(self, limits: ProcessLimits) -> None:
         own, other = socket.socketpair()
@@ -42,7 +43,7 @@ class PlannerProcess:
             *("--memory-bytes", str(limits.memory_bytes), "--nice", str(limits.nice)),
             *("--cores", *map(str, limits.cores)),
         ]
-        with other:
+        with other, started_deaf():
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

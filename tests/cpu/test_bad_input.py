@@ -215,7 +215,7 @@ def forward_step(data_iterator, model):
 
 if __name__ == "__main__":
     args = parse_and_validate_args()
-    pretrain(pretrain_cfg_container_from_args(args), example.data_iterators,
+    pretrain(pretrain_cfg_container_from_args(args), example.data_sets,
              ModelType.encoder_or_decoder, forward_step, model_provider=example.build_model)
 """
 

@@ -97,3 +97,15 @@ def test_the_released_router_trains_alike_on_loaded_adapters(
     ours = run(folder, "dip-public", arguments, dip=True, num_segments=2, **config)
     assert_alike(ours, stock, 1e-5)
     assert stock.losses[0] < 0.97 * stock_sgd.losses[0]
+
+
+def test_adapters_are_written_when_training_ends_early(
+    folder: Path, stock_sgd: TrainingRun
+) -> None:
+    """Megatron leaves its loop by ``sys.exit`` there, as after a signal or a duration."""
+    path = folder / "early.pt"
+    ended = run(folder, "early", f"{SGD} --exit-interval 2 --save-adapters {path}", dip=True)
+    assert ended.losses[:2] == pytest.approx(stock_sgd.losses[:2]) and len(ended.losses) == 2
+    early, late = torch.load(path), torch.load(folder / "stock.pt")
+    assert early["base"] == late["base"] and early["adapters"].keys() == late["adapters"].keys()
+    assert any((value != late["adapters"][name]).any() for name, value in early["adapters"].items())

@@ -253,3 +253,17 @@ def test_plans_with_fan_in_train_as_the_stock_schedule_and_the_loss_falls(
     assert {("vision", 1), ("audio", 1), ("language", 1)} <= subs
     kinds = {tuple(sorted(items)) for plan in plans for items in plan.problem.microbatches}
     assert ("audio", "language", "vision") in kinds and len(kinds) >= 2
+
+
+def test_an_encoder_without_work_takes_part_where_megatron_counts_on_it(made: Path, tmp_path: Path):
+    """Of microbatches of one sequence, some have no sound, no image, or neither."""
+    config = write_config(tmp_path / "config.yaml", made, num_ranks=1)
+    text = (
+        f"--train-iters 4 --micro-batch-size 1 --global-batch-size 4 --dip-config {config} "
+        f"--optimizer sgd --lr 0.1 --min-lr 0.1"
+    )
+    plain, overlapped = (
+        train(tmp_path / name, 1, *shlex.split(f"{text} {more}"))
+        for name, more in (("plain", ""), ("overlapped", "--overlap-grad-reduce"))
+    )
+    assert overlapped.losses == plain.losses and overlapped.gradients == plain.gradients

@@ -24,6 +24,7 @@ from runtime_cases import CASE, partition_of  # noqa: E402
 import megatron_dip.integration.forward_backward  # noqa: E402
 import megatron_dip.integration.model  # noqa: E402, F401
 from megatron_dip.integration.adapters import stages_of  # noqa: E402
+from megatron_dip.integration.saving import protect_saving  # noqa: E402
 from megatron_dip.launch import main  # noqa: E402
 from megatron_dip.models.initialization import named_global_parameters  # noqa: E402
 from megatron_dip.planner import make_plan  # noqa: E402
@@ -43,9 +44,15 @@ def run_rank(environment: dict[str, str], arguments: Sequence[str], record: Path
     torch.set_num_threads(1)
     if "--save" in arguments:
         # Else Megatron starts a process for this queue alone, which imports the script again.
+        protect_saving()
         filesystem_async.get_write_results_queue("fork")
     seen = _watch(megatron.training.training) if record is not None else {}
-    main(["--cpu", *arguments])
+    try:
+        main(["--cpu", *arguments])
+    except SystemExit as ending:
+        # An orderly end before the last iteration.
+        if ending.code:
+            raise
     if record is not None:
         record.write_text(json.dumps(seen))
 

@@ -81,6 +81,12 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> Any:
         parser.add_argument("--pipeline-model-parallel-size", type=int, default=4)
         parser.add_argument("--eval-iters", type=int, default=100)
         parser.add_argument("--eval-interval", type=int, default=None)
+        parser.add_argument("--skip-train", action="store_true")
+        parser.add_argument("--train-iters", type=int, default=5)
+        parser.add_argument("--train-samples", type=int, default=None)
+        parser.add_argument("--global-batch-size", type=int, default=None)
+        parser.add_argument("--full-validation", action="store_true")
+        parser.add_argument("--phase-transition-iterations", default=None)
         parser.add_argument("--decoder-first-pipeline-num-layers", type=int, default=None)
         arguments.add_arguments(arguments.add_arguments(parser))
         seen: dict[str, Any] = {}

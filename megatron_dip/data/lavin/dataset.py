@@ -75,7 +75,7 @@ class LavinDataset(Dataset[RoutedSequence]):
         samples: Sequence[Instruction],
         *,
         errors: Sequence[str] = (),
-        num_samples: int,
+        num_samples: int | None,
         seed: int,
         decode_images: bool = True,
         skip_bad_samples: bool = False,
@@ -85,7 +85,7 @@ class LavinDataset(Dataset[RoutedSequence]):
         Args:
             samples: Those that can be read.
             errors: Why others cannot.
-            num_samples: Sequences in all.
+            num_samples: Sequences in all; None for those of one epoch.
             decode_images: Whether this rank needs pixels.
             skip_bad_samples: Leave bad samples out instead of refusing the data set.
             source: Where the samples come from, for messages.
@@ -96,9 +96,9 @@ class LavinDataset(Dataset[RoutedSequence]):
         self.settings = settings
         self.seed = seed
         self.decode_images = decode_images
-        self._num_samples = num_samples
         self._samples, self._encoded = _encode(settings, samples, errors, skip_bad_samples, source)
         self._epochs = PackedEpochs(self._pack)
+        self._num_samples = self._epochs.first_length if num_samples is None else num_samples
         self._weights: dict[int, tuple[float, ...]] = {}
         self._stand_ins = StandIns(allowed=skip_bad_samples)
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Unpack
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,7 +16,23 @@ from megatron_dip.models.parts import choose_trained_parts, set_learning_rate_fa
 from megatron_dip.models.stage import StageLayers, StageModule
 from megatron_dip.runtime import BoundaryRules
 
-__all__ = ["ModelFamily", "SampleSet", "StageFactory"]
+__all__ = ["ModelFamily", "SampleSet", "SetLengths", "StageFactory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetLengths:
+    """How many samples a run reads of each set: 0 where it needs none, None for one epoch."""
+
+    train: int | None
+    valid: int | None
+
+    @property
+    def needs_train(self) -> bool:
+        return self.train != 0
+
+    @property
+    def needs_valid(self) -> bool:
+        return self.valid != 0
 
 
 class StageFactory(ABC):
@@ -46,11 +63,11 @@ class StageFactory(ABC):
     def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """A stage as Megatron's layers come up."""
 
-    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> StockModel:
-        """What a rank holds under Megatron's own schedule, for microbatches of ``sequences``."""
-        return self.stock_type(
-            self, pre_process=pre_process, post_process=post_process, sequences=sequences
-        )
+    def stock_model(
+        self, *, pre_process: bool, post_process: bool, idle: Mapping[str, StageData]
+    ) -> StockModel:
+        """What a rank holds under Megatron's own schedule; ``idle`` as for ``StockModel``."""
+        return self.stock_type(self, pre_process=pre_process, post_process=post_process, idle=idle)
 
     def build(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """A stage with its initial weights; what of it is trained is said, and how fast."""
@@ -98,11 +115,22 @@ class ModelFamily[ConfigT: DipConfig](ABC):
         """Rows of upstream modules that the item of :meth:`measured_data` reads."""
         return 0
 
+    def smallest_data(self, config: ConfigT) -> dict[str, StageData]:
+        """Per module that another one reads, the smallest item of :meth:`measured_data`."""
+        return {
+            module.name: self.measured_data(
+                config, module.name, self.item_tokens(config, module.name).start
+            )
+            for module in config.model_shape().modules[:-1]
+        }
+
     @abstractmethod
     def data_sets(
-        self, config: ConfigT, num_samples: Sequence[int]
-    ) -> tuple[SampleSet, SampleSet | None]:
-        """The samples for training and validation; a collective call of the whole world.
+        self, config: ConfigT, lengths: SetLengths
+    ) -> tuple[SampleSet | None, SampleSet | None]:
+        """The samples for training and validation, each where the run needs them.
+
+        A collective call of the whole world.
 
         Raises:
             DataError: The data set holds samples that cannot be used; see ``--skip-bad-samples``.

@@ -15,6 +15,7 @@ from megatron_dip.costs.shapes import ExpertsShape
 from megatron_dip.data import load_tokenizer, split_samples
 from megatron_dip.data.index import CheckedSamples
 from megatron_dip.errors import ConfigError, DataError
+from megatron_dip.integration.families.base import SetLengths
 from megatron_dip.models.configs import make_language_config
 from megatron_dip.runtime import BoundaryRule
 
@@ -103,10 +104,16 @@ def skips_bad_samples(data: DataForm) -> bool:
     return data.skip_bad_samples or bool(get_args().skip_bad_samples)
 
 
-def split_index(index: CheckedSamples, data: DataForm) -> tuple[Sequence[int], Sequence[int]]:
+def split_index(
+    index: CheckedSamples, data: DataForm, lengths: SetLengths
+) -> tuple[Sequence[int], Sequence[int]]:
     """The numbers of the samples for training and validation."""
-    numbers = range(len(index.samples))
-    return split_samples(numbers, valid_share=data.valid_share, seed=get_args().seed)
+    return split_samples(
+        range(len(index.samples)),
+        valid_share=data.valid_share,
+        seed=get_args().seed,
+        needs_valid=lengths.needs_valid,
+    )
 
 
 def stop_unneeded_dropout(form: TransformerForm, config: TransformerConfig) -> None:

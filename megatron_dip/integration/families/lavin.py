@@ -5,7 +5,7 @@ Under Megatron's own schedule a rank holds what that wants, as for vision-langua
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from megatron.core import mpu
@@ -32,7 +32,7 @@ from megatron_dip.data.lavin import (
     split_by_images,
     to_instruction,
 )
-from megatron_dip.integration.families.base import ModelFamily, StageFactory
+from megatron_dip.integration.families.base import ModelFamily, SetLengths, StageFactory
 from megatron_dip.integration.families.common import (
     check_vocabulary,
     make_backbone_config,
@@ -58,9 +58,9 @@ class StockLavin(StockModel):
     def features(self, batch: LavinWholeBatch) -> torch.Tensor | None:
         """The features that are read."""
         if batch.wanted == ():
-            return None
+            return self.no_rows("vision")
         features = super().features(batch)
-        if features is None or batch.wanted is None:
+        if features is None or batch.wanted is None or not batch.vision.items:
             return features
         by_image = features.unflatten(0, (len(batch.vision.items), -1))
         return by_image[list(batch.wanted)].flatten(0, 1)
@@ -184,8 +184,8 @@ class LavinFamily(ModelFamily[LavinConfig]):
         return batch
 
     def data_sets(
-        self, config: LavinConfig, num_samples: Sequence[int]
-    ) -> tuple[LavinDataset, LavinDataset | None]:
+        self, config: LavinConfig, lengths: SetLengths
+    ) -> tuple[LavinDataset | None, LavinDataset | None]:
         """Sequences; only ranks that hold the first vision stage decode images."""
         args, data = get_args(), config.data
         check_vocabulary(data.tokenizer, config.model.language.vocab_size)
@@ -197,49 +197,66 @@ class LavinFamily(ModelFamily[LavinConfig]):
             skip_bad_samples=skips_bad_samples(data),
             source=str(data.path),
         )
-        parts = _check_images(
-            config, _read_parts(config, args.seed, with_valid=bool(num_samples[1]))
-        )
+        parts = _check_images(config, _read_parts(config, args.seed, lengths))
         train, valid = (
-            make(samples, errors=errors, num_samples=count) if count else None
-            for (samples, errors), count in zip(parts, num_samples, strict=False)
+            None if part is None else make(part.samples, errors=part.errors, num_samples=length)
+            for part, length in zip(parts, (lengths.train, lengths.valid), strict=True)
         )
-        assert train is not None
         return train, valid
 
 
-_Part = tuple[Sequence[Instruction], Sequence[str]]
+class _Part(NamedTuple):
+    """Samples of one of the two sets, and why others of it cannot be used."""
+
+    samples: Sequence[Instruction]
+    errors: Sequence[str]
 
 
-def _read_parts(config: LavinConfig, seed: int, *, with_valid: bool) -> tuple[_Part, _Part]:
-    """The samples for training and validation, each with why others cannot be used."""
+def _read_parts(
+    config: LavinConfig, seed: int, lengths: SetLengths
+) -> tuple[_Part | None, _Part | None]:
+    """What is for training and for validation, each where the run needs it."""
     data = config.data
     if data.form == "chat":
         samples, errors = read_chat(data.path)
-        train, valid = split_samples(range(len(samples)), valid_share=data.valid_share, seed=seed)
-        return ([samples[number] for number in train], errors), (
-            [samples[number] for number in valid],
-            (),
+        train, valid = split_samples(
+            range(len(samples)),
+            valid_share=data.valid_share,
+            seed=seed,
+            needs_valid=lengths.needs_valid,
+        )
+        return (
+            _Part([samples[number] for number in train], errors) if lengths.needs_train else None,
+            _Part([samples[number] for number in valid], ()) if lengths.needs_valid else None,
         )
     splits = data.splits or data.path.with_name("pid_splits.json")
 
     def read(split: str) -> _Part:
         found = read_scienceqa(data.path, splits, split)
-        return [to_instruction(problem) for problem in found.problems], found.errors
+        return _Part([to_instruction(problem) for problem in found.problems], found.errors)
 
-    return read(data.train_split), read(data.valid_split) if with_valid else ((), ())
+    return (
+        read(data.train_split) if lengths.needs_train else None,
+        read(data.valid_split) if lengths.needs_valid else None,
+    )
 
 
-def _check_images(config: LavinConfig, parts: Sequence[_Part]) -> list[_Part]:
+def _check_images(
+    config: LavinConfig, parts: tuple[_Part | None, _Part | None]
+) -> list[_Part | None]:
     """``parts`` without samples whose images do not decode; a collective call of the world."""
-    names = tuple(str(one.image) for part in parts for one in part[0] if one.image is not None)
+    samples = [one for part in parts if part is not None for one in part.samples]
+    names = tuple(str(one.image) for one in samples if one.image is not None)
     data = config.data
     files = ImageFiles(samples=data.path, folder=data.image_folder, names=names)
     bad = shared_index(files, data, check_images, load_checked_images)
-    checked: list[_Part] = []
-    for samples, errors in parts:
-        good, more = split_by_images(samples, bad)
-        checked.append((good, (*errors, *more)))
+    checked: list[_Part | None] = []
+    for part in parts:
+        if part is None:
+            checked.append(None)
+            continue
+        good, more = split_by_images(part.samples, bad)
+        checked.append(_Part(good, (*part.errors, *more)))
     return checked
 
 

@@ -3,7 +3,6 @@
 The stages of vision and language, and their configurations, are those of vision-language models.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Unpack
 
@@ -23,7 +22,7 @@ from megatron_dip.data.omni import (
 )
 from megatron_dip.data.omni_batches import AudioBatch, WholeOmni
 from megatron_dip.integration.chunks import UpstreamRows, order_features
-from megatron_dip.integration.families.base import ModelFamily
+from megatron_dip.integration.families.base import ModelFamily, SetLengths
 from megatron_dip.integration.families.common import (
     check_vocabulary,
     row_rule,
@@ -51,14 +50,18 @@ class StockOmni(StockModel):
 
     def features(self, batch: WholeOmni) -> torch.Tensor | None:
         """Of images and sounds, in the order in which the sequences read them."""
-        outputs, rows = [], []
+        outputs, rows, parts = [], [], []
         for name, encoder in self._encoders.items():
             data = getattr(batch, name)
             if data.items:
                 outputs.append(encoder(None, data))
                 lengths = tuple(length // PATCHES_PER_TOKEN for length in data.span_lengths)
                 rows.append(UpstreamRows(module=name, items=data.items, num_rows=lengths))
-        return order_features(outputs, rows, batch.language.upstream_items)
+            else:
+                parts.append(self.no_rows(name))
+        parts.append(order_features(outputs, rows, batch.language.upstream_items))
+        found = [part.reshape(-1, part.shape[-1]) for part in parts if part is not None]
+        return torch.cat(found) if found else None
 
 
 class OmniStages(VlmStages):
@@ -128,8 +131,8 @@ class OmniFamily(ModelFamily[OmniConfig]):
         return AudioBatch(mels=mels, span_lengths=(num_tokens,), items=(0,))
 
     def data_sets(
-        self, config: OmniConfig, num_samples: Sequence[int]
-    ) -> tuple[OmniDataset, OmniDataset | None]:
+        self, config: OmniConfig, lengths: SetLengths
+    ) -> tuple[OmniDataset | None, OmniDataset | None]:
         """Sequences; only ranks that hold the encoders' first stages read pixels and sounds."""
         args, data = get_args(), config.data
         settings = OmniSettings(
@@ -145,7 +148,7 @@ class OmniFamily(ModelFamily[OmniConfig]):
         )
         check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
         index = shared_index(settings, data, build_omni_index, load_omni_index)
-        train, valid = split_index(index, data)
+        train, valid = split_index(index, data, lengths)
         make = partial(
             OmniDataset,
             settings,
@@ -155,6 +158,6 @@ class OmniFamily(ModelFamily[OmniConfig]):
             skip_bad_samples=skips_bad_samples(data),
         )
         return (
-            make(num_samples=num_samples[0], subset=train),
-            make(num_samples=num_samples[1], subset=valid) if num_samples[1] else None,
+            make(num_samples=lengths.train, subset=train) if lengths.needs_train else None,
+            make(num_samples=lengths.valid, subset=valid) if lengths.needs_valid else None,
         )

@@ -12,9 +12,19 @@ from megatron.training import get_args
 from megatron_dip.models.stage import StageModule, pad_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from megatron_dip.data import StageData
     from megatron_dip.integration.families.base import StageFactory
 
 __all__ = ["StockModel"]
+
+_COUNTS_ON_ALL_MODULES = (
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+)
 
 
 class StockModel(MegatronModule):
@@ -23,10 +33,19 @@ class StockModel(MegatronModule):
     The backbone is the module with the loss.  Hidden states of B samples of S rows are packed rows
     inside and shaped [S, B, H] at the boundaries, where Megatron's schedule wants them so.
     Checkpoints have the stages' own names, as under ``--dip-schedule``.
+
+    Args:
+        idle: Per encoder, the data on which it runs where a microbatch has none for it and all
+            modules must run, see :meth:`no_rows`.
     """
 
     def __init__(
-        self, factory: "StageFactory", *, pre_process: bool, post_process: bool, sequences: int
+        self,
+        factory: "StageFactory",
+        *,
+        pre_process: bool,
+        post_process: bool,
+        idle: "Mapping[str, StageData]",
     ) -> None:
         config = factory.loss_config
         super().__init__(config=config)
@@ -50,8 +69,12 @@ class StockModel(MegatronModule):
         )
         self.encoders = torch.nn.ModuleDict(self._encoders)
         self.pg_collection = self.backbone.pg_collection
-        self._sequences = sequences
-        self._seq_length: int = get_args().seq_length // self.backbone.num_shards
+        args = get_args()
+        self._train_sequences: int = args.micro_batch_size
+        self._eval_sequences: int = args.eval_micro_batch_size
+        self._seq_length: int = args.seq_length // self.backbone.num_shards
+        self._idle = dict(idle)
+        self._runs_all = any(getattr(args, name, False) for name in _COUNTS_ON_ALL_MODULES)
         self._input: torch.Tensor | None = None
 
     def forward(self, batch: Any) -> torch.Tensor:
@@ -66,8 +89,9 @@ class StockModel(MegatronModule):
         output: torch.Tensor = self.backbone(hidden, data, features)
         if self.post_process:
             return output
-        padded = pad_rows(output, self._seq_length * self._sequences)
-        shaped = padded.reshape(self._seq_length, self._sequences, -1)
+        sequences = self._train_sequences if self.training else self._eval_sequences
+        padded = pad_rows(output, self._seq_length * sequences)
+        shaped = padded.reshape(self._seq_length, sequences, -1)
         # Megatron frees outputs after sending them and refuses to free a view.
         viewless: torch.Tensor = make_viewless_tensor(
             shaped, requires_grad=shaped.requires_grad, keep_graph=True
@@ -78,7 +102,20 @@ class StockModel(MegatronModule):
         """What the backbone reads of one encoder; None where that is nothing."""
         ((name, encoder),) = self._encoders.items()
         data = getattr(batch, name)
-        return encoder(None, data) if data.items else None
+        return encoder(None, data) if data.items else self.no_rows(name)
+
+    def no_rows(self, encoder: str) -> torch.Tensor | None:
+        """What an encoder gives for a microbatch that has nothing for it: None, or no rows.
+
+        Megatron counts on a gradient of every parameter in the last microbatch, and on the same
+        order of modules in all replicas, where it overlaps communication with computing.  There
+        the encoder runs on a small item of which nothing is read: its gradients are zero.
+        """
+        if not self._runs_all or not torch.is_grad_enabled():
+            return None
+        device = torch.device("cuda", torch.cuda.current_device())
+        output: torch.Tensor = self._encoders[encoder](None, self._idle[encoder].to(device))
+        return output[:0]
 
     def num_rows(self, data: Any) -> int | None:
         """Rows of the backbone's stages where those are fewer than S x B."""

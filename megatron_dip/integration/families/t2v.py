@@ -4,7 +4,7 @@ Under Megatron's own schedule a rank holds what that wants: the whole text encod
 layers of the transformer on the first rank, and a run of its layers on every other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from math import prod
 from typing import Any, Unpack
@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from megatron_dip.config import T2vConfig
+from megatron_dip.data import StageData
 from megatron_dip.data.clip_batches import DitBatch, TextBatch
 from megatron_dip.data.clips import (
     ClipDataset,
@@ -24,7 +25,7 @@ from megatron_dip.data.clips import (
 )
 from megatron_dip.data.videos import ClipLimits
 from megatron_dip.errors import UnsupportedError
-from megatron_dip.integration.families.base import ModelFamily, StageFactory
+from megatron_dip.integration.families.base import ModelFamily, SetLengths, StageFactory
 from megatron_dip.integration.families.common import (
     check_vocabulary,
     make_backbone_config,
@@ -104,7 +105,9 @@ class T2vStages(StageFactory):
             **layers,
         )
 
-    def stock_model(self, *, pre_process: bool, post_process: bool, sequences: int) -> StockModel:
+    def stock_model(
+        self, *, pre_process: bool, post_process: bool, idle: Mapping[str, StageData]
+    ) -> StockModel:
         """See :class:`StageFactory`.
 
         Raises:
@@ -116,9 +119,7 @@ class T2vStages(StageFactory):
                 "--sequence-parallel does not work with this model under Megatron's own schedule: "
                 "leave it out (it works with --dip-schedule)"
             )
-        return super().stock_model(
-            pre_process=pre_process, post_process=post_process, sequences=sequences
-        )
+        return super().stock_model(pre_process=pre_process, post_process=post_process, idle=idle)
 
 
 class T2vFamily(ModelFamily[T2vConfig]):
@@ -163,14 +164,14 @@ class T2vFamily(ModelFamily[T2vConfig]):
         return config.model.text.seq_length if module == "dit" else 0
 
     def data_sets(
-        self, config: T2vConfig, num_samples: Sequence[int]
-    ) -> tuple[ClipDataset, ClipDataset | None]:
+        self, config: T2vConfig, lengths: SetLengths
+    ) -> tuple[ClipDataset | None, ClipDataset | None]:
         """Clips with captions; only ranks that hold an end of the transformer read latents."""
         args = get_args()
         settings = _settings(config)
         check_vocabulary(settings.tokenizer, config.model.text.vocab_size, "text")
         index = shared_index(settings, config.data, build_clip_index, load_clip_index)
-        train, valid = split_index(index, config.data)
+        train, valid = split_index(index, config.data, lengths)
         make: Any = partial(
             ClipDataset,
             index,
@@ -179,9 +180,11 @@ class T2vFamily(ModelFamily[T2vConfig]):
             skip_bad_samples=skips_bad_samples(config.data),
         )
         return (
-            make(num_samples=num_samples[0], subset=train, stage="train"),
-            make(num_samples=num_samples[1], subset=valid, stage="valid")
-            if num_samples[1]
+            make(num_samples=lengths.train, subset=train, stage="train")
+            if lengths.needs_train
+            else None,
+            make(num_samples=lengths.valid, subset=valid, stage="valid")
+            if lengths.needs_valid
             else None,
         )
 

@@ -4,7 +4,6 @@ Under Megatron's own schedule a rank holds what that wants: the whole vision tow
 language layers on the first rank, and a run of language layers on every other.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from math import isqrt
 from typing import Unpack
@@ -26,7 +25,7 @@ from megatron_dip.data import (
     open_source,
     split_source,
 )
-from megatron_dip.integration.families.base import ModelFamily, StageFactory
+from megatron_dip.integration.families.base import ModelFamily, SetLengths, StageFactory
 from megatron_dip.integration.families.common import (
     check_vocabulary,
     make_backbone_config,
@@ -151,15 +150,17 @@ class VlmFamily(ModelFamily[VlmConfig]):
         return measured_sequence(num_tokens)
 
     def data_sets(
-        self, config: VlmConfig, num_samples: Sequence[int]
-    ) -> tuple[VlmDataset, VlmDataset | None]:
+        self, config: VlmConfig, lengths: SetLengths
+    ) -> tuple[VlmDataset | None, VlmDataset | None]:
         """Packed sequences; only ranks that hold the first vision stage decode images."""
         args = get_args()
         settings = _settings(config)
         index = shared_index(settings, config.data, build_index, load_index)
         check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
         source = open_source(settings)
-        train, valid = split_source(source, config.data.valid_share, args.seed)
+        train, valid = split_source(
+            source, config.data.valid_share, args.seed, needs_valid=lengths.needs_valid
+        )
         make = partial(
             VlmDataset,
             settings,
@@ -171,8 +172,8 @@ class VlmFamily(ModelFamily[VlmConfig]):
             packing=PackingOptions(separation=config.data.separation),
         )
         return (
-            make(num_samples=num_samples[0], subset=train),
-            make(num_samples=num_samples[1], subset=valid) if num_samples[1] else None,
+            make(num_samples=lengths.train, subset=train) if lengths.needs_train else None,
+            make(num_samples=lengths.valid, subset=valid) if lengths.needs_valid else None,
         )
 
 

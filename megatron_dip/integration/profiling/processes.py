@@ -53,13 +53,13 @@ def measure_profile(
         ConfigError: An option is out of range.
         ExecutionError: A rank failed; its reason is in the message.
     """
-    for option, value in (
-        ("--repetitions", task.repetitions),
-        ("--time-limit", task.seconds),
-        ("--tensor-parallel", task.tensor_parallel),
+    for option, value, most in (
+        ("--repetitions", task.repetitions, 1e6),
+        ("--time-limit", task.seconds, 1e7),
+        ("--tensor-parallel", task.tensor_parallel, 1024),
     ):
-        if value <= 0:
-            raise ConfigError(f"{option} {value:g}: expected a number above 0")
+        if not 0 < value <= most:
+            raise ConfigError(f"{option} {value:g}: expected a number above 0, up to {most:g}")
     if task.sequence_parallel and task.tensor_parallel == 1:
         raise ConfigError("--sequence-parallel: expected --tensor-parallel above 1")
 

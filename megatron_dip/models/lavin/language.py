@@ -99,7 +99,7 @@ class LavinLanguageStage(LanguageStage):
         routed = cast("RoutedBatch", batch)
         if upstream is not None:
             weight = self.adapter_neck.inner.weight
-            features = upstream.reshape(len(batch.image_rows), -1).to(weight.dtype)
+            features = upstream.reshape(-1, upstream.shape[-1]).to(weight.dtype)
             embedded = super()._put_in(embedded, batch, self.adapter_neck(features))
         rows: Tensor = self.adapter_modality(routed.modalities).unsqueeze(1).to(embedded.dtype)
         return embedded.index_copy(0, routed.modality_rows, rows)

@@ -1,0 +1,132 @@
+"""Megatron's arguments about data, batches and evaluation: refused ones, and what completes them.
+
+Everything else about them is Megatron's own, see ``loaders``.
+"""
+
+import argparse
+from typing import Any
+
+from megatron_dip.errors import UnsupportedError
+from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
+
+__all__ = ["check_data_arguments", "complete_evaluation", "complete_full_validation"]
+
+_DEFAULT_EVAL_INTERVAL = 1000
+
+_ONE_SET = f"{LEAVE_OUT}; a configuration names one data set, with one part for validation"
+_RULES = (
+    Rule(
+        flag="--multiple-validation-sets",
+        destination="multiple_validation_sets",
+        allowed=(False,),
+        remedy=_ONE_SET,
+    ),
+    Rule(
+        flag="--validation-set-names",
+        destination="validation_set_names",
+        allowed=(None,),
+        remedy=_ONE_SET,
+    ),
+    Rule(
+        flag="--perform-rl-step",
+        destination="perform_rl_step",
+        allowed=(False,),
+        remedy=f"{LEAVE_OUT}; there is no reinforcement learning for these models",
+    ),
+    Rule(
+        flag="--hybrid-context-parallel",
+        destination="hybrid_context_parallel",
+        allowed=(False,),
+        remedy=f"{LEAVE_OUT}; its loader hands out token sequences of text alone",
+    ),
+    Rule(
+        flag="--rampup-batch-size",
+        destination="rampup_batch_size",
+        allowed=(None,),
+        remedy="this Megatron takes no notice of it; use --step-batch-size-schedule",
+    ),
+)
+
+
+def check_data_arguments(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+    """Refuse what the data of ``--dip-config`` cannot be combined with, before Megatron starts.
+
+    Args:
+        explicit: What the command line states, by destination.
+
+    Raises:
+        UnsupportedError: Names the flag and the remedy.
+    """
+    check_rules(args, _RULES, "with --dip-config")
+    if not args.skip_train:
+        _check_length(args)
+    if args.phase_transition_iterations and not args.train_samples:
+        raise UnsupportedError(
+            "--phase-transition-iterations does not work without --train-samples: Megatron counts "
+            "phases in samples; use it in place of --train-iters"
+        )
+    if args.full_validation:
+        _check_full_validation(args, explicit)
+    elif args.skip_train and not args.eval_iters:
+        raise UnsupportedError(
+            "--skip-train leaves nothing to do without an evaluation: add --eval-iters N or "
+            "--full-validation"
+        )
+    if args.eval_interval is not None and args.eval_interval < 1:
+        raise UnsupportedError(
+            f"--eval-interval {args.eval_interval} does not work: give a number of iterations "
+            f"above 0; without evaluation leave it out, or set --eval-iters 0"
+        )
+
+
+def _check_length(args: argparse.Namespace) -> None:
+    if not args.train_iters and not args.train_samples:
+        raise UnsupportedError(
+            "there is nothing to train: give --train-iters N or --train-samples N, with N above "
+            "0; to evaluate only, add --skip-train"
+        )
+    batch = args.global_batch_size or 1
+    if args.train_samples and args.train_samples < batch:
+        raise UnsupportedError(
+            f"--train-samples {args.train_samples} does not work with --global-batch-size "
+            f"{batch}: it is less than one batch"
+        )
+
+
+def _check_full_validation(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+    for flag, destination in (
+        ("--eval-iters", "eval_iters"),
+        ("--eval-micro-batch-size", "eval_micro_batch_size"),
+        ("--eval-global-batch-size", "eval_global_batch_size"),
+    ):
+        # An evaluation of no iterations says no more than that none is counted.
+        if explicit.get(destination):
+            raise UnsupportedError(
+                f"{flag} {explicit[destination]} does not work with --full-validation: "
+                f"{LEAVE_OUT}; every sample is evaluated once, one per step and replica"
+            )
+
+
+def complete_evaluation(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+    """No evaluation unless the command line asks for one.
+
+    Megatron's own defaults (100 iterations, no interval) fail where it counts samples.
+    """
+    if "eval_interval" not in explicit:
+        args.eval_interval = _DEFAULT_EVAL_INTERVAL
+        if "eval_iters" not in explicit:
+            args.eval_iters = 0
+    if args.skip_train and args.train_iters is None and args.train_samples is None:
+        # Megatron multiplies with it.
+        args.train_iters = 0
+
+
+def complete_full_validation(args: argparse.Namespace) -> None:
+    """After Megatron's validation: batches of ``--full-validation`` as its sampler makes them.
+
+    It hands out single samples; with the batch sizes of training every sample would be evaluated
+    several times.
+    """
+    if args.full_validation:
+        args.eval_micro_batch_size = 1
+        args.eval_global_batch_size = args.data_parallel_size
