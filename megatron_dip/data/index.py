@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from megatron_dip.data.files import shown_path
 from megatron_dip.data.images import choose_grid, image_patches, num_image_tokens
 from megatron_dip.data.progress import map_with_progress
 from megatron_dip.data.samples import Sample, check_length, encode_text
@@ -82,7 +83,7 @@ def recorded_patches(image: Image.Image, name: str, record: ImageRecord, patch_s
     """
     if image.size != (record.width, record.height):
         raise DataError(
-            f"image {name} is {image.width}x{image.height}, but was "
+            f"image {shown_path(name)} is {image.width}x{image.height}, but was "
             f"{record.width}x{record.height} when the index was made"
         )
     return image_patches(image, record.grid, patch_size)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from megatron_dip.data.audio import log_mel, num_audio_tokens, silent_mel
 from megatron_dip.data.audio_files import read_sound
-from megatron_dip.data.files import file_facts
+from megatron_dip.data.files import file_facts, shown_path
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.images import (
     NUM_CHANNELS,
@@ -256,8 +256,8 @@ class OmniDataset(Dataset[OmniSequence]):
             samples = read_sound(settings.media_folder / name, settings.audio_rate)
             if num_audio_tokens(len(samples), settings.audio_rate) != num_tokens:
                 raise DataError(
-                    f"audio {name} has {len(samples)} samples, another length than when the index "
-                    f"was made"
+                    f"audio {shown_path(name)} has {len(samples)} samples, another length than "
+                    f"when the index was made"
                 )
             return log_mel(samples, settings.audio_rate, settings.num_mels)
 

@@ -6,23 +6,25 @@ a fixed stride from the start, scaled to the grid of patches that fits aspect ra
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from megatron_dip.data.files import open_media, shown_path
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.images import ImageLimits, choose_grid
+from megatron_dip.data.video_files import read_frames
 from megatron_dip.errors import DataError
 
 __all__ = ["Bucket", "ClipLimits", "read_clip"]
 
-_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PICTURES = (_PNG, b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+_WEBP_ANIMATION = 2
+_HEAD_BYTES = 2**16
 Bucket = tuple[int, int, int]
 """Frames, and rows and columns of patches."""
 
@@ -50,8 +52,9 @@ class ClipLimits:
         native = self.max_frames * self.max_frame_tokens
         return max((math.prod(bucket) for bucket in self.buckets), default=native)
 
-    def choose(self, num_frames: int, width: int, height: int, pixels_per_patch: int) -> Bucket:
-        """Frames, rows and columns for a video of ``num_frames`` frames of a size in pixels."""
+    def choose(self, num_frames: int, width: float, height: float, pixels_per_patch: int) -> Bucket:
+        """Frames, rows and columns for a video of ``num_frames`` frames of a size in pixels, as
+        it is shown."""
         if self.buckets:
             fitting = [bucket for bucket in self.buckets if bucket[0] <= num_frames]
             if not fitting:
@@ -84,17 +87,15 @@ def read_clip(
     Raises:
         DataError: The file is missing or broken, also in the middle; the message names it.
     """
-    if path.suffix.lower() in _PICTURES:
+    if _is_picture(path):
         images = [decode_image(path)]
+        width, height = map(float, images[0].size)
     else:
-        with _explained(path):
-            images = list(_decode(path, limits))
-    if not images:
-        raise DataError(f"video {path}: holds no frame; replace the file, or skip bad samples")
+        images, width, height = read_frames(path, limits.most_frames, limits.frame_stride)
     try:
-        bucket = limits.choose(len(images), *images[0].size, pixels_per_patch)
+        bucket = limits.choose(len(images), width, height, pixels_per_patch)
     except DataError as error:
-        raise DataError(f"video {path}: {error}") from error
+        raise DataError(f"video {shown_path(path)}: {error}") from error
     size = (bucket[2] * pixels_per_patch, bucket[1] * pixels_per_patch)
     frames = [
         np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images[: bucket[0]]
@@ -102,40 +103,25 @@ def read_clip(
     return np.stack(frames), bucket
 
 
-def _decode(path: Path, limits: ClipLimits) -> Iterator[Image.Image]:
-    av = _decoder(path)
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            return
-        wanted = limits.most_frames
-        for number, frame in enumerate(container.decode(video=0)):
-            if number % limits.frame_stride == 0:
-                yield frame.to_image()
-                wanted -= 1
-                if wanted == 0:
-                    return
+def _is_picture(path: Path) -> bool:
+    """Whether the content is that of a picture, whatever the file is called.
 
-
-def _decoder(path: Path) -> Any:
-    try:
-        import av
-    except ImportError as error:
+    Raises:
+        DataError: It cannot be read, or is an animation of a format that is not read as a video.
+    """
+    with open_media(path, "video") as file:
+        head = file.read(_HEAD_BYTES)
+    is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    is_moving = (
+        head[12:16] == b"VP8X" and head[20] & _WEBP_ANIMATION
+        if is_webp
+        else (head.startswith(_PNG) and b"acTL" in head)
+    )
+    if is_moving:
         raise DataError(
-            f"video {path}: decoding takes PyAV; install megatron-dip[video]"
-        ) from error
-    return av
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"video {path}: no such file; check the name and video_folder") from error
-    except Exception as error:  # Decoders of broken files raise whatever they trip over.
-        detail = str(error) or type(error).__name__
-        raise DataError(
-            f"video {path}: does not decode ({detail}); replace the file, or skip bad samples"
-        ) from error
+            f"video {shown_path(path)}: is an animated PNG or WebP file, expected a video or a "
+            f"picture; convert it to a video, or skip bad samples"
+        )
+    # Pictures one after the other.
+    is_stream = path.suffix.lower() in (".mjpeg", ".mjpg")
+    return is_webp or (head.startswith(_PICTURES) and not is_stream) or head[4:12] == b"ftypavif"

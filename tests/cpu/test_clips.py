@@ -194,7 +194,7 @@ def test_bad_samples_are_named_and_nothing_else_is_lost(data: Path):
         2: ("no such file", "missing.mp4"),
         3: ("caption has", "more than model.text.seq_length 96"),
         4: ("field 'caption' is missing",),
-        number_of_cut: ("does not decode", cut.name),
+        number_of_cut: ("is cut short", cut.name),
     }.items():
         assert f"(number {number})" in errors[number]
         assert all(word in errors[number] for word in words), errors[number]
