@@ -147,3 +147,16 @@ def test_samples_are_split_repeatably_and_completely():
     assert split_samples(numbers, 0.25, seed=2) != (train, valid)
     with pytest.raises(DataError, match=r"share of 0\.0 of 20 samples"):
         split_samples(numbers, 0.0, seed=1)
+
+
+@pytest.mark.parametrize("count", range(1, 11))
+def test_few_samples_are_all_trained_on_where_nothing_is_evaluated(count):
+    numbers = range(count)
+    assert split_samples(numbers, 0.05, seed=1, needs_valid=False) == (tuple(numbers), ())
+    with pytest.raises(DataError, match=f"of {count} samples .* leave evaluation out"):
+        split_samples(numbers, 0.05, seed=1)
+
+
+def test_what_is_trained_on_does_not_depend_on_evaluation_where_there_is_enough():
+    numbers = range(40)
+    assert split_samples(numbers, 0.1, 1, needs_valid=False) == split_samples(numbers, 0.1, 1)
