@@ -8,11 +8,12 @@ for each clip, under a digest of all that they depend on.
 """
 
 import hashlib
+import io
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from megatron_dip.data.samples import read_samples, sample_name
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.data.videos import ClipLimits, read_clip
 from megatron_dip.errors import DataError
+from megatron_dip.files import write_atomically
 
 __all__ = [
     "ClipDataset",
@@ -76,6 +78,9 @@ class ClipRecord(NamedTuple):
     tokens: tuple[int, ...]
     grid: tuple[int, int, int]
     error: str | None = None
+    latents_bytes: int = 0
+    latents_sha256: str = ""
+    """Of the file of its latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,21 +93,60 @@ class ClipIndex:
     folder: Path
     """Where the latents are."""
     samples: tuple[ClipRecord, ...]
+    settings: ClipSettings | None = field(default=None, compare=False)
+    """Where given, latents that are damaged are made again."""
 
     def latents(self, number: int) -> Tensor:
         """The patches of clip ``number``: ``[N, V]`` float32.
 
         Raises:
-            DataError: The file is missing or broken.
+            DataError: The file is missing or damaged and cannot be made again.
         """
-        path = self.folder / f"{number}.npy"
+        path = self.latents_path(number)
         try:
-            return torch.from_numpy(np.load(path))
-        except (OSError, ValueError) as error:
+            content = path.read_bytes()
+            is_whole = hashlib.sha256(content).hexdigest() == self.samples[number].latents_sha256
+            reason = None if is_whole else "damaged"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is not None:
+            content = self._make_again(number, f"its latents {path} cannot be read ({reason})")
+        return torch.from_numpy(np.load(io.BytesIO(content)))
+
+    def latents_path(self, number: int) -> Path:
+        """The file of the latents of clip ``number``."""
+        return self.folder / f"{number}.npy"
+
+    def has_latents(self, number: int) -> bool:
+        """Whether a file of the right size is there, or none is wanted."""
+        record = self.samples[number]
+        try:
+            return bool(record.error) or (
+                self.latents_path(number).stat().st_size == record.latents_bytes
+            )
+        except OSError:
+            return False
+
+    def _make_again(self, number: int, what: str) -> bytes:
+        """The content of a file of latents, which is written where that is possible."""
+        where = f"{self.source}: sample number {number}: {what}"
+        if self.settings is None:
+            raise DataError(f"{where}; start again, they are made again")
+        logger.warning("%s: they are made again", where)
+        settings = self.settings
+        encoder = make_encoder(settings.latent_channels, settings.vae)
+        raw = read_samples(settings.samples)[number]
+        content, _ = _encode(raw, settings, encoder)
+        if hashlib.sha256(content).hexdigest() != self.samples[number].latents_sha256:
             raise DataError(
-                f"{self.source}: sample number {number}: its latents {path} cannot be read "
-                f"({error}); delete the folder, it is made again"
-            ) from error
+                f"{where}, and the video or its encoder is another one now; start again, the "
+                f"index is made again"
+            )
+        try:
+            write_atomically(self.latents_path(number), content)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s)", self.latents_path(number), error.strerror)
+        return content
 
 
 def build_clip_index(
@@ -123,13 +167,20 @@ def build_clip_index(
     encoder = make_encoder(settings.latent_channels, settings.vae)
     digest = _digest(settings, raw_samples, tokenizer, encoder)
     path = folder / f"clip-index-{digest[:16]}.json"
+    known: dict[int, ClipRecord] = {}
     if (kept := kept_index(path, load_clip_index)) is not None:
-        return kept, path
+        known = {n: one for n, one in enumerate(kept.samples) if kept.has_latents(n)}
+        if len(known) == len(kept.samples):
+            return kept, path
+        num_lost = len(kept.samples) - len(known)
+        logger.warning("latents of %d clips are missing or cut short: made again", num_lost)
     started = time.monotonic()
     latents_folder = path.with_suffix("")
     latents_folder.mkdir(parents=True, exist_ok=True)
 
     def record(number: int) -> ClipRecord:
+        if number in known:
+            return known[number]
         try:
             return _record(raw_samples[number], number, settings, tokenizer, encoder, path)
         except DataError as error:
@@ -144,7 +195,10 @@ def build_clip_index(
         num_threads=num_threads,
     )
     # Written last: an index that is there has all of its latents.
-    forms = [one.error or [one.tokens, one.grid] for one in records]
+    forms = [
+        one.error or [one.tokens, one.grid, one.latents_bytes, one.latents_sha256]
+        for one in records
+    ]
     write_index(path, _FORMAT, settings.samples, forms, digest=digest)
     seconds = time.monotonic() - started
     logger.info("index and latents of %d clips made in %.1f s: %s", len(records), seconds, path)
@@ -162,15 +216,29 @@ def _record(
     """The record of one sample, its latents written."""
     if not isinstance(raw, Mapping):
         raise DataError(f"expected an object, found {type(raw).__name__}")
-    for field in ("video", "caption"):
-        if not isinstance(raw.get(field), str) or not raw[field]:
-            raise DataError(f"field {field!r} is missing or not a text")
+    for name in ("video", "caption"):
+        if not isinstance(raw.get(name), str) or not raw[name]:
+            raise DataError(f"field {name!r} is missing or not a text")
     tokens = [tokenizer.bos_id, *tokenizer.encode_text(raw["caption"]), tokenizer.eos_id]
     if len(tokens) > settings.max_text_tokens:
         raise DataError(
             f"its caption has {len(tokens)} tokens, more than model.text.seq_length "
             f"{settings.max_text_tokens}; shorten it, raise seq_length, or skip bad samples"
         )
+    content, grid = _encode(raw, settings, encoder)
+    write_atomically(index.with_suffix("") / f"{number}.npy", content, is_kept=False)
+    return ClipRecord(
+        tuple(tokens),
+        grid,
+        latents_bytes=len(content),
+        latents_sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def _encode(
+    raw: Mapping[str, Any], settings: ClipSettings, encoder: LatentEncoder
+) -> tuple[bytes, tuple[int, int, int]]:
+    """What the file of a clip's latents holds, and its grid."""
     frames, bucket = read_clip(
         settings.video_folder / raw["video"],
         settings.limits,
@@ -178,8 +246,9 @@ def _record(
     )
     patches, grid = patches_of(encoder.encode(frames))
     assert grid == bucket
-    np.save(index.with_suffix("") / f"{number}.npy", patches.numpy())
-    return ClipRecord(tuple(tokens), grid)
+    content = io.BytesIO()
+    np.save(content, patches.numpy())
+    return content.getvalue(), grid
 
 
 def _digest(
@@ -219,8 +288,13 @@ def load_clip_index(path: Path) -> ClipIndex:
 def _parse_record(data: Any) -> ClipRecord:
     if isinstance(data, str):
         return ClipRecord((), (0, 0, 0), data)
-    tokens, (frames, rows, columns) = data
-    return ClipRecord(tuple(tokens), (frames, rows, columns))
+    tokens, (frames, rows, columns), num_bytes, digest = data
+    return ClipRecord(
+        tuple(tokens),
+        (frames, rows, columns),
+        latents_bytes=num_bytes,
+        latents_sha256=digest,
+    )
 
 
 def draw_time_and_noise(key: str, shape: tuple[int, int]) -> tuple[float, Tensor]:

@@ -29,6 +29,7 @@ from megatron_dip.data.sources import DataSettings, SampleSource, open_source
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.errors import DataError
 from megatron_dip.files import write_atomically
+from megatron_dip.forms import digest_of
 from megatron_dip.reading import read_json
 
 __all__ = [
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 _FORMAT = "megatron-dip/data-index"
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """Higher whenever files are read in another way, so that what was made of them is made again."""
 _POLL_S = 0.2
 _NUM_SHOWN = 3
@@ -117,21 +118,26 @@ def write_index(
 ) -> None:
     """Write the file of an index of any kind, with the form of every sample."""
     head = {"format": index_format, "version": INDEX_VERSION, "source": str(source)}
-    write_atomically(path, json.dumps(head | more | {"samples": samples}))
+    data = head | more | {"samples": samples}
+    write_atomically(path, json.dumps(data | {"sha256": digest_of(data)}))
 
 
 def read_index[IndexT](path: Path, index_format: str, parse: Callable[[Any], IndexT]) -> IndexT:
     """What ``parse`` makes of a file that :func:`write_index` wrote.
 
     Raises:
-        DataError: The file cannot be read or is no index of this version.
+        DataError: The file cannot be read, is damaged, or is no index of this version.
     """
     data = read_json(path, DataError)
     remedy = f"{path}: not an index of version {INDEX_VERSION}; delete it, it is made again"
     try:
         if data["format"] != index_format or data["version"] != INDEX_VERSION:
             raise DataError(remedy)
+        if data.pop("sha256") != digest_of(data):
+            raise DataError(f"{path}: damaged; delete it, it is made again")
         return parse(data)
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(remedy) from error
 

@@ -14,6 +14,7 @@ from tiny_t2v import make_tiny_clips, write_t2v_config
 
 from megatron_dip.data.clips import (
     ClipDataset,
+    ClipIndex,
     ClipSettings,
     build_clip_index,
     draw_time_and_noise,
@@ -228,11 +229,59 @@ def test_a_corrupt_video_ends_a_run_with_its_name_or_is_skipped_and_counted(
     assert "iteration        2/" in skipped.output
 
 
-def test_latents_that_vanished_are_named(data: Path):
+def damage_latents(index: ClipIndex) -> None:
+    """One file is gone, one is cut short, one has a byte flipped, one is a folder."""
+    index.latents_path(3).unlink()
+    cut, flipped, folder = (index.latents_path(number) for number in (4, 5, 6))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    folder.unlink()
+    folder.mkdir()
+
+
+def test_damaged_latents_are_named_and_made_again(data: Path, caplog: pytest.LogCaptureFixture):
+    settings = settings_of(data)
+    index, _ = build_clip_index(settings, data, show_progress=False)
+    whole = [index.latents(number) for number in range(3, 7)]
+    damage_latents(index)
+    reasons = ("No such file", "damaged", "damaged", "Is a directory")
+    for number, reason in zip(range(3, 7), reasons, strict=True):
+        told = rf"sample number {number}: .*{number}\.npy cannot be read \({reason}.*start again"
+        with pytest.raises(DataError, match=told):
+            index.latents(number)
+    knowing = replace(index, settings=settings)
+    for number, latents in zip(range(3, 7), whole, strict=True):
+        assert torch.equal(knowing.latents(number), latents)
+        assert f"{number}.npy cannot be read" in caplog.text
+    assert "6.npy cannot be written (Is a directory)" in caplog.text
+    for number, latents in zip(range(3, 6), whole, strict=False):
+        assert torch.equal(index.latents(number), latents)
+    video = settings.video_folder / json.loads(settings.samples.read_text())[3]["video"]
+    other = settings.video_folder / json.loads(settings.samples.read_text())[4]["video"]
+    video.write_bytes(other.read_bytes())
+    index.latents_path(3).unlink()
+    with pytest.raises(DataError, match="the video or its encoder is another one now"):
+        knowing.latents(3)
+
+
+def test_a_start_makes_lost_latents_again_and_no_others(
+    data: Path, caplog: pytest.LogCaptureFixture
+):
     index, _ = build_clip_index(settings_of(data), data, show_progress=False)
-    (index.folder / "3.npy").unlink()
-    with pytest.raises(DataError, match=r"sample number 3: .*3\.npy cannot be read"):
-        index.latents(3)
+    kept = index.latents_path(2).stat().st_mtime_ns
+    index.latents_path(3).unlink()
+    index.latents_path(4).write_bytes(b"")
+    again, _ = build_clip_index(settings_of(data), data, show_progress=False)
+    assert again.samples == index.samples
+    assert "latents of 2 clips are missing or cut short: made again" in caplog.text
+    assert all(map(index.has_latents, range(len(index.samples))))
+    assert index.latents_path(2).stat().st_mtime_ns == kept
+    shutil.rmtree(index.folder)
+    again, _ = build_clip_index(settings_of(data), data, show_progress=False)
+    assert again.samples == index.samples
+    assert all(map(index.has_latents, range(len(index.samples))))
 
 
 def test_an_index_is_made_again_when_a_video_changes(data: Path):

@@ -87,6 +87,22 @@ def test_a_damaged_index_is_reported_and_made_again(settings, tmp_path, caplog):
         assert load_index(path) == index
 
 
+def test_an_index_that_is_damaged_anywhere_is_made_again(settings, tmp_path):
+    index, path = build_index(settings, tmp_path, show_progress=False)
+    whole = path.read_bytes()
+    digits = [place for place, byte in enumerate(whole) if chr(byte).isdigit()]
+    for place in (*range(0, len(whole), len(whole) // 25), *digits[:: len(digits) // 25]):
+        # Another digit where there was one: still JSON, still an index.
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=path.name):
+            load_index(path)
+    for length in range(0, len(whole), len(whole) // 10):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=path.name):
+            load_index(path)
+    assert build(settings, tmp_path) == index and load_index(path) == index
+
+
 BROKEN = [
     (sample_of("gone", "gone.png"), r"'gone' \(number 1\): image .*gone\.png: no such file"),
     (sample_of("cut", "cut.jpg"), r"'cut' \(number 1\): image .*cut\.jpg: is cut short"),

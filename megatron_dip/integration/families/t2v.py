@@ -5,6 +5,7 @@ layers of the transformer on the first rank, and a run of its layers on every ot
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, Unpack
@@ -171,6 +172,7 @@ class T2vFamily(ModelFamily[T2vConfig]):
         settings = _settings(config)
         check_vocabulary(settings.tokenizer, config.model.text.vocab_size, "text")
         index = shared_index(settings, config.data, build_clip_index, load_clip_index)
+        index = replace(index, settings=settings)
         train, valid = split_index(index, config.data, lengths)
         make: Any = partial(
             ClipDataset,
