@@ -24,7 +24,7 @@ from megatron.training.initialize import initialize_megatron
 from parts_cases import CASES, NUM_ITERATIONS, RATE, PartsCase
 
 from megatron_dip.integration.adapters import stages_of
-from megatron_dip.integration.data import data_iterators
+from megatron_dip.integration.data import data_sets
 from megatron_dip.integration.model import build_model
 from megatron_dip.models.initialization import named_global_parameters
 from megatron_dip.models.parts import learning_rate_factor
@@ -51,7 +51,7 @@ class Run:
             no_sync = [chunk.no_sync for chunk in self.model]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         samples = args.global_batch_size * NUM_ITERATIONS
-        self.data = RerunDataIterator(iter(data_iterators((samples, 0, 0))[0]))
+        self.data = RerunDataIterator(iter(data_sets((samples, 0, 0))[0]))
 
     def steps(self, first: int, last: int) -> dict[str, list[float]]:
         """Losses (on ranks that have one) and gradient norms of some iterations."""

@@ -97,18 +97,28 @@ def batches_of(
     num_workers: int = 0,
 ) -> LookAhead[VlmMicrobatch]:
     """What a data-parallel rank reads of ``dataset`` in training, two sequences at a time."""
-    from megatron_dip.integration import data
+    from megatron.core.datasets.utils import Split
+    from megatron.training.datasets import data_samplers
+
+    from megatron_dip.integration import loaders
 
     arguments = Namespace(
         micro_batch_size=2,
         num_workers=num_workers,
         global_batch_size=4 * num_replicas,
         data_parallel_size=num_replicas,
+        dataloader_type="single",
+        full_validation=False,
+        hybrid_context_parallel=False,
+        exit_signal_handler=False,
     )
-    monkeypatch.setattr(data, "get_args", lambda: arguments)
-    monkeypatch.setattr(data.mpu, "get_data_parallel_rank", lambda: rank)
-    monkeypatch.setattr(data.mpu, "get_data_parallel_world_size", lambda: num_replicas)
-    return data._iterate(dataset, consumed_samples)
+    monkeypatch.setattr(loaders, "get_args", lambda: arguments)
+    monkeypatch.setattr(data_samplers, "get_args", lambda: arguments)
+    monkeypatch.setattr(data_samplers.mpu, "get_data_parallel_rank", lambda: rank)
+    monkeypatch.setattr(data_samplers.mpu, "get_data_parallel_world_size", lambda: num_replicas)
+    loaded = loaders.LoadedSet(dataset, Split.train)
+    loader = data_samplers.build_pretraining_data_loader(loaded, consumed_samples)
+    return iter(loaders.BatchLoader(loader, loaded))
 
 
 # ---- the same as from a list -------------------------------------------------------------------
@@ -253,7 +263,7 @@ def test_a_broken_sample_is_named_or_left_out(copied: DataSettings) -> None:
     errors = {number: s.error for number, s in enumerate(index.samples) if s.error}
     assert set(errors) == {2, 10}
     assert errors[2] is not None and errors[10] is not None
-    assert errors[2].startswith("shard-000000.tar: sample '000000002': 000000002.json is not JSON")
+    assert errors[2].startswith("shard-000000.tar: sample '000000002': 000000002.json: not JSON")
     assert "shard-000001.tar: sample 's10' (number 10)" in errors[10]
     assert "shard-000001.tar/000000010.1.png: does not decode" in errors[10]
     with pytest.raises(DataError, match=r"set: shard-000000\.tar: .* \(and 1 more bad samples\)"):
