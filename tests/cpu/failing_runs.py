@@ -17,7 +17,7 @@ ARGUMENTS = tuple(
     --make-vocab-size-divisible-by 1
     """)
 )
-_TIMEOUT_SECONDS = 120.0
+_TIMEOUT_SECONDS = 280.0
 ERROR_PREFIX = "megatron-dip: error: "
 
 

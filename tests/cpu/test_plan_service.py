@@ -30,7 +30,7 @@ from megatron_dip.runtime import (
 from megatron_dip.workload import Problem, TransferCost
 
 EVALUATIONS = 256
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 240.0
 LIMITS = ProcessLimits(memory_bytes=4 * 2**30, nice=0)
 
 
@@ -115,7 +115,7 @@ def planning(
     evaluations: int = EVALUATIONS,
     wait_ms: float = 1000 * PATIENCE_SECONDS,
     limits: ProcessLimits = LIMITS,
-    silence_seconds: float = 60.0,
+    silence_seconds: float = PATIENCE_SECONDS,
 ) -> Iterator[Planning]:
     service = PlanService(
         builder=run[0],
@@ -181,7 +181,10 @@ def test_a_search_that_takes_too_long_gives_its_best_so_far_within_the_limit(run
         one.service.request(batch)
         one.until(lambda: one.service._jobs[batch.digests].best is not None)
         obtained = one.service.obtain(batch)
-        assert obtained.origin is Origin.CUT_SHORT and 290 < obtained.waited_ms < 15_000
+        assert (
+            obtained.origin is Origin.CUT_SHORT
+            and 290 < obtained.waited_ms < 1000 * PATIENCE_SECONDS
+        )
         plan = unpack_plan(obtained.packed, batch.problem, one.partition)
         first = make_plan(batch.problem, one.partition)
         assert plan.estimate.makespan_us <= first.estimate.makespan_us
@@ -196,7 +199,10 @@ def test_a_search_is_limited_by_the_time_of_a_step(run) -> None:
             time.sleep(0.1)
         one.until_ready()
         obtained = one.service.obtain(one.batch(0))
-        assert obtained.origin is Origin.CUT_SHORT and 50 < obtained.planning_ms < 15_000
+        assert (
+            obtained.origin is Origin.CUT_SHORT
+            and 50 < obtained.planning_ms < 1000 * PATIENCE_SECONDS
+        )
 
 
 def test_a_process_that_is_stuck_means_an_unsearched_plan_after_the_limit_and_is_replaced(
@@ -209,7 +215,10 @@ def test_a_process_that_is_stuck_means_an_unsearched_plan_after_the_limit_and_is
         patient = replace(one.service._limits, wait_ms=1000 * PATIENCE_SECONDS)
         one.service._limits = replace(one.service._limits, search_ms=100.0)
         obtained = one.service.obtain(one.batch(0))
-        assert obtained.origin is Origin.FALLBACK and 190 < obtained.waited_ms < 15_000
+        assert (
+            obtained.origin is Origin.FALLBACK
+            and 190 < obtained.waited_ms < 1000 * PATIENCE_SECONDS
+        )
         one.service.request(one.batch(1))
         one.until(lambda: one.pool.process_ids != (stuck,))
         assert "was stuck, and was ended" in caplog.text

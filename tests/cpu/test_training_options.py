@@ -58,7 +58,7 @@ def test_megatrons_own_schedule_keeps_its_own_placement_of_layers(folder: Path, 
     """
     layers = ("--decoder-first-pipeline-num-layers", "2")
     uneven = train(folder, "uneven", *layers, trace_folder=folder / "config.yaml")
-    assert uneven.losses == pytest.approx(stock.losses)
+    assert uneven.losses == pytest.approx(stock.losses, rel=1e-4)
     assert sum(uneven.num_parameters) == sum(stock.num_parameters)
     assert uneven.num_parameters[0] < stock.num_parameters[0]
 

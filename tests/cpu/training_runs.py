@@ -16,10 +16,10 @@ _COMMON = tuple(
     shlex.split("""
     --lr-decay-style constant --hidden-dropout 0 --attention-dropout 0 --num-workers 0
     --eval-iters 0 --eval-interval 1000 --log-interval 1 --ckpt-format torch_dist
-    --dip-timeout-seconds 60 --distributed-timeout-minutes 2 --make-vocab-size-divisible-by 1
+    --dip-timeout-seconds 240 --distributed-timeout-minutes 4 --make-vocab-size-divisible-by 1
     """)
 )
-_TIMEOUT_SECONDS = 150.0
+_TIMEOUT_SECONDS = 280.0
 
 
 @dataclass(frozen=True, kw_only=True)

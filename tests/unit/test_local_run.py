@@ -25,7 +25,7 @@ with launched(["sh", "-c", sys.argv[1]], os.environ, limit_seconds=60) as launch
     for line in launcher.lines():
         print(line, end="", flush=True)
 """
-LIMIT_S = 30.0
+LIMIT_S = 120.0
 
 
 def is_running(pid: int) -> bool:
