@@ -14,6 +14,7 @@ import re
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Never
 
@@ -29,6 +30,10 @@ from megatron_dip.errors import (
 __all__ = ["main"]
 
 _EXIT_USER_ERROR = 2
+_QUIET_NOTE = (
+    "megatron-dip: leaving out lists and notices that Megatron prints in every run "
+    "(--dip-verbose before the script's name shows all)\n"
+)
 # Gloo's words, in which an error arrives from a collective that is Megatron's.
 _LOST_CONNECTION = re.compile("connection (closed|reset) by peer", re.IGNORECASE)
 
@@ -84,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m megatron_dip.launch",
         description="Run a Megatron pretrain script with dynamic interleaved pipelines.",
-        usage="%(prog)s [--cpu [--pin]] [--dip-debug] SCRIPT ARGUMENTS...",
+        usage="%(prog)s [--cpu [--pin]] [--dip-debug] [--dip-verbose] SCRIPT ARGUMENTS...",
         allow_abbrev=False,
     )
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, over gloo")
@@ -93,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dip-debug", action="store_true", help="show the traceback of every error"
+    )
+    parser.add_argument(
+        "--dip-verbose",
+        action="store_true",
+        help="show all that Megatron and its libraries print, lists and notices of every run too",
     )
     parser.add_argument("script", metavar="SCRIPT", help="the pretrain script")
     parser.add_argument(
@@ -107,6 +117,17 @@ def _run(options: argparse.Namespace) -> None:
     if not script.is_file():
         raise UnsupportedError(f"there is no script {options.script}: give the path of a file")
 
+    from megatron_dip.integration.quiet import quiet_output
+
+    quiet: AbstractContextManager[None] = nullcontext()
+    if not options.dip_verbose:
+        note = _QUIET_NOTE if os.environ.get("RANK", "0") == "0" else ""
+        quiet = quiet_output(on_cpu=options.cpu, note=note)
+    with quiet:
+        _run_hooked(script, arguments, options)
+
+
+def _run_hooked(script: Path, arguments: list[str], options: argparse.Namespace) -> None:
     from megatron_dip.integration import hooks, versions
 
     versions.check_megatron()

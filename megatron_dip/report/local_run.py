@@ -67,7 +67,8 @@ def run_local_training(
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(num_ranks), "-m", "megatron_dip.launch", "--cpu", "--pin"),
-        *(str(script), *arguments, "--log-interval", "1"),
+        # The log is a file: it holds all.
+        *("--dip-verbose", str(script), *arguments, "--log-interval", "1"),
     ]
     log.parent.mkdir(parents=True, exist_ok=True)
     losses: list[float] = []
