@@ -45,6 +45,16 @@ class ProblemBuilder:
     transfer: TransferCost
     stage_factors: Mapping[int, StageFactor] | None = None
     """Measured over stated times, see ``megatron_dip.feedback``."""
+    layer_overheads_us: Mapping[str, float] | None = None
+    """Of calling a layer, per module, as measured; as ``times`` has it where not given."""
+
+    def layer_overheads(self) -> dict[str, float]:
+        """Of calling a layer, per module."""
+        measured = self.layer_overheads_us or {}
+        return {
+            module.name: measured.get(module.name, self.times.overhead_us(module))
+            for module in self.model.modules
+        }
 
     def build(self, microbatches: Sequence[ItemSizes]) -> Problem:
         """The problem of one batch; modules without items in a microbatch are left out of it.
@@ -120,7 +130,7 @@ class ProblemBuilder:
             trainable=module.trains_any,
             # Said only where it is not all or nothing.
             trained_layers=None if is_whole else tuple((r.start, r.stop) for r in trained),
-            layer_overhead_us=self.times.overhead_us(module),
+            layer_overhead_us=self.layer_overheads()[module.name],
             layer_static_bytes=self.memory.layer_static_bytes(module),
             frozen_layer_static_bytes=None if is_whole else frozen_bytes,
             first_layer_extra=LayerExtra(

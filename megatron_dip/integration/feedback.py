@@ -17,13 +17,12 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron.training.utils import print_rank_last
 
 from megatron_dip.costs.work import static_bytes
-from megatron_dip.feedback import CostFeedback, measure_actions
+from megatron_dip.feedback import Corrections, CostFeedback, measure_actions
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Action, Plan
 from megatron_dip.report.steps import RankRecord, StepRecord
 from megatron_dip.runtime import Recorder
 from megatron_dip.runtime.exchange import RankStep, StepExchange
-from megatron_dip.workload import StageFactor
 
 __all__ = ["MeasuredStep", "StepFeedback", "log_step"]
 
@@ -50,12 +49,19 @@ class StepFeedback:
     """What the steps of one pipeline measure, and what follows from it.
 
     Args:
+        overheads_us: Of calling a layer, per module, as the costs state it.
         group: A CPU group of the pipeline's ranks with nothing else on it.
         rank: Pipeline rank.
     """
 
-    def __init__(self, partition: Partition, group: dist.ProcessGroup, rank: int) -> None:
-        self._costs = CostFeedback(partition)
+    def __init__(
+        self,
+        partition: Partition,
+        overheads_us: Mapping[str, float],
+        group: dist.ProcessGroup,
+        rank: int,
+    ) -> None:
+        self._costs = CostFeedback(partition, overheads_us)
         self._exchange = StepExchange(group, len(partition.stages))
         self._rank = rank
         self._last: MeasuredStep | None = None
@@ -86,16 +92,14 @@ class StepFeedback:
             action_error=measured.error,
             stored_bytes=step.stored_bytes,
         )
-        self._exchange.post(own, measured.sums_us)
+        self._exchange.post(own, measured.sums)
         self._posted = step
 
-    def end_step(
-        self, step: MeasuredStep
-    ) -> tuple[StepRecord | None, Mapping[int, StageFactor] | None]:
+    def end_step(self, step: MeasuredStep) -> tuple[StepRecord | None, Corrections | None]:
         """A training step ends.
 
         Returns:
-            The record of the step before it, and factors of stages where they have changed.
+            The record of the step before it, and corrections of costs where they have changed.
         """
         self._last = step
         return self._take()
@@ -105,14 +109,14 @@ class StepFeedback:
         self.begin_step()
         return self._take()[0]
 
-    def _take(self) -> tuple[StepRecord | None, Mapping[int, StageFactor] | None]:
+    def _take(self) -> tuple[StepRecord | None, Corrections | None]:
         gathered = self._exchange.take()
         if gathered is None or self._posted is None:
             return None, None
-        steps, sums_us = gathered
+        steps, sums = gathered
         record = self._record(self._posted, steps)
-        changed = self._costs.update(sums_us)
-        return record, self._costs.factors if changed else None
+        changed = self._costs.update(sums)
+        return record, self._costs.corrections if changed else None
 
     def _record(self, step: MeasuredStep, steps: list[RankStep]) -> StepRecord:
         plan = step.plan

@@ -87,6 +87,7 @@ class DipPipeline:
         """The plans of batches to come; the same calls on all ranks."""
         self.feedback = StepFeedback(
             self.partition,
+            self._problems.layer_overheads(),
             _create_group(_gather_distinct(replica), timeout_seconds, "times"),
             self.rank,
         )
@@ -106,9 +107,13 @@ class DipPipeline:
 
     def follow(self, step: MeasuredStep) -> None:
         """Use and record what the step before this one has measured; the last one's own, too."""
-        record, factors = self.feedback.end_step(step)
-        if factors is not None and self.config.schedule.costs.feedback:
-            self._problems = replace(self._problems, stage_factors=factors)
+        record, corrections = self.feedback.end_step(step)
+        if corrections is not None and self.config.schedule.costs.feedback:
+            self._problems = replace(
+                self._problems,
+                stage_factors=corrections.factors,
+                layer_overheads_us=corrections.overheads_us,
+            )
             if self.plans.service is not None:
                 self.plans.service.set_builder(self._problems)
         self._record(record)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dip.errors import ChannelError
+from megatron_dip.feedback import SUMS_SHAPE
 from megatron_dip.plan.wiring import FloatArray
 from megatron_dip.runtime.channels import transfer_failure_reason
 
@@ -48,7 +49,7 @@ class StepExchange:
 
     def __init__(self, group: dist.ProcessGroup, num_stages: int) -> None:
         self._group = group
-        self._shape = (num_stages, 2, 2)
+        self._shape = (num_stages, *SUMS_SHAPE)
         self._pending: tuple[dist.Work, list[torch.Tensor]] | None = None
 
     def post(self, step: RankStep, sums_us: FloatArray) -> None:

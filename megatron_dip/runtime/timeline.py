@@ -46,15 +46,19 @@ class Recorder:
         """Complete ``spans``; the device must have done all that was recorded, or is waited for."""
 
     def action_durations_us(self) -> Iterator[tuple[Action, float]]:
-        """What every compute action took, from the end of what was before it on this rank.
+        """What every compute action took, from the end of what was before it on this rank to its
+        own, or to the wait that follows it, where one does.
 
-        So the host's part of an action belongs to it, and its wait does not.
+        So the host's part of an action belongs to it (sends and receives are posted after it), and
+        its wait does not.
         """
         before_us: float | None = None
-        for span in self.spans:
+        for number, span in enumerate(self.spans):
             if isinstance(span.label, Action) and not span.is_wait:
-                begin_us = span.start_us if before_us is None else before_us
-                yield span.label, span.end_us - begin_us
+                begin_us = span.start_us if before_us is None else min(before_us, span.start_us)
+                after = self.spans[number + 1] if number + 1 < len(self.spans) else span
+                end_us = max(after.start_us, span.end_us) if after.is_wait else span.end_us
+                yield span.label, end_us - begin_us
             before_us = span.end_us
 
 
