@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_dip.integration import feedback
+from megatron_dip.plan import Action
 from megatron_dip.report.steps import RankRecord, StepRecord
+from megatron_dip.runtime.timeline import MeasuredSpan, Recorder
 
 
 def record_of(iteration: int) -> StepRecord:
@@ -72,3 +74,17 @@ def test_curves_get_every_number_at_the_interval_of_megatron(curves: Curves):
             "dip/activation_mib_rank0": 3.0,
         }
     )
+
+
+def test_what_a_rank_does_after_an_action_is_the_actions_and_its_wait_is_not():
+    recorder = Recorder()
+    recorder.spans = [
+        MeasuredSpan("plan", 0.0, 10.0, True),
+        MeasuredSpan(Action.parse("0F0"), 12.0, 20.0, False),
+        MeasuredSpan(Action.parse("0F1"), 23.0, 30.0, False),
+        # Sends were posted until 34; the rest is waiting for a gradient.
+        MeasuredSpan(Action.parse("0B0"), 34.0, 50.0, True),
+        MeasuredSpan(Action.parse("0B0"), 51.0, 60.0, False),
+    ]
+    durations = {str(action): us for action, us in recorder.action_durations_us()}
+    assert durations == {"0F0": 10.0, "0F1": 14.0, "0B0": 10.0}
