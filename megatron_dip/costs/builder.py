@@ -196,12 +196,15 @@ class ProblemBuilder:
         )
 
     def _stored_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int:
+        is_entered = self._first_with_backward[module.name] < module.num_layers
         measured = self.times.activation_bytes(module, size, part)
-        counted = self.memory.stored_bytes(module, size, part)
+        counted = self.memory.stored_bytes(module, size, part, is_entered=is_entered)
         if measured is None:
             return counted
         # Layers are measured without dropout and without Megatron's recomputation.
-        as_measured = self.memory.without_dropout_and_recompute().stored_bytes(module, size, part)
+        as_measured = self.memory.without_dropout_and_recompute().stored_bytes(
+            module, size, part, is_entered=is_entered
+        )
         return max(0, measured + counted - as_measured)
 
 

@@ -37,10 +37,20 @@ class Kept(NamedTuple):
 
 
 class KeptTensors:
-    """What one item leaves in the parts of one module on one rank."""
+    """What one item leaves in the parts of one module on one rank.
+
+    Args:
+        is_entered: Whether gradients go on from what sits after the last layer to the layers.
+    """
 
     def __init__(
-        self, module: ModuleShape, size: ItemSize, parallel: Parallelism, kernels: Kernels
+        self,
+        module: ModuleShape,
+        size: ItemSize,
+        parallel: Parallelism,
+        kernels: Kernels,
+        *,
+        is_entered: bool = True,
     ) -> None:
         if module.is_only_used:
             # It runs without dropout, whatever the run says.
@@ -50,6 +60,7 @@ class KeptTensors:
         self._module, self._size, self._kernels = module, size, kernels
         self._trained = module.trains_layers
         self._parts = module.trained.parts
+        self._is_entered = is_entered
         self._value = kernels.bytes_per_value
         self._tensor = parallel.tensor
         self._whole = size.tokens / parallel.context
@@ -336,9 +347,7 @@ class KeptTensors:
 
     def _final_norm(self, rows: float) -> Iterator[Kept]:
         """Nothing where no gradient goes through it: behind it alone something is trained."""
-        module = self._module
-        is_entered = bool(module.upstream) or not module.is_only_used
-        if is_entered or "norm" in self._parts:
+        if self._is_entered or "norm" in self._parts:
             yield from self._norm("final norm", rows, "norm" in self._parts)
 
     def _head(self) -> Iterator[Kept]:
@@ -366,8 +375,11 @@ class KeptTensors:
     def _dit_output(self) -> Iterator[Kept]:
         module, value, rows = self._module, self._value, self._whole
         hidden = module.hidden_size
-        yield from self._norm("final norm", rows)
-        yield Kept("final modulation", value * rows * 2 * hidden)
+        if self._is_entered:
+            yield from self._norm("final norm", rows)
+        # Scale and the normed row; the latter alone where only the scale wants a gradient.
+        factors = 2 if self._is_entered else 1
+        yield Kept("final modulation", value * rows * factors * hidden)
         if "output" in self._parts:
             yield Kept("output input", value * rows * hidden)
             yield Kept("final modulation input", value * len(self._size.spans) * hidden)

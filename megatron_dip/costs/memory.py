@@ -95,11 +95,17 @@ class MemoryModel:
         """Adapters and neck, which are whole on every rank."""
         return round(num_weights * self.bytes_per_weight(trainable=module.trains_adapters))
 
-    def stored_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int:
-        """Kept from forward to backward by one item in a part of a module that has a backward."""
+    def stored_bytes(
+        self, module: ModuleShape, size: ItemSize, part: StoredPart, *, is_entered: bool = True
+    ) -> int:
+        """Kept from forward to backward by one item in a part of a module that has a backward.
+
+        Args:
+            is_entered: Whether gradients go on from what sits after the last layer to the layers.
+        """
         if part == "linear":
             return self.activation_bytes(module, size)
-        kept = KeptTensors(module, size, self.parallel, self.kernels)
+        kept = KeptTensors(module, size, self.parallel, self.kernels, is_entered=is_entered)
         return round(_total(kept.first_extra() if part == "first_extra" else kept.last_extra()))
 
     def activation_bytes(self, module: ModuleShape, size: ItemSize) -> int:

@@ -9,7 +9,8 @@ With L the layers of the stage, of which B have a backward and T are trained (se
 - weight gradient: T x sum(weight_grad) + trained extras
 - stored from the start of the forward to the end of the backward: of the B layers, per item
   ``activation_bytes`` for each stored and ``boundary_bytes`` for each recomputed one, and the bytes
-  of extras with a backward.
+  of extras with a backward; of what sits before the first layer also where that layer, in the same
+  stage, has one.
 
 Times of a stage that ``stage_factors`` names are multiplied by its factors at the end.
 
@@ -89,8 +90,8 @@ def work_costs(graph: PipelineGraph) -> WorkCosts:
     kept_bytes = with_backward * activation_bytes
     first_extras = [module.first_layer_extra for module in modules]
     last_extras = [module.last_layer_extra for module in modules]
-    first_shares = [(b.first_extra, b.trains_first_extra) for b in backwards]
-    last_shares = [(b.last_extra, b.trains_last_extra) for b in backwards]
+    first_shares = [(b.first_extra, b.trains_first_extra, b.keeps_first_extra) for b in backwards]
+    last_shares = [(b.last_extra, b.trains_last_extra, b.last_extra) for b in backwards]
     ends = (
         (graph.partition.first_stage, first_extras, first_shares, times_us[4:7], first_bytes),
         (graph.partition.last_stage, last_extras, last_shares, times_us[7:], last_bytes),
@@ -98,13 +99,13 @@ def work_costs(graph: PipelineGraph) -> WorkCosts:
     for end_of, extras, shares, extra_us, extra_bytes in ends:
         extra_forward_us, extra_input_grad_us, extra_weight_grad_us = extra_us
         is_end = np.array([end_of(stage.module) is stage for stage in stages])[wiring.place]
-        has_backward, is_trained = np.array(shares)[wiring.place].T
+        has_backward, is_trained, is_kept = np.array(shares)[wiring.place].T
         fixed_us = np.array([extra.forward_us for extra in extras])[wiring.place]
         forward_us += is_end * fixed_us
         forward_us += is_end * extra_forward_us
         input_grad_us += has_backward * extra_input_grad_us
         weight_grad_us += is_trained * extra_weight_grad_us
-        kept_bytes += has_backward * extra_bytes
+        kept_bytes += is_kept * extra_bytes
     factors = graph.problem.stage_factors or {}
     by_stage = [factors.get(stage.stage, StageFactor()) for stage in stages]
     forward_factor, backward_factor = np.array(by_stage, dtype=np.float64)[wiring.place].T

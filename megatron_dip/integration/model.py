@@ -24,6 +24,7 @@ from megatron_dip.integration.families import StageFactory, family_of
 from megatron_dip.integration.learning_rates import use_learning_rate_factors
 from megatron_dip.integration.pipeline import DipPipeline, run_builder
 from megatron_dip.integration.rules import Rule, check_rules
+from megatron_dip.integration.trained_checkpoints import remember_trained
 from megatron_dip.partition import Stage
 
 __all__ = ["build_model"]
@@ -59,6 +60,7 @@ def build_model(
         raise ConfigError("the model is described by --dip-config FILE, which was not given")
     dip_config = load_config(args.dip_config)
     use_learning_rate_factors(args, dip_config)
+    remember_trained(args, dip_config)
     base = config or core_transformer_config_from_args(args)
     family = family_of(dip_config)
     factory = family.stage_factory(dip_config, base, args.seed)

@@ -23,6 +23,9 @@ class StageBackward(NamedTuple):
     """Whether it holds what sits before its module's first layer, and that has a backward."""
     last_extra: bool
     """The same of what sits after the last layer."""
+    keeps_first_extra: bool
+    """Whether it holds what sits before its module's first layer, and that or the first layer has a
+    backward: a layer keeps what it reads."""
     trains_first_extra: bool
     trains_last_extra: bool
 
@@ -48,6 +51,7 @@ def stage_backward(problem: Problem, partition: Partition, stage: Stage) -> Stag
         num_trained_layers=module.num_trained(stage.layers),
         first_extra=is_first and first == -1,
         last_extra=is_last and first is not None,
+        keeps_first_extra=is_first and (first == -1 or (first == 0 and start < stop)),
         trains_first_extra=is_first and module.trains_first_extra,
         trains_last_extra=is_last and module.trains_last_extra,
     )

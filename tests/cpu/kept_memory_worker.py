@@ -54,6 +54,7 @@ class Bench:
         self.shape, self.dtype = shape, base.params_dtype
         family = family_of(config)
         self.model = config.model_shape()
+        self.end = self.model.first_with_backward()[shape.name]
         self.factory = family.stage_factory(config, base, 1)
         self.memory = MemoryModel(
             parallel=Parallelism(
@@ -82,19 +83,27 @@ class Bench:
             "middle": (0, {"first": False, "last": False}),
             "last": (last, {"first": False, "last": True}),
         }
-        if not self.shape.trainable:
+        if not self.shape.trains_any:
             # Rows of the first stage need no gradient until something from upstream comes in:
             # images, which this batch has none of, or cross-attention, in the first layer.
             del stages["first"]
         return {
-            place: [self.held(first_layer, ends), self.predicted(ends)]
+            place: [self.held(first_layer, ends), self.predicted(first_layer, ends)]
             for place, (first_layer, ends) in stages.items()
+            if ends["last"] or self.end < first_layer + NUM_LAYERS
         }
 
-    def predicted(self, ends):
-        parts = [name for name, holds in ends.items() if holds]
-        extras = [self.memory.stored_bytes(self.shape, self.size, f"{p}_extra") for p in parts]
-        return NUM_LAYERS * self.memory.activation_bytes(self.shape, self.size) + sum(extras)
+    def predicted(self, first_layer, ends):
+        parts = [
+            name for name, holds in ends.items() if holds and (name == "last" or self.end <= 0)
+        ]
+        is_entered = self.end < self.shape.num_layers
+        extras = [
+            self.memory.stored_bytes(self.shape, self.size, f"{p}_extra", is_entered=is_entered)
+            for p in parts
+        ]
+        num_layers = min(NUM_LAYERS, max(0, first_layer + NUM_LAYERS - self.end))
+        return num_layers * self.memory.activation_bytes(self.shape, self.size) + sum(extras)
 
     def held(self, first_layer, ends):
         """What a forward of a stage leaves."""
@@ -103,20 +112,21 @@ class Bench:
         )
         stage.to(self.dtype).train()
         counter = StoredBytes(stage.parameters())
-        hidden, upstream = self.inputs(is_first=ends["first"])
+        needs_grad = self.end < max(first_layer, 1)
+        hidden, upstream = self.inputs(is_first=ends["first"], needs_grad=needs_grad)
         with counter.counting():
             output = stage(hidden, self.data, upstream, ())
         held = counter.held
         del output
         return held
 
-    def inputs(self, *, is_first):
+    def inputs(self, *, is_first, needs_grad):
         boundaries = self.factory.boundaries()
         if not is_first:
             rows = boundaries.inner[self.shape.name].shape(
                 self.size.tokens, len(self.data.items), self.num_text_rows
             )
-            return self.random(rows, needs_grad=True), None
+            return self.random(rows, needs_grad=needs_grad), None
         if not self.num_text_rows:
             return None, None
         above = self.shape.upstream[0]

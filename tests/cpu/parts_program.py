@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, get_timers
 from megatron.training.arguments import parse_and_validate_args
@@ -23,6 +22,7 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron.training.initialize import initialize_megatron
 from parts_cases import CASES, NUM_ITERATIONS, RATE, PartsCase
 
+from megatron_dip.errors import ConfigError
 from megatron_dip.integration.adapters import stages_of
 from megatron_dip.integration.data import data_sets
 from megatron_dip.integration.model import build_model
@@ -50,8 +50,7 @@ class Run:
         if args.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.model]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        samples = args.global_batch_size * NUM_ITERATIONS
-        self.data = RerunDataIterator(iter(data_sets((samples, 0, 0))[0]))
+        self.data = training.build_train_valid_test_data_iterators(data_sets)[0]
 
     def steps(self, first: int, last: int) -> dict[str, list[float]]:
         """Losses (on ranks that have one) and gradient norms of some iterations."""
@@ -132,7 +131,18 @@ def run_case(case: PartsCase, folder: Path, is_dip: bool) -> dict[str, Any]:
         again = Run(load=folder / case.name)
         seen["resumed"] = again.steps(NUM_ITERATIONS - 1, NUM_ITERATIONS)
         seen["resumed"]["rates"] = again.rates()
+        seen["refusal"] = refusal(folder, folder / case.name)
     return seen
+
+
+def refusal(folder: Path, load: Path) -> str:
+    """What a run of the first case says of a checkpoint of another one."""
+    get_args().dip_config = str(folder / f"{CASES[0].name}.yaml")
+    try:
+        Run(load=load)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def main() -> None:

@@ -58,6 +58,27 @@ CASES = {
     "full": ("vlm", {}, full(1)),
     "full, two layers a chunk": ("omni", {}, BF16 | full(2)),
     "full, one layer of a stage": ("vlm", {}, DROPOUT | full(1, "block")),
+    "projector alone": (
+        "vlm",
+        {"model.vision.trainable": ["projector"], "model.language.trainable": False},
+        DROPOUT,
+    ),
+    "projector frozen": ("vlm", {"model.vision.trainable": ["tower"]}, {}),
+    "last layers": (
+        "omni",
+        {
+            "model.audio.trainable": {"layers": {"last": 2}, "norm": True},
+            "model.vision.trainable": False,
+            "model.language.trainable": ["embedding", "layers"],
+        },
+        BF16,
+    ),
+    "head alone": (
+        "vlm",
+        {"model.vision.trainable": False, "model.language.trainable": ["head"]},
+        {},
+    ),
+    "output alone": ("t2v", {"model.dit.trainable": ["output"]}, {}),
     "language frozen": ("vlm", {"model.language.trainable": False}, DROPOUT | BF16),
     "text trained": ("t2v", {"model.text.trainable": True}, DROPOUT),
     "transformer frozen": (

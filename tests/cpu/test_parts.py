@@ -107,6 +107,12 @@ def test_learning_rates_are_multiplied_by_part_and_go_through_a_checkpoint(seen:
     assert largest_difference(ours[1]["resumed"]["norms"], ours[1]["norms"][-1:]) <= 1e-5
 
 
+def test_a_checkpoint_whose_optimizer_is_of_other_parts_is_refused(seen: Seen) -> None:
+    for rank in seen["projector-and-language", True]:
+        assert "trains of vision: 'projector'; this one trains" in rank["refusal"]
+        assert "'projector at 10.0 of the learning rate' (go on from" in rank["refusal"]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_operations_are_those_of_the_batches_under_either_schedule(
     case: PartsCase, seen: Seen

@@ -189,7 +189,9 @@ def written_cost(
     items = items_of(graph, work)
     forward = input_grad = weight_grad = 0.0
     stored = 0
-    for element in elements(graph.problem, graph.partition)[work.stage]:
+    found = elements(graph.problem, graph.partition)[work.stage]
+    reads_first = any(element.layer == 0 and element.has_backward for element in found)
+    for element in found:
         extra = f"{element.end}_extra_" if element.layer is None else ""
         overhead = 0.0 if extra else module.layer_overhead_us
         forward += overhead + sum(getattr(item, f"{extra}forward_us") for item in items)
@@ -197,6 +199,7 @@ def written_cost(
             forward += getattr(module, f"{element.end}_layer_extra").forward_us
         if element.has_backward:
             input_grad += overhead + sum(getattr(item, f"{extra}input_grad_us") for item in items)
+        if element.has_backward or (element.end == "first" and reads_first):
             stored += sum(getattr(item, f"{extra}activation_bytes") for item in items)
         if element.is_trained:
             weight_grad += sum(getattr(item, f"{extra}weight_grad_us") for item in items)
@@ -298,6 +301,7 @@ def _draw_item(
         "last_extra_weight_grad_us": draw(st.sampled_from([0.0, 0.75])),
         "first_extra_input_grad_us": draw(st.sampled_from([0.0, 0.125])),
         "last_extra_activation_bytes": draw(st.sampled_from([0, 3])),
+        "first_extra_activation_bytes": draw(st.sampled_from([0, 2])),
     }
     if draw(st.booleans()):
         fields["needs"] = {

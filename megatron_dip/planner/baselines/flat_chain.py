@@ -247,7 +247,7 @@ def _part(
     static += is_last[:, 0] * form.last_layer_extra.static_bytes
     stored = with_backward[:, None] * module.activation_bytes
     stored -= again * (module.activation_bytes - module.boundary_bytes)
-    stored += is_first * (first == -1) * module.first_bytes
+    stored += is_first * (first in (-1, 0)) * module.first_bytes
     stored += is_last * (first is not None) * module.last_bytes
     return ModulePart(
         forward_us=time_us(0, layers, True, True),
