@@ -22,6 +22,7 @@ __all__ = [
     "decode_text",
     "parse_json",
     "parse_yaml",
+    "read_content",
     "read_json",
     "read_text",
     "read_yaml",

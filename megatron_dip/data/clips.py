@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_dip.data.clip_batches import Clip, ClipMicrobatch
+from megatron_dip.data.fields import check_object, file_name, say_unread, text_of, unread_keys
 from megatron_dip.data.files import file_facts
 from megatron_dip.data.index import (
     INDEX_VERSION,
@@ -34,7 +35,7 @@ from megatron_dip.data.index import (
 )
 from megatron_dip.data.latents import PATCH_SIDE, LatentEncoder, make_encoder, patches_of
 from megatron_dip.data.progress import map_with_progress
-from megatron_dip.data.samples import read_samples, sample_name
+from megatron_dip.data.samples import check_id, read_samples, sample_name
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.data.videos import ClipLimits, read_clip
 from megatron_dip.errors import DataError
@@ -44,13 +45,16 @@ __all__ = [
     "ClipDataset",
     "ClipIndex",
     "ClipRecord",
+    "ClipSample",
     "ClipSettings",
     "build_clip_index",
     "draw_time_and_noise",
     "load_clip_index",
+    "parse_clip_sample",
 ]
 
 _FORMAT = "megatron-dip/clip-index"
+_KEYS = ("id", "video", "caption")
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +139,8 @@ class ClipIndex:
         logger.warning("%s: they are made again", where)
         settings = self.settings
         encoder = make_encoder(settings.latent_channels, settings.vae)
-        raw = read_samples(settings.samples)[number]
-        content, _ = _encode(raw, settings, encoder)
+        sample = parse_clip_sample(read_samples(settings.samples)[number], number)
+        content, _ = _encode(sample, settings, encoder)
         if hashlib.sha256(content).hexdigest() != self.samples[number].latents_sha256:
             raise DataError(
                 f"{where}, and the video or its encoder is another one now; start again, the "
@@ -163,9 +167,11 @@ def build_clip_index(
         DataError: The file of the samples, the tokenizer or the encoder cannot be used at all.
     """
     raw_samples = read_samples(settings.samples)
+    samples = [_sample_or_error(raw, number) for number, raw in enumerate(raw_samples)]
+    parsed = [sample for sample in samples if isinstance(sample, ClipSample)]
     tokenizer = load_tokenizer(settings.tokenizer)
     encoder = make_encoder(settings.latent_channels, settings.vae)
-    digest = _digest(settings, raw_samples, tokenizer, encoder)
+    digest = _digest(settings, parsed, tokenizer, encoder)
     path = folder / f"clip-index-{digest[:16]}.json"
     known: dict[int, ClipRecord] = {}
     if (kept := kept_index(path, load_clip_index)) is not None:
@@ -178,18 +184,22 @@ def build_clip_index(
     latents_folder = path.with_suffix("")
     latents_folder.mkdir(parents=True, exist_ok=True)
 
+    say_unread(str(settings.samples), (sample.unread for sample in parsed))
+
     def record(number: int) -> ClipRecord:
         if number in known:
             return known[number]
+        sample = samples[number]
+        if isinstance(sample, DataError):
+            return ClipRecord((), (0, 0, 0), str(sample))
         try:
-            return _record(raw_samples[number], number, settings, tokenizer, encoder, path)
+            return _record(sample, number, settings, tokenizer, encoder, path)
         except DataError as error:
-            name = sample_name(raw_samples[number], number)
-            return ClipRecord((), (0, 0, 0), f"{name}: {error}")
+            return ClipRecord((), (0, 0, 0), f"{sample.name}: {error}")
 
     records = map_with_progress(
         record,
-        range(len(raw_samples)),
+        range(len(samples)),
         description="encoding clips",
         show_progress=show_progress,
         num_threads=num_threads,
@@ -205,8 +215,44 @@ def build_clip_index(
     return load_clip_index(path), path
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipSample:
+    """One raw sample, checked."""
+
+    name: str
+    """How messages call it."""
+    video: str
+    caption: str
+    unread: tuple[str, ...]
+    """Keys that say nothing that would be trained."""
+
+
+def parse_clip_sample(raw: Any, number: int) -> ClipSample:
+    """The checked form of one raw sample.
+
+    Raises:
+        DataError: A field is missing or of the wrong kind, or a key says what would not be read.
+    """
+    name = sample_name(raw, number)
+    fields = check_object(raw, name)
+    check_id(fields, name)
+    return ClipSample(
+        name=name,
+        unread=unread_keys(fields, _KEYS, name),
+        video=file_name(fields.get("video"), "video", name),
+        caption=text_of(fields, "caption", name),
+    )
+
+
+def _sample_or_error(raw: Any, number: int) -> ClipSample | DataError:
+    try:
+        return parse_clip_sample(raw, number)
+    except DataError as error:
+        return error
+
+
 def _record(
-    raw: Any,
+    sample: ClipSample,
     number: int,
     settings: ClipSettings,
     tokenizer: VlmTokenizer,
@@ -214,18 +260,13 @@ def _record(
     index: Path,
 ) -> ClipRecord:
     """The record of one sample, its latents written."""
-    if not isinstance(raw, Mapping):
-        raise DataError(f"expected an object, found {type(raw).__name__}")
-    for name in ("video", "caption"):
-        if not isinstance(raw.get(name), str) or not raw[name]:
-            raise DataError(f"field {name!r} is missing or not a text")
-    tokens = [tokenizer.bos_id, *tokenizer.encode_text(raw["caption"]), tokenizer.eos_id]
+    tokens = [tokenizer.bos_id, *tokenizer.encode_text(sample.caption), tokenizer.eos_id]
     if len(tokens) > settings.max_text_tokens:
         raise DataError(
             f"its caption has {len(tokens)} tokens, more than model.text.seq_length "
             f"{settings.max_text_tokens}; shorten it, raise seq_length, or skip bad samples"
         )
-    content, grid = _encode(raw, settings, encoder)
+    content, grid = _encode(sample, settings, encoder)
     write_atomically(index.with_suffix("") / f"{number}.npy", content, is_kept=False)
     return ClipRecord(
         tuple(tokens),
@@ -236,11 +277,11 @@ def _record(
 
 
 def _encode(
-    raw: Mapping[str, Any], settings: ClipSettings, encoder: LatentEncoder
+    sample: ClipSample, settings: ClipSettings, encoder: LatentEncoder
 ) -> tuple[bytes, tuple[int, int, int]]:
     """What the file of a clip's latents holds, and its grid."""
     frames, bucket = read_clip(
-        settings.video_folder / raw["video"],
+        settings.video_folder / sample.video,
         settings.limits,
         PATCH_SIDE * encoder.pixels_per_cell,
     )
@@ -253,7 +294,7 @@ def _encode(
 
 def _digest(
     settings: ClipSettings,
-    raw_samples: Sequence[Any],
+    samples: Sequence[ClipSample],
     tokenizer: VlmTokenizer,
     encoder: LatentEncoder,
 ) -> str:
@@ -261,9 +302,8 @@ def _digest(
     facts += [tokenizer.digest, encoder.digest]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(settings.samples.read_bytes())
-    for raw in raw_samples:
-        name = raw.get("video") if isinstance(raw, Mapping) else None
-        digest.update(file_facts(settings.video_folder, str(name)))
+    for sample in samples:
+        digest.update(file_facts(settings.video_folder, sample.video))
     return digest.hexdigest()
 
 

@@ -6,6 +6,11 @@ part, in the order of their marks::
 
     shard-000000.tar:  000000000.json 000000000.jpg  000000001.json 000000001.0.png 000000001.1.png
 
+or an image with its caption, as img2dataset writes them: the part ``txt`` is then an answer to the
+image alone, and ``json``, which need not be there, is what img2dataset says of the download::
+
+    00000.tar:  000000000.jpg 000000000.txt 000000000.json  000000001.jpg 000000001.txt ...
+
 Samples are numbered through the shards.  They are read one by one, through energon's index of the
 shards, because a packed sequence is a function of its number here: that is what makes training go
 on after a restart where it was.  Energon's own loader, with its shuffle buffers, blends of data
@@ -17,7 +22,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import batched, groupby
 from pathlib import Path
@@ -25,9 +30,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from megatron_dip.data.fields import check_object
 from megatron_dip.data.files import file_facts, open_media
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.samples import Sample, parse_sample, read_samples, sample_name
+from megatron_dip.data.tokenizer import IMAGE
 from megatron_dip.errors import DataError, shown
 from megatron_dip.reading import decode_text, parse_json
 
@@ -35,7 +42,7 @@ __all__ = ["EnergonShards", "EnergonSummary", "write_energon"]
 
 _META_FOLDER = ".nv-meta"
 _META_FILES = ((".info.json", ".info.yaml"), ("index.sqlite",), ("split.yaml", "split.json"))
-_TEXT_PART = "json"
+_TEXT_PART, _CAPTION_PART = "json", "txt"
 _DATA_SET_FORM = """\
 __module__: megatron.energon
 __class__: CrudeWebdataset
@@ -103,10 +110,11 @@ class EnergonShards:
     def sample(self, number: int) -> Sample:
         """See :class:`SampleSource`; a sample without an id is called by its key."""
         entry = self._entries[number]
-        images = tuple(name for name in entry.names if name != f"{entry.key}.{_TEXT_PART}")
+        texts = {f"{entry.key}.{part}" for part in (_TEXT_PART, _CAPTION_PART)}
+        images = [name for name in entry.names if name not in texts]
         try:
-            raw = self._read_text(entry)
-            sample = parse_sample({"id": entry.key} | raw | {"image": list(images)}, number)
+            raw = {"id": entry.key} | self._read_texts(entry, images)
+            sample = parse_sample(raw | {"image": images}, number)
         except DataError as error:
             raise DataError(f"{entry.shard}: {error}") from error
         return replace(sample, name=f"{entry.shard}: {sample.name}")
@@ -123,17 +131,36 @@ class EnergonShards:
             yield file_facts(path.parent, path.name)
         yield repr((len(self), self.valid_numbers)).encode()
 
-    def _read_text(self, entry: _Entry) -> dict[str, Any]:
-        name = f"{entry.key}.{_TEXT_PART}"
+    def _read_texts(self, entry: _Entry, images: Sequence[str]) -> Mapping[str, Any]:
+        """What a sample says, in LLaVA's form."""
         what = f"sample {shown(entry.key)}"
-        if name not in self._parts:
-            raise DataError(f"{what}: has no part {_TEXT_PART!r}, only {', '.join(entry.names)}")
-        source = f"{what}: {name}"
-        text = decode_text(self._read(name), source, DataError)
-        raw = parse_json(text, source, DataError, allow_repeated_keys=True)
-        if not isinstance(raw, dict):
-            raise DataError(f"{what}: {name}: expected an object, found {type(raw).__name__}")
-        return raw
+        said, caption = f"{entry.key}.{_TEXT_PART}", f"{entry.key}.{_CAPTION_PART}"
+        raw: Mapping[str, Any] = {}
+        if said in self._parts:
+            source = f"{what}: {said}"
+            text = self._read_part_as_text(said, source)
+            parsed = parse_json(text, source, DataError, allow_repeated_keys=True)
+            raw = check_object(parsed, source)
+        if caption not in self._parts:
+            if "conversations" not in raw:
+                raise DataError(
+                    f"{what}: has neither conversations in a part {_TEXT_PART!r} nor a caption in "
+                    f"a part {_CAPTION_PART!r}, only {shown(list(entry.names))}"
+                )
+            return raw
+        if "conversations" in raw:
+            raise DataError(
+                f"{what}: has conversations and a part {_CAPTION_PART!r}, which would not be "
+                f"trained; remove one of them, or skip bad samples"
+            )
+        if not images:
+            raise DataError(f"{what}: has a caption and no image, only {shown(list(entry.names))}")
+        answer = self._read_part_as_text(caption, f"{what}: {caption}").strip()
+        turns = (("human", IMAGE * len(images)), ("gpt", answer))
+        return {"conversations": [{"from": role, "value": value} for role, value in turns]}
+
+    def _read_part_as_text(self, name: str, source: str) -> str:
+        return decode_text(self._read(name), source, DataError)
 
     def _read(self, name: str) -> bytes:
         """The content of a part.
@@ -268,7 +295,7 @@ def _write_sample(tar: tarfile.TarFile, raw: Any, number: int, image_folder: Pat
     contents = {_TEXT_PART: json.dumps(raw, ensure_ascii=False).encode()}
     for place, image in enumerate(images):
         ending = Path(image).suffix.lower().removeprefix(".")
-        ending = ending if ending not in ("", _TEXT_PART) else "img"
+        ending = ending if ending not in ("", _TEXT_PART, _CAPTION_PART) else "img"
         part = f"{place}.{ending}" if len(images) > 1 else ending
         try:
             with open_media(image_folder / image, "image") as file:

@@ -21,13 +21,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from megatron_dip.data.fields import say_unread
 from megatron_dip.data.files import shown_path
 from megatron_dip.data.images import choose_grid, image_patches, num_image_tokens
 from megatron_dip.data.progress import map_with_progress
 from megatron_dip.data.samples import Sample, check_length, encode_text
 from megatron_dip.data.sources import DataSettings, SampleSource, open_source
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
-from megatron_dip.errors import DataError
+from megatron_dip.errors import DataError, one_line
 from megatron_dip.files import write_atomically
 from megatron_dip.forms import digest_of
 from megatron_dip.reading import read_json
@@ -55,10 +56,10 @@ __all__ = [
 ]
 
 _FORMAT = "megatron-dip/data-index"
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """Higher whenever files are read in another way, so that what was made of them is made again."""
 _POLL_S = 0.2
-_NUM_SHOWN = 3
+_NUM_SHOWN, _MAX_SHOWN = 3, 400
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,7 @@ def build_index(
     started = time.monotonic()
     samples = [_sample_or_error(source, number) for number in range(len(source))]
     parsed = [sample for sample in samples if isinstance(sample, Sample)]
+    say_unread(str(settings.samples), (sample.unread for sample in parsed))
     names = sorted({name for sample in parsed for name in sample.images})
     images = _decode_all(settings, source, names, show_progress, num_threads)
     records = tuple(_record(sample, images, tokenizer, settings.seq_length) for sample in samples)
@@ -369,9 +371,12 @@ def check_bad_samples(
         )
         raise DataError(f"{source}: {reason}")
     if errors:
-        shown = "; ".join(errors[:_NUM_SHOWN]) + ("; ..." if len(errors) > _NUM_SHOWN else "")
+        first = "; ".join(one_line(error, _MAX_SHOWN) for error in errors[:_NUM_SHOWN])
+        more = "; ..." if len(errors) > _NUM_SHOWN else ""
         total = len(errors) + num_good
-        logger.warning("%s: left out %d bad of %d samples: %s", source, len(errors), total, shown)
+        logger.warning(
+            "%s: left out %d bad of %d samples: %s%s", source, len(errors), total, first, more
+        )
 
 
 def shuffled(numbers: Sequence[int], i: int, seed: int) -> int:

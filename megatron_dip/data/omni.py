@@ -1,12 +1,11 @@
 """Questions about images and sounds: samples, their index, and the data set of sequences.
 
-The data set is a JSON list of ``{"id": "7", "image": "cat.png", "audio": "meow.wav",
-"question": "...", "answer": "..."}``; ``image`` and ``audio`` may be absent.  A sample is one
-sequence: the rows of the image and of the audio, the question and the answer, which is learned.
+See ``omni_samples`` for the form of a sample.  One is a sequence: the rows of the image and of the
+audio, the question and the answer, which is learned.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 
 from megatron_dip.data.audio import log_mel, num_audio_tokens, silent_mel
 from megatron_dip.data.audio_files import read_sound
+from megatron_dip.data.fields import say_unread
 from megatron_dip.data.files import file_facts, shown_path
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.images import (
@@ -40,10 +40,11 @@ from megatron_dip.data.index import (
 )
 from megatron_dip.data.microbatch import ImageData
 from megatron_dip.data.omni_batches import AudioData, OmniMicrobatch, OmniSequence
-from megatron_dip.data.samples import check_length, read_samples, sample_name
+from megatron_dip.data.omni_samples import OmniSample, parse_omni_samples
+from megatron_dip.data.samples import check_length, read_samples
 from megatron_dip.data.stand_ins import StandIns
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
-from megatron_dip.errors import DataError, shown
+from megatron_dip.errors import DataError
 
 __all__ = [
     "OmniDataset",
@@ -98,18 +99,19 @@ def build_omni_index(settings: OmniSettings, folder: Path) -> tuple[OmniIndex, P
     Raises:
         DataError: The file of the samples or the tokenizer cannot be used at all.
     """
-    raw_samples = read_samples(settings.samples)
+    samples = parse_omni_samples(read_samples(settings.samples))
+    parsed = [sample for sample in samples if isinstance(sample, OmniSample)]
     tokenizer = load_tokenizer(settings.tokenizer)
     digest = hashlib.sha256(repr((_FORMAT, INDEX_VERSION, settings, tokenizer.digest)).encode())
     digest.update(settings.samples.read_bytes())
-    for raw in raw_samples:
-        for field in ("image", "audio"):
-            name = raw.get(field) if isinstance(raw, Mapping) else None
+    for sample in parsed:
+        for name in (sample.image, sample.audio):
             if name is not None:
-                digest.update(file_facts(settings.media_folder, str(name)))
+                digest.update(file_facts(settings.media_folder, name))
     path = folder / f"omni-index-{digest.hexdigest()[:16]}.json"
     if kept_index(path, load_omni_index) is None:
-        records = [_record(raw, n, settings, tokenizer) for n, raw in enumerate(raw_samples)]
+        say_unread(str(settings.samples), (sample.unread for sample in parsed))
+        records = [_record(sample, settings, tokenizer) for sample in samples]
         write_index(path, _FORMAT, settings.samples, records)
     return load_omni_index(path), path
 
@@ -131,39 +133,34 @@ def load_omni_index(path: Path) -> OmniIndex:
     return read_index(path, _FORMAT, parse)
 
 
-def _record(raw: Any, number: int, settings: OmniSettings, tokenizer: VlmTokenizer) -> OmniRecord:
-    name = sample_name(raw, number)
+def _record(
+    sample: OmniSample | DataError, settings: OmniSettings, tokenizer: VlmTokenizer
+) -> OmniRecord:
+    if isinstance(sample, DataError):
+        return OmniRecord(None, 0, str(sample))
     try:
-        if not isinstance(raw, Mapping):
-            raise DataError(f"expected an object, found {type(raw).__name__}")
-        for field in ("question", "answer"):
-            if not isinstance(raw.get(field), str) or not raw[field]:
-                raise DataError(f"field {field!r} is missing or not a text")
-        for field in ("image", "audio"):
-            if raw.get(field) is not None and not (isinstance(raw[field], str) and raw[field]):
-                raise DataError(f"field {field!r} is {shown(raw[field])}; expected a name")
         image, audio_tokens = None, 0
-        if raw.get("image") is not None:
-            size = decode_image(settings.media_folder / raw["image"]).size
+        if sample.image is not None:
+            size = decode_image(settings.media_folder / sample.image).size
             image = ImageRecord(*size, *choose_grid(*size, settings.limits))
-        if raw.get("audio") is not None:
-            samples = read_sound(settings.media_folder / raw["audio"], settings.audio_rate)
-            audio_tokens = num_audio_tokens(len(samples), settings.audio_rate)
+        if sample.audio is not None:
+            sound = read_sound(settings.media_folder / sample.audio, settings.audio_rate)
+            audio_tokens = num_audio_tokens(len(sound), settings.audio_rate)
         rows = (num_image_tokens(image.grid) if image else 0) + audio_tokens // PATCHES_PER_TOKEN
-        text, _ = _text(raw, tokenizer)
+        text, _ = _text(sample, tokenizer)
     except DataError as error:
-        return OmniRecord(None, 0, f"{name}: {error}")
+        return OmniRecord(None, 0, f"{sample.name}: {error}")
     try:
-        check_length(name, len(text), rows, settings.seq_length)
+        check_length(sample.name, len(text), rows, settings.seq_length)
     except DataError as error:
         return OmniRecord(None, 0, str(error))
     return OmniRecord(image, audio_tokens)
 
 
-def _text(raw: Mapping[str, Any], tokenizer: VlmTokenizer) -> tuple[list[int], list[bool]]:
+def _text(sample: OmniSample, tokenizer: VlmTokenizer) -> tuple[list[int], list[bool]]:
     """Tokens without media, and which of them are learned; media stand after the second one."""
-    question = [*tokenizer.encode_text(raw["question"]), tokenizer.gpt_id]
-    answer = [*tokenizer.encode_text(raw["answer"]), tokenizer.eos_id]
+    question = [*tokenizer.encode_text(sample.question), tokenizer.gpt_id]
+    answer = [*tokenizer.encode_text(sample.answer), tokenizer.eos_id]
     tokens = [tokenizer.bos_id, tokenizer.human_id, *question, *answer]
     return tokens, [False] * (2 + len(question)) + [True] * len(answer)
 
@@ -194,7 +191,7 @@ class OmniDataset(Dataset[OmniSequence]):
     ) -> None:
         self._numbers = usable_samples(index, skip_bad_samples=skip_bad_samples, subset=subset)
         self._settings, self._index = settings, index
-        self._raw = read_samples(settings.samples)
+        self._samples = parse_omni_samples(read_samples(settings.samples))
         self._tokenizer = load_tokenizer(settings.tokenizer)
         self._num_samples = len(self._numbers) if num_samples is None else num_samples
         self._seed, self._decode = seed, decode_media
@@ -211,14 +208,15 @@ class OmniDataset(Dataset[OmniSequence]):
         if not 0 <= i < self._num_samples:
             raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
         number = shuffled(self._numbers, i, self._seed)
-        raw, record = self._raw[number], self._index.samples[number]
-        name = f"{self._index.source}: {sample_name(raw, number)}"
-        images = () if record.image is None else (self._image(name, raw["image"], record.image),)
+        sample, record = self._samples[number], self._index.samples[number]
+        if isinstance(sample, DataError):
+            raise DataError(f"{self._index.source}: {sample}; it was good before, start again")
+        images = () if record.image is None else (self._image(sample, record.image),)
         num_heard = record.audio_tokens
-        audios = (self._audio(name, raw["audio"], num_heard),) if num_heard else ()
+        audios = (self._audio(sample, num_heard),) if num_heard else ()
         num_rows = sum(image.num_tokens for image in images)
         num_rows += sum(audio.num_rows for audio in audios)
-        tokens, learned = _text(raw, self._tokenizer)
+        tokens, learned = _text(sample, self._tokenizer)
         tokens[2:2] = [self._tokenizer.image_id] * num_rows
         learned[2:2] = [False] * num_rows
         return OmniSequence(
@@ -236,21 +234,24 @@ class OmniDataset(Dataset[OmniSequence]):
         patch_values = NUM_CHANNELS * self._settings.limits.patch_size**2
         return OmniMicrobatch(sequences=tuple(sequences), values_per_patch=patch_values)
 
-    def _image(self, sample: str, name: str, record: ImageRecord) -> ImageData:
+    def _image(self, sample: OmniSample, record: ImageRecord) -> ImageData:
         if not self._decode:
             return ImageData(grid=record.grid, pixels=None)
-        path, patch_size = self._settings.media_folder / name, self._settings.limits.patch_size
+        name, patch_size = sample.image, self._settings.limits.patch_size
+        assert name is not None
+        path = self._settings.media_folder / name
         pixels = self._stand_ins.read(
-            sample,
+            f"{self._index.source}: {sample.name}",
             lambda: recorded_patches(decode_image(path), name, record, patch_size),
             lambda: blank_patches(record.grid, patch_size),
         )
         return ImageData(grid=record.grid, pixels=pixels)
 
-    def _audio(self, sample: str, name: str, num_tokens: int) -> AudioData:
+    def _audio(self, sample: OmniSample, num_tokens: int) -> AudioData:
         if not self._decode:
             return AudioData(num_tokens=num_tokens, mels=None)
-        settings = self._settings
+        settings, name = self._settings, sample.audio
+        assert name is not None
 
         def read() -> NDArray[np.float32]:
             samples = read_sound(settings.media_folder / name, settings.audio_rate)
@@ -261,5 +262,9 @@ class OmniDataset(Dataset[OmniSequence]):
                 )
             return log_mel(samples, settings.audio_rate, settings.num_mels)
 
-        mels = self._stand_ins.read(sample, read, lambda: silent_mel(num_tokens, settings.num_mels))
+        mels = self._stand_ins.read(
+            f"{self._index.source}: {sample.name}",
+            read,
+            lambda: silent_mel(num_tokens, settings.num_mels),
+        )
         return AudioData(num_tokens=num_tokens, mels=torch.from_numpy(mels))

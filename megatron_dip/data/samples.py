@@ -7,7 +7,9 @@ The data set is a JSON list of::
                        {"from": "gpt", "value": "A cat."}]}
 
 ``image`` is a name, a list of names, or absent; each ``<image>`` in a human turn stands for the
-next of them.  Loss is taken on the turns of ``gpt`` and the end of turn after them.
+next of them.  Loss is taken on the turns of ``gpt`` and the end of turn after them.  Turns stand in
+any order and are written as they come; none may be blank.  Nothing is cut off: a sample that does
+not fit is a bad one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dip.data.fields import check_object, file_name, text_of, unread_keys
 from megatron_dip.data.tokenizer import IMAGE, VlmTokenizer
-from megatron_dip.errors import DataError
+from megatron_dip.errors import DataError, shown
 from megatron_dip.reading import read_json
 
 __all__ = [
     "EncodedText",
     "Sample",
     "Turn",
+    "check_id",
     "check_length",
     "encode_text",
     "parse_sample",
@@ -31,6 +35,8 @@ __all__ = [
 ]
 
 _ROLES = ("human", "gpt")
+_KEYS = ("id", "image", "conversations")
+_TURN_KEYS = ("from", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,8 @@ class Sample:
     """How messages call it: its id, and its place in the file."""
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
+    unread: tuple[str, ...] = ()
+    """Keys that say nothing that would be trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +90,7 @@ def read_samples(path: str | Path) -> list[Any]:
     Raises:
         DataError: The file cannot be read, is not JSON, or holds no list of samples.
     """
-    raw = read_json(path, DataError)
+    raw = read_json(path, DataError, allow_repeated_keys=True)
     if not isinstance(raw, list) or not raw:
         given = "an empty list" if raw == [] else type(raw).__name__
         raise DataError(f"{path}: expected a JSON list of samples, found {given}")
@@ -92,22 +100,45 @@ def read_samples(path: str | Path) -> list[Any]:
 def sample_name(raw: Any, number: int) -> str:
     """How messages call sample ``number`` (its place in the file, from 0)."""
     given = raw.get("id") if isinstance(raw, Mapping) else None
-    return f"sample {given!r} (number {number})" if given is not None else f"sample number {number}"
+    return (
+        f"sample {shown(given)} (number {number})"
+        if given is not None
+        else f"sample number {number}"
+    )
+
+
+def check_id(raw: Mapping[str, Any], name: str) -> None:
+    """Ids are for messages alone: several samples may have the same.
+
+    Raises:
+        DataError: The id is there, and is neither a text nor a whole number.
+    """
+    given = raw.get("id")
+    if isinstance(given, bool) or not isinstance(given, (str, int, type(None))):
+        raise DataError(f"{name}: field 'id' is {shown(given)}; expected a text or a whole number")
 
 
 def parse_sample(raw: Any, number: int) -> Sample:
     """The checked form of one raw sample.
 
     Raises:
-        DataError: A field is missing or of the wrong kind, a role is unknown, nothing is to be
-            learned, or the number of ``<image>`` marks is not that of the images.
+        DataError: A field is missing or of the wrong kind, a key says what would not be read, a
+            role is unknown, nothing is to be learned, or the number of ``<image>`` marks is not
+            that of the images.
     """
     name = sample_name(raw, number)
-    if not isinstance(raw, Mapping):
-        raise DataError(f"{name}: expected an object, found {type(raw).__name__}")
-    if not isinstance(raw.get("id"), (str, int)):
+    fields = check_object(raw, name)
+    if fields.get("id") is None:
         raise DataError(f"{name}: field 'id' is missing; give every sample a text or a number")
-    sample = Sample(name=name, images=_parse_images(raw, name), turns=_parse_turns(raw, name))
+    check_id(fields, name)
+    unread = unread_keys(fields, _KEYS, name)
+    turns, unread_of_turns = _parse_turns(fields, name)
+    sample = Sample(
+        name=name,
+        images=_parse_images(fields, name),
+        turns=turns,
+        unread=(*unread, *unread_of_turns),
+    )
     num_marks = sum(turn.text.count(IMAGE) for turn in sample.turns if turn.role == "human")
     if num_marks != len(sample.images):
         raise DataError(
@@ -121,34 +152,35 @@ def _parse_images(raw: Mapping[str, Any], name: str) -> tuple[str, ...]:
     images = raw.get("image")
     if images is None:
         return ()
-    if isinstance(images, str):
-        images = [images]
-    if not isinstance(images, list) or not all(isinstance(i, str) and i for i in images):
-        raise DataError(f"{name}: field 'image' is {images!r}; expected a name or a list of names")
-    return tuple(images)
+    if not isinstance(images, (str, list)):
+        raise DataError(
+            f"{name}: field 'image' is {shown(images)}; expected a name or a list of names"
+        )
+    names = [images] if isinstance(images, str) else images
+    return tuple(file_name(image, "image", name) for image in names)
 
 
-def _parse_turns(raw: Mapping[str, Any], name: str) -> tuple[Turn, ...]:
+def _parse_turns(raw: Mapping[str, Any], name: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """The turns, and their keys that are not read."""
     conversation = raw.get("conversations")
     if not isinstance(conversation, list) or not conversation:
         raise DataError(
             f"{name}: field 'conversations' is missing or empty; expected a list of turns "
             f'{{"from": ..., "value": ...}}'
         )
-    turns = []
-    for number, turn in enumerate(conversation):
+    turns: list[Turn] = []
+    unread: list[str] = []
+    for number, one in enumerate(conversation):
         place = f"{name}: turn {number}"
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{place}: expected an object, found {type(turn).__name__}")
-        for field in ("from", "value"):
-            if not isinstance(turn.get(field), str):
-                raise DataError(f"{place}: field {field!r} is missing or not a text")
-        if turn["from"] not in _ROLES:
-            raise DataError(f"{place}: unknown role {turn['from']!r}; expected 'human' or 'gpt'")
-        turns.append(Turn(role=turn["from"], text=turn["value"]))
+        turn = check_object(one, place)
+        role, text = text_of(turn, "from", place), text_of(turn, "value", place)
+        if role not in _ROLES:
+            raise DataError(f"{place}: unknown role {shown(role)}; expected 'human' or 'gpt'")
+        unread += unread_keys(turn, _TURN_KEYS, place, in_turn=True)
+        turns.append(Turn(role=role, text=text))
     if all(turn.role != "gpt" for turn in turns):
         raise DataError(f"{name}: has no turn of 'gpt', so that nothing is to be learned from it")
-    return tuple(turns)
+    return tuple(turns), tuple(unread)
 
 
 def encode_text(sample: Sample, tokenizer: VlmTokenizer) -> EncodedText:

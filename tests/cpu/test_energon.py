@@ -1,5 +1,7 @@
 """Samples from webdataset shards: the same batches as from a list, and what is wrong is named."""
 
+import io
+import json
 import pickle
 import shlex
 import shutil
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from launching import REPOSITORY
 from tiny_data_set import make_settings
 from tiny_vlm import make_tiny_data, write_config
@@ -235,6 +238,69 @@ def test_a_run_on_shards_goes_on_where_one_on_the_list_was_stopped(tmp_path: Pat
     whole = losses(listed, "--save", saved, "--save-interval", "2")
     assert len(set(whole)) == 4
     assert losses(sharded, "--load", saved, "--ckpt-step", "2") == whole[2:]
+
+
+# ---- captions, as img2dataset writes them ------------------------------------------------------
+
+
+def write_captions(folder: Path, images: list[Path], captions: list[bytes | None]) -> None:
+    """A shard of img2dataset's, and its index as docs/data.md says how to make it."""
+    from megatron.energon.tools.prepare import command
+
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            said = {"url": "https://example.org", "status": "success", "width": 9, "caption": "?"}
+            parts = {"jpg": image.read_bytes(), "txt": caption, "json": json.dumps(said).encode()}
+            for ending, content in parts.items():
+                if content is not None and (ending != "json" or number):
+                    header = tarfile.TarInfo(f"{number:09d}.{ending}")
+                    header.size = len(content)
+                    tar.addfile(header, io.BytesIO(content))
+    flags = "--non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset --num-workers 1"
+    done = CliRunner().invoke(command, [*flags.split(), "--no-progress", str(folder)])
+    assert done.exit_code == 0, done.output
+
+
+def test_shards_of_img2dataset_are_images_answered_by_their_captions(
+    llava: DataSettings, tmp_path: Path
+) -> None:
+    assert llava.image_folder is not None
+    images = sorted(llava.image_folder.glob("*.jpg"))
+    captions = [b"It is number 3.\n", b"\xef\xbb\xbfA picture.", b" ", None, b"\xff"]
+    write_captions(tmp_path / "set", images[:1] * len(captions), captions)
+    settings = replace(llava, samples=tmp_path / "set", image_folder=None, format="energon")
+    index, _ = build_index(settings, tmp_path, show_progress=False)
+    errors = [record.error for record in index.samples]
+    assert errors[:2] == [None, None]
+    expected = ("is blank", "neither conversations in a part 'json' nor a caption", "not UTF-8")
+    for number, (error, part) in enumerate(zip(errors[2:], expected, strict=True), start=2):
+        assert f"00000.tar: sample '00000000{number}'" in str(error) and part in str(error)
+    dataset = VlmDataset(settings, index, num_samples=2, seed=7, skip_bad_samples=True)
+    (sequence,) = [dataset[i] for i in range(2) if len(dataset.sample_numbers(i)) == 2][:1]
+    length = sequence.span_lengths[dataset.sample_numbers(0).index(0)]
+    start = 0 if dataset.sample_numbers(0)[0] == 0 else sequence.span_lengths[0]
+    tokens = sequence.tokens[start : start + length]
+    learned = tokens[1:][sequence.loss_mask[start : start + length - 1].bool()]
+    assert dataset.tokenizer.decode(learned.tolist()) == "It is number 3.<eos>"
+    assert dataset.tokenizer.decode(tokens.tolist()).replace("<image>", "") == (
+        "<bos><human><gpt>It is number 3.<eos>"
+    )
+
+
+def test_a_caption_beside_a_conversation_or_without_an_image_is_refused(
+    copied: DataSettings, tmp_path: Path
+) -> None:
+    source = open_source(copied)
+    entry = source._entries[1]
+    source._parts[f"{entry.key}.txt"] = source._parts[f"{entry.key}.json"]
+    with pytest.raises(DataError, match="has conversations and a part 'txt'"):
+        source.sample(1)
+    write_captions(tmp_path / "captions", [copied.samples / "shard-000000.tar"], [b"A cat."])
+    captions = open_source(replace(copied, samples=tmp_path / "captions"))
+    captions._entries = (captions._entries[0]._replace(names=("000000000.txt",)),)
+    with pytest.raises(DataError, match="a caption and no image, only"):
+        captions.sample(0)
 
 
 # ---- bad input -------------------------------------------------------------------------------

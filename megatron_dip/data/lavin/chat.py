@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_dip.data.fields import check_object, optional_file_name, text_of, unread_keys
 from megatron_dip.data.lavin.instructions import Instruction
-from megatron_dip.errors import DataError
+from megatron_dip.errors import DataError, shown
 from megatron_dip.reading import read_json
 
 __all__ = ["parse_turn", "read_chat"]
+
+_KEYS = ("qid", "instruction", "answer", "image", "image_source")
 
 
 def read_chat(path: str | Path) -> tuple[tuple[Instruction, ...], tuple[str, ...]]:
@@ -21,7 +24,7 @@ def read_chat(path: str | Path) -> tuple[tuple[Instruction, ...], tuple[str, ...
     Raises:
         DataError: The file cannot be read or is not of this form.
     """
-    raw = read_json(path, DataError)
+    raw = read_json(path, DataError, allow_repeated_keys=True)
     turns = raw.get("all") if isinstance(raw, Mapping) else None
     if not isinstance(turns, list) or not turns:
         raise DataError(f'{path}: expected {{"all": [...]}} with at least one sample')
@@ -42,21 +45,16 @@ def parse_turn(raw: Any, number: int) -> Instruction:
         DataError: A field is missing or of the wrong kind.
     """
     name = f"sample number {number}"
-    if not isinstance(raw, Mapping):
-        raise DataError(f"{name}: expected an object, found {type(raw).__name__}")
-    if raw.get("qid") is not None:
-        name = f"sample {raw['qid']!r} (number {number})"
-    for field in ("instruction", "answer"):
-        if not isinstance(raw.get(field), str):
-            raise DataError(f"{name}: field {field!r} is missing or not a text")
-    image, source = raw.get("image"), raw.get("image_source")
-    if image is not None and not (isinstance(image, str) and image):
-        raise DataError(f"{name}: field 'image' is {image!r}; expected null or a file")
-    if source is not None and not isinstance(source, str):
-        raise DataError(f"{name}: field 'image_source' is {source!r}; expected null or a folder")
+    fields = check_object(raw, name)
+    if fields.get("qid") is not None:
+        name = f"sample {shown(fields['qid'])} (number {number})"
+    unread = unread_keys(fields, _KEYS, name)
+    image = optional_file_name(fields, "image", name)
+    folder = optional_file_name(fields, "image_source", name) if fields.get("image_source") else ""
     return Instruction(
         name=name,
-        prompt=f"Instruction: {raw['instruction']} \nResponse:",
-        answer=raw["answer"],
-        image=None if image is None else Path(source or "") / image,
+        prompt=f"Instruction: {text_of(fields, 'instruction', name)} \nResponse:",
+        answer=text_of(fields, "answer", name),
+        image=None if image is None else Path(folder or "") / image,
+        unread=unread,
     )

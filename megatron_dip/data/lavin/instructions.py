@@ -30,6 +30,8 @@ class Instruction:
     answer: str
     image: Path | None
     """Relative to the folder of the images."""
+    unread: tuple[str, ...] = ()
+    """Keys that say nothing that would be trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dip.data.fields import (
+    check_object,
+    file_name,
+    optional_file_name,
+    text_of,
+    unread_keys,
+)
 from megatron_dip.data.lavin.instructions import Instruction
-from megatron_dip.errors import DataError
+from megatron_dip.errors import DataError, shown
 from megatron_dip.reading import read_json
 
 __all__ = [
@@ -31,7 +38,12 @@ __all__ = [
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ANSWER = re.compile(r"The answer is ([A-Z])\.")
-_TEXTS = ("hint", "lecture", "solution")
+_PLAIN_QID = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_KEYS = (
+    *("question", "choices", "answer", "hint", "lecture", "solution"),
+    *("image", "subject", "grade"),
+)
+_PUBLISHED_KEYS = ("task", "topic", "category", "skill", "split")
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 _LAST_LOWER_GRADE = 6
 
@@ -52,6 +64,8 @@ class ScienceQaProblem:
     """Relative to the folder of the images."""
     subject: str
     grade: str
+    unread: tuple[str, ...] = ()
+    """Keys that are not ScienceQA's and say nothing that would be trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +82,8 @@ def read_scienceqa(problems: str | Path, splits: str | Path, split: str) -> Scie
     Raises:
         DataError: A file cannot be read or is not of ScienceQA's form, or there is no such split.
     """
-    by_qid, by_split = read_json(problems, DataError), read_json(splits, DataError)
+    by_qid = read_json(problems, DataError, allow_repeated_keys=True)
+    by_split = read_json(splits, DataError)
     for path, content, what in (
         (problems, by_qid, "problems by qid"),
         (splits, by_split, "qids by split"),
@@ -76,15 +91,20 @@ def read_scienceqa(problems: str | Path, splits: str | Path, split: str) -> Scie
         if not isinstance(content, Mapping):
             found = type(content).__name__
             raise DataError(f"{path}: expected an object of {what}, found {found}")
+        check_object(content, str(path))
     if not isinstance(by_split.get(split), list):
-        raise DataError(f"{splits}: no split {split!r} (expected one of {sorted(by_split)})")
+        found = shown(sorted(by_split))
+        raise DataError(f"{splits}: no split {shown(split)} (expected one of {found})")
     good: list[ScienceQaProblem] = []
     errors: list[str] = []
     for qid in by_split[split]:
         try:
+            if isinstance(qid, bool) or not isinstance(qid, (str, int)):
+                raise DataError(f"{splits}: split {split!r} holds {shown(qid)}; expected a qid")
             if str(qid) not in by_qid:
                 raise DataError(
-                    f"problem {qid}: is in split {split!r} of {splits}, but not in {problems}"
+                    f"{_problem_name(str(qid))}: is in split {split!r} of {splits}, but not in "
+                    f"{problems}"
                 )
             good.append(parse_problem(str(qid), by_qid[str(qid)], split))
         except DataError as error:
@@ -98,38 +118,53 @@ def parse_problem(qid: str, raw: Any, split: str) -> ScienceQaProblem:
     Raises:
         DataError: A field is missing or of the wrong kind, or the answer is none of the choices.
     """
-    name = f"problem {qid}"
-    if not isinstance(raw, Mapping):
-        raise DataError(f"{name}: expected an object, found {type(raw).__name__}")
-    if not isinstance(raw.get("question"), str):
-        raise DataError(f"{name}: field 'question' is missing or not a text")
-    choices = raw.get("choices")
+    name = _problem_name(qid)
+    fields = check_object(raw, name)
+    unread = unread_keys(fields, _KEYS, name)
+    choices = fields.get("choices")
     if not isinstance(choices, list) or not choices or len(choices) > len(_LETTERS):
-        raise DataError(f"{name}: field 'choices' is {choices!r}; expected a list of texts")
-    answer = raw.get("answer")
+        raise DataError(f"{name}: field 'choices' is {shown(choices)}; expected a list of texts")
+    answer = fields.get("answer")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(
-            f"{name}: answer {answer!r} is not the number of a choice (expected 0 to "
+            f"{name}: answer {shown(answer)} is not the number of a choice (expected 0 to "
             f"{len(choices) - 1})"
         )
-    for field in _TEXTS:
-        if not isinstance(raw.get(field) or "", str):
-            raise DataError(f"{name}: field {field!r} is not a text")
-    image = raw.get("image")
-    if image is not None and not (isinstance(image, str) and image):
-        raise DataError(f"{name}: field 'image' is {image!r}; expected null or a name")
+    image = optional_file_name(fields, "image", name)
+    if image is not None:
+        file_name(qid, "qid", name)
     return ScienceQaProblem(
         qid=qid,
-        question=raw["question"],
-        choices=tuple(str(choice) for choice in choices),
+        question=text_of(fields, "question", name),
+        choices=tuple(_parse_choice(choice, name) for choice in choices),
         answer=answer,
-        hint=raw.get("hint") or "",
-        lecture=raw.get("lecture") or "",
-        solution=raw.get("solution") or "",
+        hint=_optional_text(fields, "hint", name),
+        lecture=_optional_text(fields, "lecture", name),
+        solution=_optional_text(fields, "solution", name),
         image=None if image is None else Path(split) / qid / image,
-        subject=str(raw.get("subject", "")),
-        grade=str(raw.get("grade", "")),
+        subject=_optional_text(fields, "subject", name),
+        grade=_optional_text(fields, "grade", name),
+        unread=tuple(key for key in unread if key not in _PUBLISHED_KEYS),
     )
+
+
+def _problem_name(qid: str) -> str:
+    return f"problem {qid if _PLAIN_QID.fullmatch(qid) else shown(qid)}"
+
+
+def _parse_choice(choice: Any, name: str) -> str:
+    """A choice may be a number, as in some problems of arithmetic."""
+    if isinstance(choice, (int, float)) and not isinstance(choice, bool):
+        choice = str(choice)
+    return text_of({"choices": choice}, "choices", name)
+
+
+def _optional_text(raw: Mapping[str, Any], field: str, name: str) -> str:
+    """The text in ``field``; nothing where it is missing, null or blank."""
+    value = raw.get(field)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ""
+    return text_of(raw, field, name)
 
 
 def prompt_text(problem: ScienceQaProblem) -> str:
@@ -155,10 +190,11 @@ def answer_text(problem: ScienceQaProblem) -> str:
 def to_instruction(problem: ScienceQaProblem) -> Instruction:
     """The problem as a sample to be learned."""
     return Instruction(
-        name=f"problem {problem.qid}",
+        name=_problem_name(problem.qid),
         prompt=prompt_text(problem),
         answer=answer_text(problem),
         image=problem.image,
+        unread=problem.unread,
     )
 
 

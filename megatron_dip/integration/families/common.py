@@ -56,6 +56,7 @@ def make_on_first_rank(make: Callable[[], Path], folder: Path) -> Path:
         DataError: The first rank failed to make it; raised on all ranks.
     """
     outcome: list[Any] = [None, None]
+    mistake: Exception | None = None
     if dist.get_rank() == 0:
         try:
             outcome = [str(make()), None]
@@ -67,7 +68,12 @@ def make_on_first_rank(make: Callable[[], Path], folder: Path) -> Path:
                 f"the data index cannot be kept in {folder} ({error.strerror}): name a folder "
                 f"that can be written to as data.cache_folder",
             ]
+        except Exception as error:  # A mistake of ours: the others must not wait for this rank.
+            mistake = error
+            outcome = [None, f"rank 0 failed at the data index ({error!r}): see its log"]
     dist.broadcast_object_list(outcome, src=0)
+    if mistake is not None:
+        raise mistake
     shared_path, failure = outcome
     if failure is not None:
         raise DataError(failure)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
+import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
@@ -15,6 +16,7 @@ from megatron.training import get_args
 from megatron_dip.config import LavinConfig
 from megatron_dip.config.modules import TransformerForm
 from megatron_dip.data import PackingOptions, split_samples
+from megatron_dip.data.fields import say_unread
 from megatron_dip.data.lavin import (
     ClipBatch,
     ImageFiles,
@@ -198,6 +200,9 @@ class LavinFamily(ModelFamily[LavinConfig]):
             source=str(data.path),
         )
         parts = _check_images(config, _read_parts(config, args.seed, lengths))
+        if dist.get_rank() == 0:
+            unread = (one.unread for part in parts if part is not None for one in part.samples)
+            say_unread(str(data.path), unread)
         train, valid = (
             None if part is None else make(part.samples, errors=part.errors, num_samples=length)
             for part, length in zip(parts, (lengths.train, lengths.valid), strict=True)
