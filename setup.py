@@ -50,6 +50,8 @@ setup(
         # libsndfile: WAV in all its forms, and FLAC.
         "soundfile>=0.13",
         "tokenizers",
+        # Chat templates of other projects' tokenizers are programs of Jinja.
+        "Jinja2",
         # Megatron reads the memory of the process with it when it saves a checkpoint.
         "psutil",
     ],

@@ -6,10 +6,11 @@ A family adds the form of its model and of its data, see :class:`DipConfig`.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_dip.config.texts import TokensForm
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
 from megatron_dip.limits import (
@@ -29,6 +30,7 @@ from megatron_dip.partition import (
     load_partition,
     partition_from_layers,
 )
+from megatron_dip.text_form import OUR_TEXT_FORM, SpecialTokens, TextForm
 
 if TYPE_CHECKING:
     from megatron_dip.config.modules import TransformerForm
@@ -130,16 +132,50 @@ class PlanningConfig(Form):
 class DataForm(Form):
     """What the data sets of all families have in common."""
 
+    used_tokens: ClassVar[frozenset[str]] = frozenset({"pad", "bos", "eos"})
+    """Special tokens that the family writes."""
+
     path: Path
     """JSON list of samples."""
     tokenizer: Path
     """A tokenizer file of the ``tokenizers`` library."""
+    tokens: TokensForm | None = None
+    """What it calls its special tokens; those of this package's own where not given."""
     cache_folder: Path | None = None
     """Where the index of the data set is kept; beside the data where not given."""
     skip_bad_samples: bool = False
     """Go on without samples that cannot be used, and count them; also --skip-bad-samples."""
     valid_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the samples that is kept for validation."""
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        stated = self.tokens.model_fields_set if self.tokens is not None else frozenset[str]()
+        unread = sorted(stated - self.used_tokens)
+        if unread:
+            raise ValueError(
+                f"tokens.{unread[0]} is not written by this family (expected only "
+                f"{', '.join(sorted(self.used_tokens))})"
+            )
+        return self
+
+    @property
+    def needed_tokens(self) -> frozenset[str]:
+        """Special tokens that the tokenizer must have, unless the configuration says null."""
+        return frozenset({"bos", "eos"})
+
+    def _special_tokens(self) -> SpecialTokens:
+        return (self.tokens or TokensForm()).special_tokens(self.needed_tokens)
+
+    def text_form(self) -> TextForm:
+        """How texts are written for the tokenizer.
+
+        Raises:
+            ConfigError: A file that it names cannot be used.
+        """
+        if self.tokens is None:
+            return OUR_TEXT_FORM
+        return TextForm(tokens=self._special_tokens())
 
 
 class DipConfig(Form, ABC):

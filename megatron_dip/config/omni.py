@@ -1,9 +1,10 @@
 """The configuration of models that see and hear; see ``configs/omni_tiny.yaml``."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments, Positive
+from megatron_dip.config.base import DipConfig, MegatronArguments, Positive
+from megatron_dip.config.conversations import ConversationForm
 from megatron_dip.config.modules import BackboneConfig, TransformerForm, VisionConfig
 from megatron_dip.costs.shapes import ModelShape, ModuleShape, ProjectorShape
 from megatron_dip.forms import Form
@@ -44,8 +45,12 @@ class OmniModelConfig(Form):
     language: BackboneConfig
 
 
-class OmniDataConfig(DataForm):
-    """Questions about images and sounds: ``path`` is as ``megatron_dip.data.omni`` has it."""
+class OmniDataConfig(ConversationForm):
+    """Questions about images and sounds: ``path`` is as ``data/omni_samples.py`` has it."""
+
+    used_tokens: ClassVar[frozenset[str]] = ConversationForm.used_tokens | {
+        *("audio", "audio_start", "audio_end")
+    }
 
     media_folder: Path
     min_image_tokens: Tokens = 4

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments
+from megatron_dip.config.base import DipConfig, MegatronArguments
+from megatron_dip.config.conversations import ConversationForm
 from megatron_dip.config.modules import BackboneConfig, TransformerForm, VisionConfig
 from megatron_dip.costs.shapes import ModelShape
 from megatron_dip.forms import Form
@@ -21,7 +22,7 @@ class VlmModelConfig(Form):
     language: BackboneConfig
 
 
-class VlmDataConfig(DataForm):
+class VlmDataConfig(ConversationForm):
     """Conversations with images: ``path`` is a JSON list of them, or a folder of shards."""
 
     format: Literal["llava", "energon"] = "llava"

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_dip.data.clip_batches import Clip, ClipMicrobatch
-from megatron_dip.data.fields import check_object, file_name, say_unread, text_of, unread_keys
+from megatron_dip.data.clip_samples import ClipSample, parse_clip_sample
+from megatron_dip.data.fields import say_unread
 from megatron_dip.data.files import file_facts
 from megatron_dip.data.index import (
     INDEX_VERSION,
@@ -35,26 +36,24 @@ from megatron_dip.data.index import (
 )
 from megatron_dip.data.latents import PATCH_SIDE, LatentEncoder, make_encoder, patches_of
 from megatron_dip.data.progress import map_with_progress
-from megatron_dip.data.samples import check_id, read_samples, sample_name
+from megatron_dip.data.samples import read_samples
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.data.videos import ClipLimits, read_clip
 from megatron_dip.errors import DataError
 from megatron_dip.files import write_atomically
+from megatron_dip.text_form import OUR_TEXT_FORM, TextForm
 
 __all__ = [
     "ClipDataset",
     "ClipIndex",
     "ClipRecord",
-    "ClipSample",
     "ClipSettings",
     "build_clip_index",
     "draw_time_and_noise",
     "load_clip_index",
-    "parse_clip_sample",
 ]
 
 _FORMAT = "megatron-dip/clip-index"
-_KEYS = ("id", "video", "caption")
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +73,8 @@ class ClipSettings:
     vae: Path | None
     """An encoder in the format of diffusers; the fixed transform where not given."""
     limits: ClipLimits
+    text_form: TextForm = OUR_TEXT_FORM
+    """How texts are written for the tokenizer."""
 
 
 class ClipRecord(NamedTuple):
@@ -169,7 +170,7 @@ def build_clip_index(
     raw_samples = read_samples(settings.samples)
     samples = [_sample_or_error(raw, number) for number, raw in enumerate(raw_samples)]
     parsed = [sample for sample in samples if isinstance(sample, ClipSample)]
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.text_form)
     encoder = make_encoder(settings.latent_channels, settings.vae)
     digest = _digest(settings, parsed, tokenizer, encoder)
     path = folder / f"clip-index-{digest[:16]}.json"
@@ -215,35 +216,6 @@ def build_clip_index(
     return load_clip_index(path), path
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipSample:
-    """One raw sample, checked."""
-
-    name: str
-    """How messages call it."""
-    video: str
-    caption: str
-    unread: tuple[str, ...]
-    """Keys that say nothing that would be trained."""
-
-
-def parse_clip_sample(raw: Any, number: int) -> ClipSample:
-    """The checked form of one raw sample.
-
-    Raises:
-        DataError: A field is missing or of the wrong kind, or a key says what would not be read.
-    """
-    name = sample_name(raw, number)
-    fields = check_object(raw, name)
-    check_id(fields, name)
-    return ClipSample(
-        name=name,
-        unread=unread_keys(fields, _KEYS, name),
-        video=file_name(fields.get("video"), "video", name),
-        caption=text_of(fields, "caption", name),
-    )
-
-
 def _sample_or_error(raw: Any, number: int) -> ClipSample | DataError:
     try:
         return parse_clip_sample(raw, number)
@@ -260,7 +232,7 @@ def _record(
     index: Path,
 ) -> ClipRecord:
     """The record of one sample, its latents written."""
-    tokens = [tokenizer.bos_id, *tokenizer.encode_text(sample.caption), tokenizer.eos_id]
+    tokens = [*tokenizer.begin(), *tokenizer.encode_text(sample.caption), *tokenizer.end()]
     if len(tokens) > settings.max_text_tokens:
         raise DataError(
             f"its caption has {len(tokens)} tokens, more than model.text.seq_length "

@@ -90,7 +90,7 @@ class VlmDataset(Dataset[PackedSequence]):
         self.index = index
         self.seed = seed
         self.decode_images = decode_images
-        self.tokenizer = load_tokenizer(settings.tokenizer)
+        self.tokenizer = load_tokenizer(settings.tokenizer, settings.text_form)
         self._packing = packing or PackingOptions()
         self._source = source or open_source(settings)
         if len(self._source) != len(index.samples):

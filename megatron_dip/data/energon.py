@@ -34,9 +34,9 @@ from megatron_dip.data.fields import check_object
 from megatron_dip.data.files import file_facts, open_media
 from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.samples import Sample, parse_sample, read_samples, sample_name
-from megatron_dip.data.tokenizer import IMAGE
 from megatron_dip.errors import DataError, shown
 from megatron_dip.reading import decode_text, parse_json
+from megatron_dip.text_form import IMAGE
 
 __all__ = ["EnergonShards", "EnergonSummary", "write_energon"]
 
@@ -113,7 +113,7 @@ class EnergonShards:
         texts = {f"{entry.key}.{part}" for part in (_TEXT_PART, _CAPTION_PART)}
         images = [name for name in entry.names if name not in texts]
         try:
-            raw = {"id": entry.key} | self._read_texts(entry, images)
+            raw = {"id": entry.key, **self._read_texts(entry, images)}
             sample = parse_sample(raw | {"image": images}, number)
         except DataError as error:
             raise DataError(f"{entry.shard}: {error}") from error

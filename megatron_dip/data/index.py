@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 _FORMAT = "megatron-dip/data-index"
-INDEX_VERSION = 4
+INDEX_VERSION = 3
 """Higher whenever files are read in another way, so that what was made of them is made again."""
 _POLL_S = 0.2
 _NUM_SHOWN, _MAX_SHOWN = 3, 400
@@ -170,7 +170,9 @@ def index_digest(settings: DataSettings) -> str:
     Raises:
         DataError: The samples or the tokenizer cannot be read.
     """
-    return _digest(settings, open_source(settings), load_tokenizer(settings.tokenizer))
+    return _digest(
+        settings, open_source(settings), load_tokenizer(settings.tokenizer, settings.text_form)
+    )
 
 
 def index_path(digest: str, folder: str | Path) -> Path:
@@ -197,7 +199,7 @@ def build_index(
     """
     settings.limits.check()
     source = open_source(settings)
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.text_form)
     digest = _digest(settings, source, tokenizer)
     path = index_path(digest, folder)
     if (kept := kept_index(path, load_index)) is not None:
@@ -281,7 +283,7 @@ def _good_record(
         if isinstance(image, DataError):
             raise DataError(f"{sample.name}: {image}")
         records.append(image)
-    num_text_tokens = encode_text(sample, tokenizer).num_text_tokens(tokenizer.image_id)
+    num_text_tokens = encode_text(sample, tokenizer).num_text_tokens(tokenizer.media_ids)
     record = SampleRecord(num_text_tokens, tuple(records))
     check_length(sample.name, num_text_tokens, record.num_tokens - num_text_tokens, seq_length)
     return record

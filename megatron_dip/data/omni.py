@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from megatron_dip.data.audio import log_mel, num_audio_tokens, silent_mel
 from megatron_dip.data.audio_files import read_sound
+from megatron_dip.data.conversation import EncodedText, Part, TurnParts, encode_turns
 from megatron_dip.data.fields import say_unread
 from megatron_dip.data.files import file_facts, shown_path
 from megatron_dip.data.image_files import decode_image
@@ -45,6 +46,7 @@ from megatron_dip.data.samples import check_length, read_samples
 from megatron_dip.data.stand_ins import StandIns
 from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.errors import DataError
+from megatron_dip.text_form import OUR_TEXT_FORM, TextForm
 
 __all__ = [
     "OmniDataset",
@@ -70,6 +72,8 @@ class OmniSettings:
     audio_rate: int
     """Samples per second that all files must have."""
     num_mels: int
+    text_form: TextForm = OUR_TEXT_FORM
+    """How texts are written for the tokenizer."""
 
 
 class OmniRecord(NamedTuple):
@@ -101,7 +105,7 @@ def build_omni_index(settings: OmniSettings, folder: Path) -> tuple[OmniIndex, P
     """
     samples = parse_omni_samples(read_samples(settings.samples))
     parsed = [sample for sample in samples if isinstance(sample, OmniSample)]
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.text_form)
     digest = hashlib.sha256(repr((_FORMAT, INDEX_VERSION, settings, tokenizer.digest)).encode())
     digest.update(settings.samples.read_bytes())
     for sample in parsed:
@@ -147,22 +151,25 @@ def _record(
             sound = read_sound(settings.media_folder / sample.audio, settings.audio_rate)
             audio_tokens = num_audio_tokens(len(sound), settings.audio_rate)
         rows = (num_image_tokens(image.grid) if image else 0) + audio_tokens // PATCHES_PER_TOKEN
-        text, _ = _text(sample, tokenizer)
+        num_text_tokens = _encode(sample, tokenizer).num_text_tokens(tokenizer.media_ids)
     except DataError as error:
         return OmniRecord(None, 0, f"{sample.name}: {error}")
     try:
-        check_length(sample.name, len(text), rows, settings.seq_length)
+        check_length(sample.name, num_text_tokens, rows, settings.seq_length)
     except DataError as error:
         return OmniRecord(None, 0, str(error))
     return OmniRecord(image, audio_tokens)
 
 
-def _text(sample: OmniSample, tokenizer: VlmTokenizer) -> tuple[list[int], list[bool]]:
-    """Tokens without media, and which of them are learned; media stand after the second one."""
-    question = [*tokenizer.encode_text(sample.question), tokenizer.gpt_id]
-    answer = [*tokenizer.encode_text(sample.answer), tokenizer.eos_id]
-    tokens = [tokenizer.bos_id, tokenizer.human_id, *question, *answer]
-    return tokens, [False] * (2 + len(question)) + [True] * len(answer)
+def _encode(sample: OmniSample, tokenizer: VlmTokenizer) -> EncodedText:
+    """The tokens of a sample, image and sound a single one each; both stand before the question."""
+    media = [Part("image")] if sample.image is not None else []
+    media += [Part("audio")] if sample.audio is not None else []
+    turns = (
+        TurnParts("human", (*media, Part("text", sample.question))),
+        TurnParts("gpt", (Part("text", sample.answer),)),
+    )
+    return encode_turns(turns, tokenizer, sample.name)
 
 
 class OmniDataset(Dataset[OmniSequence]):
@@ -192,7 +199,7 @@ class OmniDataset(Dataset[OmniSequence]):
         self._numbers = usable_samples(index, skip_bad_samples=skip_bad_samples, subset=subset)
         self._settings, self._index = settings, index
         self._samples = parse_omni_samples(read_samples(settings.samples))
-        self._tokenizer = load_tokenizer(settings.tokenizer)
+        self._tokenizer = load_tokenizer(settings.tokenizer, settings.text_form)
         self._num_samples = len(self._numbers) if num_samples is None else num_samples
         self._seed, self._decode = seed, decode_media
         self._stand_ins = StandIns(allowed=skip_bad_samples)
@@ -212,20 +219,19 @@ class OmniDataset(Dataset[OmniSequence]):
         if isinstance(sample, DataError):
             raise DataError(f"{self._index.source}: {sample}; it was good before, start again")
         images = () if record.image is None else (self._image(sample, record.image),)
-        num_heard = record.audio_tokens
-        audios = (self._audio(sample, num_heard),) if num_heard else ()
-        num_rows = sum(image.num_tokens for image in images)
-        num_rows += sum(audio.num_rows for audio in audios)
-        tokens, learned = _text(sample, self._tokenizer)
-        tokens[2:2] = [self._tokenizer.image_id] * num_rows
-        learned[2:2] = [False] * num_rows
+        audios = () if sample.audio is None else (self._audio(sample, record.audio_tokens),)
+        rows = [image.num_tokens for image in images] + [audio.num_rows for audio in audios]
+        media_ids = self._tokenizer.media_ids
+        text = _encode(sample, self._tokenizer).expand(media_ids, rows)
+        tokens, learned = text.tokens, text.trained
+        positions = [place for place, token in enumerate(tokens) if token in media_ids]
         return OmniSequence(
             tokens=torch.tensor(tokens),
             labels=torch.tensor([*tokens[1:], 0]),
             loss_mask=torch.tensor([*learned[1:], False], dtype=torch.float32),
             span_lengths=(len(tokens),),
             images=images,
-            image_positions=torch.arange(2, 2 + num_rows),
+            image_positions=torch.tensor(positions, dtype=torch.int64),
             audios=audios,
         )
 

@@ -12,15 +12,17 @@ any order and are written as they come; none may be blank.  Nothing is cut off: 
 not fit is a bad one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dip.data.conversation import EncodedText, Part, TurnParts, encode_turns
 from megatron_dip.data.fields import check_object, file_name, text_of, unread_keys
-from megatron_dip.data.tokenizer import IMAGE, VlmTokenizer
+from megatron_dip.data.tokenizer import VlmTokenizer
 from megatron_dip.errors import DataError, shown
 from megatron_dip.reading import read_json
+from megatron_dip.text_form import IMAGE, SYSTEM_ROLE
 
 __all__ = [
     "EncodedText",
@@ -34,7 +36,7 @@ __all__ = [
     "sample_name",
 ]
 
-_ROLES = ("human", "gpt")
+_ROLES = ("human", "gpt", SYSTEM_ROLE)
 _KEYS = ("id", "image", "conversations")
 _TURN_KEYS = ("from", "value")
 
@@ -44,7 +46,7 @@ class Turn:
     """One turn of a conversation."""
 
     role: str
-    """``human`` or ``gpt``."""
+    """``human``, ``gpt``, or ``system`` where the tokenizer's form has it."""
     text: str
 
 
@@ -58,30 +60,6 @@ class Sample:
     turns: tuple[Turn, ...]
     unread: tuple[str, ...] = ()
     """Keys that say nothing that would be trained."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedText:
-    """A sample as tokens, each image still a single token."""
-
-    tokens: tuple[int, ...]
-    trained: tuple[bool, ...]
-    """Per token: whether the model learns to say it."""
-
-    def num_text_tokens(self, image_id: int) -> int:
-        """How many tokens are not images."""
-        return len(self.tokens) - self.tokens.count(image_id)
-
-    def expand(self, image_id: int, image_tokens: Sequence[int]) -> "EncodedText":
-        """The same with image k written as ``image_tokens[k]`` tokens."""
-        tokens: list[int] = []
-        trained: list[bool] = []
-        sizes = iter(image_tokens)
-        for token, learn in zip(self.tokens, self.trained, strict=True):
-            count = next(sizes) if token == image_id else 1
-            tokens += [token] * count
-            trained += [learn] * count
-        return EncodedText(tokens=tuple(tokens), trained=tuple(trained))
 
 
 def read_samples(path: str | Path) -> list[Any]:
@@ -164,8 +142,9 @@ def _parse_turns(raw: Mapping[str, Any], name: str) -> tuple[tuple[Turn, ...], t
     """The turns, and their keys that are not read."""
     conversation = raw.get("conversations")
     if not isinstance(conversation, list) or not conversation:
+        found = "missing or empty" if conversation in (None, []) else shown(conversation)
         raise DataError(
-            f"{name}: field 'conversations' is missing or empty; expected a list of turns "
+            f"{name}: field 'conversations' is {found}; expected a list of turns "
             f'{{"from": ..., "value": ...}}'
         )
     turns: list[Turn] = []
@@ -187,25 +166,22 @@ def encode_text(sample: Sample, tokenizer: VlmTokenizer) -> EncodedText:
     """The tokens of a sample, each image a single token (see ``EncodedText.expand``).
 
     Only marks in human turns are images; the same characters in an answer are text.
+
+    Raises:
+        DataError: The tokenizer's form does not have this order of turns, or a role.
     """
-    tokens = [tokenizer.bos_id]
-    trained = [False]
+    turns = [TurnParts(turn.role, _parts(turn)) for turn in sample.turns]
+    return encode_turns(turns, tokenizer, sample.name)
 
-    def add(ids: Sequence[int], learn: bool) -> None:
-        tokens.extend(ids)
-        trained.extend([learn] * len(ids))
 
-    for turn in sample.turns:
-        if turn.role == "gpt":
-            add([tokenizer.gpt_id], False)
-            add([*tokenizer.encode_text(turn.text), tokenizer.eos_id], True)
-            continue
-        add([tokenizer.human_id], False)
-        for number, part in enumerate(turn.text.split(IMAGE)):
-            if number:
-                add([tokenizer.image_id], False)
-            add(tokenizer.encode_text(part), False)
-    return EncodedText(tokens=tuple(tokens), trained=tuple(trained))
+def _parts(turn: Turn) -> tuple[Part, ...]:
+    if turn.role != "human":
+        return (Part("text", turn.text),)
+    parts: list[Part] = []
+    for number, text in enumerate(turn.text.split(IMAGE)):
+        parts += [Part("image")] if number else []
+        parts += [Part("text", text)] if text else []
+    return tuple(parts)
 
 
 def check_length(name: str, num_text_tokens: int, num_image_tokens: int, seq_length: int) -> None:

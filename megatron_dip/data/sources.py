@@ -18,6 +18,7 @@ from megatron_dip.data.image_files import decode_image
 from megatron_dip.data.images import ImageLimits
 from megatron_dip.data.samples import Sample, parse_sample, read_samples
 from megatron_dip.errors import DataError
+from megatron_dip.text_form import OUR_TEXT_FORM, TextForm
 
 __all__ = ["DataSettings", "LlavaFiles", "SampleSource", "open_source"]
 
@@ -38,6 +39,8 @@ class DataSettings:
     min_image_tokens: int
     max_image_tokens: int
     format: Literal["llava", "energon"] = "llava"
+    text_form: TextForm = OUR_TEXT_FORM
+    """How texts are written for the tokenizer."""
 
     @property
     def limits(self) -> ImageLimits:

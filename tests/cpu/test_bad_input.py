@@ -179,6 +179,16 @@ def test_an_image_that_breaks_after_the_index_was_made_is_named_by_the_rank_that
     assert "the other process has ended" in error_of(other)
 
 
+def test_a_list_of_samples_that_is_no_text_is_named_on_all_ranks(
+    tmp_path: Path, data: Path
+) -> None:
+    """The first rank alone reads it; the others must not wait, or say that they lost a peer."""
+    (data / "samples.json").write_bytes('[{"id": "猫在树上"}]'.encode("gbk"))
+    flags = ("--dip-config", config_for(data, num_ranks=2), "--dip-schedule")
+    for rank in on_two_ranks(tmp_path, *flags):
+        assert "samples.json: not UTF-8 text (line 1, byte" in error_of(rank)
+
+
 # ---- plan files -----------------------------------------------------------------------------
 
 

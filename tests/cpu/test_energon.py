@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shlex
 import shutil
 import subprocess
@@ -257,8 +258,10 @@ def write_captions(folder: Path, images: list[Path], captions: list[bytes | None
                     header = tarfile.TarInfo(f"{number:09d}.{ending}")
                     header.size = len(content)
                     tar.addfile(header, io.BytesIO(content))
-    flags = "--non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset --num-workers 1"
-    done = CliRunner().invoke(command, [*flags.split(), "--no-progress", str(folder)])
+    page = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+    (flags,) = re.findall(r"^energon prepare (.*) FOLDER$", page, re.MULTILINE)
+    more = ["--num-workers", "1", "--no-progress"]
+    done = CliRunner().invoke(command, [*shlex.split(flags), *more, str(folder)])
     assert done.exit_code == 0, done.output
 
 

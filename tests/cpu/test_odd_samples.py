@@ -10,7 +10,7 @@ import pytest
 from tiny_data_set import conversation, make_settings, sample_of, with_samples
 
 from megatron_dip.data import VlmDataset, build_index
-from megatron_dip.data.clips import parse_clip_sample
+from megatron_dip.data.clip_samples import parse_clip_sample
 from megatron_dip.data.fields import say_unread, unread_keys
 from megatron_dip.data.images import ImageLimits
 from megatron_dip.data.index import usable_samples
@@ -129,6 +129,8 @@ def test_odd_turns_are_refused_in_one_line() -> None:
             if "surrogate" in expected or "from" not in change:
                 changed = [turns[0], turns[1] | change]
                 assert "turn 1" in refusal("vlm", {"image": None, "conversations": changed})
+    as_text = {"image": None, "conversations": json.dumps(turns)}
+    assert "field 'conversations' is '[{" in refusal("vlm", as_text)
     openai = [{"role": "user", "content": "What?"}]
     message = refusal("vlm", {"image": None, "conversations": openai})
     assert "field 'from' is missing (the keys are 'role', 'content')" in message

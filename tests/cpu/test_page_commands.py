@@ -40,6 +40,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "bash scripts/quickstart.sh"): ".ci/run runs it as written",
     ("README.md", "bash scripts/test.sh"): ".ci/run runs it as written, and it runs these tests",
     ("README.md", "torchrun --nproc-per-node 8"): CLUSTER,
+    ("docs/data.md", "energon prepare"): "tests/cpu/test_energon.py runs it on a shard of its own",
     ("docs/integration.md", "def forward_step"): FRAGMENT,
     ("docs/integration.md", "sbatch scripts/slurm/train.sbatch"): SLURM,
     ("docs/concepts.md", "import json"): "tests/unit/test_documented_forms.py runs it",
@@ -62,9 +63,12 @@ FLAGS_OF_OTHERS = {
     "--dry-run",
     "--export",
     "--nodes",
+    "--non-interactive",
+    "--sample-type",
+    "--split-ratio",
     "--time",
 }
-"""Of SLURM and patch, which need not be here."""
+"""Of SLURM, patch and energon, which need not be here."""
 LIMIT_SECONDS = 600.0
 MOST_LINES = 80
 """Of a training run in all, of which Megatron would print hundreds."""

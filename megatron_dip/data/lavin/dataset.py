@@ -25,6 +25,7 @@ from megatron_dip.data.packing import PackedEpochs, PackingOptions, pack_epoch
 from megatron_dip.data.stand_ins import StandIns
 from megatron_dip.data.tokenizer import load_tokenizer
 from megatron_dip.errors import DataError
+from megatron_dip.text_form import OUR_TEXT_FORM, TextForm
 
 __all__ = ["LavinDataset", "LavinSettings", "LossMode", "with_blank_images"]
 
@@ -49,6 +50,8 @@ class LavinSettings:
     loss: LossMode = "mean_of_means"
     samples_per_mean: int = 4
     """Samples over whose tokens the published code takes one mean: its microbatch."""
+    text_form: TextForm = OUR_TEXT_FORM
+    """How texts are written for the tokenizer."""
     fills_blank_images: bool = False
     """Give samples of text an empty image where others in the microbatch have one: the released
     router's gates depend on it."""
@@ -195,7 +198,7 @@ def _encode(
     skip_bad_samples: bool,
     source: str,
 ) -> tuple[tuple[Instruction, ...], tuple[EncodedInstruction, ...]]:
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.text_form)
     good: list[tuple[Instruction, EncodedInstruction]] = []
     bad = list(errors)
     for sample in samples:

@@ -60,7 +60,7 @@ def encode_instruction(
     Raises:
         DataError: No row of the answer would be left.
     """
-    tokens = [tokenizer.bos_id]
+    tokens = tokenizer.begin()
     image_rows: range = range(0)
     if sample.image is None:
         tokens += tokenizer.encode_text(_WITHOUT_IMAGE)
@@ -76,7 +76,7 @@ def encode_instruction(
             f"{max_rows}, so that nothing of the answer is left to learn (shorten it, raise "
             f"model.language.seq_length, or skip bad samples)"
         )
-    tokens += [*tokenizer.encode_text(sample.answer), tokenizer.eos_id]
+    tokens += [*tokenizer.encode_text(sample.answer), *tokenizer.end()]
     tokens = tokens[:max_rows]
     return EncodedInstruction(
         tokens=tuple(tokens),

@@ -80,17 +80,18 @@ def make_on_first_rank(make: Callable[[], Path], folder: Path) -> Path:
     return Path(shared_path)
 
 
-def check_vocabulary(tokenizer: Path, vocab_size: int, field: str = "language") -> None:
+def check_vocabulary(data: DataForm, vocab_size: int, field: str = "language") -> None:
     """
     Raises:
         ConfigError: ``model.<field>.vocab_size`` has no room for all tokens of the tokenizer.
         DataError: The tokenizer cannot be read.
     """
-    found = load_tokenizer(tokenizer).vocab_size
-    if found > vocab_size:
+    found = load_tokenizer(data.tokenizer, data.text_form())
+    if found.vocab_size > vocab_size:
         raise ConfigError(
-            f"{tokenizer} has {found} tokens but model.{field}.vocab_size is {vocab_size} "
-            f"(raise it)"
+            f"{data.tokenizer} has {found.num_tokens} tokens with ids up to "
+            f"{found.vocab_size - 1} but model.{field}.vocab_size is {vocab_size} (raise it to "
+            f"{found.vocab_size} at least)"
         )
 
 

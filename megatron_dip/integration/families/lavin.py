@@ -190,7 +190,7 @@ class LavinFamily(ModelFamily[LavinConfig]):
     ) -> tuple[LavinDataset | None, LavinDataset | None]:
         """Sequences; only ranks that hold the first vision stage decode images."""
         args, data = get_args(), config.data
-        check_vocabulary(data.tokenizer, config.model.language.vocab_size)
+        check_vocabulary(data, config.model.language.vocab_size)
         make = partial(
             LavinDataset,
             lavin_settings(config),
@@ -270,6 +270,7 @@ def lavin_settings(config: LavinConfig) -> LavinSettings:
     data, model = config.data, config.model
     return LavinSettings(
         tokenizer=data.tokenizer,
+        text_form=data.text_form(),
         image_folder=data.image_folder,
         image_size=model.vision.image_size,
         patch_size=model.vision.patch_size,

@@ -139,6 +139,7 @@ class OmniFamily(ModelFamily[OmniConfig]):
             samples=data.path,
             media_folder=data.media_folder,
             tokenizer=data.tokenizer,
+            text_form=data.text_form(),
             seq_length=config.model.language.seq_length,
             limits=ImageLimits(
                 config.model.vision.patch_size, data.min_image_tokens, data.max_image_tokens
@@ -146,7 +147,7 @@ class OmniFamily(ModelFamily[OmniConfig]):
             audio_rate=data.audio_rate,
             num_mels=config.model.audio.num_mels,
         )
-        check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
+        check_vocabulary(config.data, config.model.language.vocab_size)
         index = shared_index(settings, data, build_omni_index, load_omni_index)
         train, valid = split_index(index, data, lengths)
         make = partial(

@@ -170,7 +170,7 @@ class T2vFamily(ModelFamily[T2vConfig]):
         """Clips with captions; only ranks that hold an end of the transformer read latents."""
         args = get_args()
         settings = _settings(config)
-        check_vocabulary(settings.tokenizer, config.model.text.vocab_size, "text")
+        check_vocabulary(config.data, config.model.text.vocab_size, "text")
         index = shared_index(settings, config.data, build_clip_index, load_clip_index)
         index = replace(index, settings=settings)
         train, valid = split_index(index, config.data, lengths)
@@ -197,6 +197,7 @@ def _settings(config: T2vConfig) -> ClipSettings:
         samples=data.path,
         video_folder=data.video_folder,
         tokenizer=data.tokenizer,
+        text_form=data.text_form(),
         max_text_tokens=config.model.text.seq_length,
         latent_channels=config.model.dit.latent_channels,
         vae=data.vae,

@@ -156,7 +156,7 @@ class VlmFamily(ModelFamily[VlmConfig]):
         args = get_args()
         settings = _settings(config)
         index = shared_index(settings, config.data, build_index, load_index)
-        check_vocabulary(settings.tokenizer, config.model.language.vocab_size)
+        check_vocabulary(config.data, config.model.language.vocab_size)
         source = open_source(settings)
         train, valid = split_source(
             source, config.data.valid_share, args.seed, needs_valid=lengths.needs_valid
@@ -183,6 +183,7 @@ def _settings(config: VlmConfig) -> DataSettings:
         samples=config.data.path,
         image_folder=config.data.image_folder,
         tokenizer=config.data.tokenizer,
+        text_form=config.data.text_form(),
         seq_length=config.model.language.seq_length,
         patch_size=config.model.vision.patch_size,
         min_image_tokens=config.data.min_image_tokens,
