@@ -13,23 +13,23 @@ stands for all other parts.
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from megatron_dip.errors import shown
 from megatron_dip.forms import Form
+from megatron_dip.limits import Layer
 
 __all__ = ["LAYERS", "LayerChoice", "Trainable", "TrainedParts", "by_part", "trained_parts"]
 
 LAYERS = "layers"
 _PROJECTOR, _TOWER = "projector", "tower"
-Count = Annotated[int, Field(ge=0)]
 
 
 class LayerChoice(Form):
     """Some layers of a module: so many from its beginning and so many from its end."""
 
-    first: Count = 0
-    last: Count = 0
+    first: Layer = 0
+    last: Layer = 0
 
 
 def _check_form(given: Any) -> Any:
