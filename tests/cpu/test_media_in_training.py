@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from failing_runs import error_of, run_vlm
+from failing_runs import run_vlm
 from launching import REPOSITORY
 from PIL import Image
 from tiny_data_set import conversation
@@ -250,17 +250,14 @@ def test_bad_images_of_lavin_are_found_before_training_and_named_with_their_prob
     assert [error.split(":")[0] for error in lavin_parts(tmp_path)[2]] == ["problem 5"]
 
 
-def test_a_truncated_image_of_lavin_ends_a_run_before_it_starts_or_is_skipped(tmp_path: Path):
+def test_a_run_goes_on_without_a_truncated_image_of_lavin(tmp_path: Path):
     data = tmp_path / "data"
     make_tiny_scienceqa(data, num_problems=NUM_SAMPLES)
     truncate(data / "images" / "train" / "3" / "image.png")
     config = write_lavin_config(tmp_path / "config.yaml", data, num_ranks=1)
     script = REPOSITORY / "examples" / "finetune_lavin.py"
     flags = ("--dip-config", str(config), "--dip-schedule", "--global-batch-size", "8")
-    (refused,) = run_vlm(tmp_path / "refused", 1, *flags, script=script)
-    error = error_of(refused)
-    assert "problem 3: image" in error and "cut short" in error
-    assert "iteration        1/" not in refused.output
-    (skipped,) = run_vlm(tmp_path / "skipped", 1, *flags, "--skip-bad-samples", script=script)
-    assert skipped.returncode == 0, skipped.output[-3000:]
-    assert "left out 1 bad" in skipped.output and "iteration        2/" in skipped.output
+    (rank,) = run_vlm(tmp_path / "run", 1, *flags, "--skip-bad-samples", script=script)
+    assert rank.returncode == 0, rank.output[-3000:]
+    assert "left out 1 bad" in rank.output and "problem 3: image" in rank.output
+    assert "iteration        2/" in rank.output

@@ -125,12 +125,33 @@ def test_a_video_with_a_damaged_frame_is_refused(tmp_path: Path):
     refusal(path)
 
 
+def test_a_frame_that_is_not_all_there_is_refused(tmp_path: Path):
+    """Where the container says nothing of its length, and the decoder fills up what is missing."""
+    path = write_video(tmp_path / "a.ts", form="mpegts", frame_of=moving, num_frames=3)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 9 // 10 // 188 * 188])
+    assert "frame 2 is broken" in refusal(path)
+
+
+def test_a_stated_duration_that_is_not_reached_is_refused(tmp_path: Path):
+    """Cut between two frames, in a container that says nothing else of its length."""
+    path = write_video(tmp_path / "a.flv", "flv1", frame_of=moving, num_frames=30)
+    content = path.read_bytes()
+    place = 13
+    while place < len(content) // 2:
+        place += 15 + int.from_bytes(content[place + 1 : place + 4], "big")
+    path.write_bytes(content[:place])
+    told = refusal(path)
+    assert "holds 1." in told and "of 2.50 s that it states" in told
+
+
 def test_files_without_a_video_are_refused(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no video")
-    (tmp_path / "list.mp4").write_text(
+    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile other.ts\n")
+    (tmp_path / "list.m3u8").write_text(
         f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/other.ts\n#EXT-X-ENDLIST\n"
     )
     write_video(tmp_path / "other.ts", form="mpegts")
@@ -139,7 +160,8 @@ def test_files_without_a_video_are_refused(tmp_path: Path):
         "folder.mp4": "is a folder",
         "empty.mp4": "is empty",
         "text.mp4": "does not decode",
-        "list.mp4": "",
+        "list.m3u8": "does not decode",
+        "list.ffconcat": "does not decode",
     }.items():
         assert words in refusal(tmp_path / name)
     with pytest.raises(DataError, match=r"gone\.mp4: no such file"):
