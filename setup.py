@@ -46,7 +46,8 @@ setup(
         "PyYAML",
         "typer",
         "rich",
-        "Pillow",
+        # From then on a grey image of 16 bits is one of 16 bits.
+        "Pillow>=11.1",
         # libsndfile: WAV in all its forms, and FLAC.
         "soundfile>=0.13",
         "tokenizers",
