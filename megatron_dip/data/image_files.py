@@ -45,7 +45,8 @@ def explain(error: Exception) -> str:
     """What a decoder says, on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
-    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    # Without numbers and the file's name, which the message has already.
+    told = getattr(error, "strerror", None) or str(error)
     return " ".join(told.split())[:_MOST_DETAIL] or type(error).__name__
 
 

@@ -85,7 +85,7 @@ def read_frames(path: Path, most_frames: int, stride: int) -> VideoFrames:
 
 def _read(av: Any, file: BinaryIO, most_frames: int, stride: int) -> VideoFrames:
     file.seek(0)
-    # A play list must not open what it names.
+    # A play list must not open what it names, nor a session description a port of the network.
     with av.open(file, options={"protocol_whitelist": "none"}) as container:
         stream = _choose_stream(av, container)
         images: list[Image.Image] = []

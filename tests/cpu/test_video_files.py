@@ -150,7 +150,11 @@ def test_files_without_a_video_are_refused(tmp_path: Path):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no video")
-    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile other.ts\n")
+    # Opened as what it says, it is waited for: for packets from the network.
+    (tmp_path / "session.mp4").write_text(
+        "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\n"
+        "m=video 49170 RTP/AVP 96\r\na=rtpmap:96 H264/90000\r\n"
+    )
     (tmp_path / "list.m3u8").write_text(
         f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/other.ts\n#EXT-X-ENDLIST\n"
     )
@@ -161,7 +165,7 @@ def test_files_without_a_video_are_refused(tmp_path: Path):
         "empty.mp4": "is empty",
         "text.mp4": "does not decode",
         "list.m3u8": "does not decode",
-        "list.ffconcat": "does not decode",
+        "session.mp4": "does not decode (Invalid data",
     }.items():
         assert words in refusal(tmp_path / name)
     with pytest.raises(DataError, match=r"gone\.mp4: no such file"):
