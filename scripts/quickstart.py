@@ -53,7 +53,7 @@ class Outcome:
 
 
 def main(
-    iterations: Annotated[int, typer.Option(min=5, help="Iterations per schedule.")] = 40,
+    iterations: Annotated[int, typer.Option(min=5, help="Iterations per schedule.")] = 30,
     output: Annotated[Path, typer.Option(help="Where everything goes.")] = ROOT / "runs/quickstart",
 ) -> None:
     """Train under both schedules and compare them."""

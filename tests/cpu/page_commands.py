@@ -55,6 +55,11 @@ class Command:
         return words
 
     @property
+    def key(self) -> str:
+        """The same for the same command with other comments."""
+        return self.text if self.language == "python" else shlex.join(self.words)
+
+    @property
     def outputs(self) -> list[str]:
         """Files that it says it writes."""
         words = self.words if self.language != "python" else []

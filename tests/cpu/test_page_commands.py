@@ -85,6 +85,7 @@ def reason_of(command: Command) -> str | None:
 def run_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
     sandbox = Sandbox(tmp_path_factory.mktemp("pages"))
     done: set[str] = set()
+    """Several pages show some of them."""
 
     @cache
     def run(page: str) -> None:
@@ -93,14 +94,14 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
         for name, source in GIVEN.get(page, {}).items():
             (sandbox.folder / name).write_bytes((sandbox.folder / source).read_bytes())
         for command in commands_of(page):
-            if reason_of(command) is None and command.text not in done:
+            if reason_of(command) is None and command.key not in done:
                 status, output = sandbox.run(command, LIMIT_SECONDS)
                 assert status == 0, f"{command}\nended with {status}:\n{output[-6000:]}"
                 if "megatron_dip.launch" in command.words:
                     assert output.count("\n") <= MOST_LINES, output[:6000]
                 for path in command.outputs:
                     assert (sandbox.folder / path).stat().st_size, f"{command}: {path} is empty"
-                done.add(command.text)
+                done.add(command.key)
 
     return run
 
