@@ -19,7 +19,9 @@ from megatron_dip.errors import DataError
 
 def main(
     out_dir: Annotated[Path, typer.Argument(help="Folder to write; files of its own are replaced")],
-    num_clips: Annotated[int, typer.Option(min=1, help="Clips, some of them still pictures")] = 120,
+    num_clips: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Clips, some of them still pictures")
+    ] = 120,
     seed: Annotated[int, typer.Option(help="The same seed gives the same clips")] = 1234,
 ) -> None:
     """Make a small real video-text data set in OUT_DIR."""

@@ -21,9 +21,9 @@ from megatron_dip.errors import DataError
 def main(
     out_dir: Annotated[Path, typer.Argument(help="Folder to write; files of its own are replaced")],
     num_images: Annotated[
-        int, typer.Option(min=1, help="Image crops, and samples with images")
+        int, typer.Option(min=1, max=10**6, help="Image crops, and samples with images")
     ] = 300,
-    num_texts: Annotated[int, typer.Option(min=0, help="Samples of text alone")] = 200,
+    num_texts: Annotated[int, typer.Option(min=0, max=10**6, help="Samples of text alone")] = 200,
     vocab_size: Annotated[int, typer.Option(help="Most tokens of the vocabulary")] = 3000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same files")] = 1234,
 ) -> None:

@@ -19,7 +19,7 @@ from megatron_dip.errors import DataError
 
 def main(
     out_dir: Annotated[Path, typer.Argument(help="Folder to write; files of its own are replaced")],
-    num_samples: Annotated[int, typer.Option(min=1, help="Questions")] = 160,
+    num_samples: Annotated[int, typer.Option(min=1, max=10**6, help="Questions")] = 160,
     seed: Annotated[int, typer.Option(help="The same seed gives the same files")] = 1234,
 ) -> None:
     """Make a small data set of images with sounds in OUT_DIR."""

@@ -20,9 +20,9 @@ from megatron_dip.errors import DataError
 
 def main(
     out_dir: Annotated[Path, typer.Argument(help="Folder to write; files of its own are replaced")],
-    num_problems: Annotated[int, typer.Option(min=20, help="Problems, half of them with image")] = (
-        300
-    ),
+    num_problems: Annotated[
+        int, typer.Option(min=20, max=10**6, help="Problems, half of them with image")
+    ] = (300),
     vocab_size: Annotated[int, typer.Option(help="Most tokens of the vocabulary")] = 2000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same files")] = 1234,
 ) -> None:

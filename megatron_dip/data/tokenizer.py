@@ -27,6 +27,7 @@ from megatron_dip.text_form import OUR_TEXT_FORM, SPECIAL_TOKENS, TextForm
 __all__ = ["SPECIAL_TOKENS", "VlmTokenizer", "load_tokenizer", "train_tokenizer"]
 
 _LONGEST_REASON = 300
+_MOST_TOKENS = 2**24
 _STANDARD_ERROR = 2
 _PROBE = "aZ5é图"
 _Json = dict[str, Any]
@@ -218,8 +219,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise DataError(f"vocab_size is {vocab_size}; expected at least {smallest}")
+    if not smallest <= vocab_size <= _MOST_TOKENS:
+        raise DataError(
+            f"vocab_size is {vocab_size}; expected at least {smallest}, at most {_MOST_TOKENS:,}"
+        )
     tokenizer = Tokenizer(models.BPE())
     # Its pattern never joins letters and punctuation, so no merge can spell one of the marks.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -1,7 +1,7 @@
 """What all stages share: the call of the executor, and what Megatron looks up in a model chunk."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -11,10 +11,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dip.errors import CheckpointError
 from megatron_dip.models.segment_layout import slice_config
 from megatron_dip.models.shapes import padded_rows
 
-__all__ = ["StageLayers", "StageModule", "pad_rows"]
+__all__ = ["StageLayers", "StageModule", "check_weights", "pad_rows"]
+
+_LARGEST_WEIGHT = 1e4
 
 
 class StageLayers(TypedDict):
@@ -54,6 +57,7 @@ class StageModule(MegatronModule):
         self.post_process = layers["last"]
         self.share_embeddings_and_output_weights = False
         self._input_tensor: Tensor | None = None
+        self.register_load_state_dict_post_hook(_check_loaded)
 
     @abstractmethod
     def forward(
@@ -116,6 +120,29 @@ class StageModule(MegatronModule):
             raise ValueError(
                 f"hidden states of {hidden.shape[0]} rows for {num_tokens} tokens; expected "
                 f"{expected} rows (rows are shared by {self.num_shards} ranks)"
+            )
+
+
+def _check_loaded(stage: torch.nn.Module, _: object) -> None:
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    check_weights(dict(stage.named_parameters()), f"the checkpoint, as rank {rank} has loaded it")
+
+
+def check_weights(weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that no training has made: checkpoints have no checksums.
+
+    Raises:
+        CheckpointError: A weight is not finite or beyond all measure; names the first such tensor.
+    """
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # Also of what is not a number: every comparison with it is false.
+        if not bool(tensor.detach().abs().max() <= _LARGEST_WEIGHT):
+            raise CheckpointError(
+                f"{source}: {name} holds values that are no numbers, infinite or above "
+                f"{_LARGEST_WEIGHT:,.0f}: it is damaged, or was saved after training had diverged "
+                f"(load an earlier one)"
             )
 
 

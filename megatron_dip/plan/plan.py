@@ -45,7 +45,7 @@ class Recompute(NamedTuple):
     """Layer numbers within the module."""
 
 
-Estimated = Annotated[float, Field(ge=0, le=1e30)]
+Estimated = Annotated[float, Field(ge=0, le=1e290)]
 
 
 class Estimate(Form):

@@ -14,7 +14,7 @@ __all__ = ["RankRecord", "StepRecord", "read_records", "record_path"]
 
 
 # Far more than can be measured, and little enough to reckon with.
-Measured = Annotated[float, Field(ge=-1e30, le=1e30)]
+Measured = Annotated[float, Field(ge=-1e290, le=1e290)]
 _LEAST_US = 1e-6
 Amount = Annotated[int, Field(ge=-(2**62), le=2**62)]
 

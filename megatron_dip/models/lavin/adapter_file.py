@@ -4,6 +4,7 @@ Ours is a ``torch.save`` of ``{"format", "version", "base", "adapters": {name: t
 being the identity of the towers that the adapters were tuned for.  Nothing here needs a model.
 """
 
+import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.errors import CheckpointError
+from megatron_dip.files import write_atomically
 from megatron_dip.models.lavin.released import to_released
 
 __all__ = [
@@ -42,9 +44,10 @@ def write_adapters(path: str | Path, adapters: Mapping[str, Tensor], base: str |
     )
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            torch.save(content, file)
+        # In memory first: on a full disk torch raises errors of its own, and leaves half a file.
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
     logger.info("%d adapter parameters written to %s", len(adapters), path)

@@ -28,7 +28,7 @@ from megatron_dip.models.lavin.adapter_file import (
 )
 from megatron_dip.models.lavin.released import from_released
 from megatron_dip.models.lavin.stages import is_adapter
-from megatron_dip.models.stage import StageModule
+from megatron_dip.models.stage import StageModule, check_weights
 
 __all__ = ["base_digest", "gather_adapters", "load_adapters", "save_adapters"]
 
@@ -145,6 +145,9 @@ def _check_names_and_shapes(
                 f"model has another number of layers, or it is not complete)"
             )
     for name, shape in expected.items():
+        if not isinstance(found[name], Tensor):
+            raise CheckpointError(f"{source}: {name} is no tensor: the file is damaged")
+        check_weights({name: found[name]}, source)
         if tuple(found[name].shape) != shape:
             raise CheckpointError(
                 f"{source}: {name} has shape {list(found[name].shape)} (expected {list(shape)}: "

@@ -1,0 +1,106 @@
+"""Weights and tokenizers that are damaged are refused in one line; results are written whole."""
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from lavin_setup import clip_stages, language_stages, move_adapters
+from models_setup import base_config, megatron_on_cpu
+
+from megatron_dip.data.tokenizer import VlmTokenizer, train_tokenizer
+from megatron_dip.errors import CheckpointError, DataError
+from megatron_dip.models.lavin.checkpoint import load_adapters, save_adapters
+
+
+@pytest.fixture(scope="module")
+def base():
+    with megatron_on_cpu():
+        yield base_config(torch.float32)
+
+
+def make_stages(base, *, moved=False):
+    stages = [*clip_stages(base), *language_stages(base)]
+    if moved:
+        move_adapters(stages)
+    return stages
+
+
+def invert(tensor: torch.Tensor) -> torch.Tensor:
+    """All bits the other way round, as a bad block may come back."""
+    return (~tensor.view(torch.int32)).view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "damage", [invert, lambda t: t.fill_(torch.nan), lambda t: t.fill_(torch.inf)], ids=str
+)
+def test_weights_that_no_training_made_are_refused_when_they_are_loaded(base, damage):
+    stage = make_stages(base)[0]
+    whole = {
+        name: tensor.clone() for name, tensor in stage.state_dict().items() if tensor is not None
+    }
+    name = max(whole, key=lambda key: whole[key].numel())
+    stage.load_state_dict(whole, strict=False)
+    with pytest.raises(CheckpointError, match=rf"rank 0 has loaded it: {name} holds values"):
+        stage.load_state_dict(whole | {name: damage(whole[name].clone())}, strict=False)
+
+
+def test_adapters_that_are_no_numbers_are_refused(base, tmp_path):
+    path = tmp_path / "adapters.pt"
+    save_adapters(path, make_stages(base, moved=True))
+    content = torch.load(path)
+    name = next(iter(content["adapters"]))
+    for value, message in ((torch.nan, f"{name} holds values"), (None, f"{name} is no tensor")):
+        damaged = None if value is None else torch.full_like(content["adapters"][name], value)
+        torch.save(content | {"adapters": content["adapters"] | {name: damaged}}, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_adapters(path, make_stages(base))
+
+
+@contextmanager
+def files_no_longer_than(num_bytes: int) -> Iterator[None]:
+    """As on a disk that is full from then on."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_adapters_that_cannot_be_saved_are_an_error_and_the_old_file_stays(base, tmp_path):
+    path = tmp_path / "adapters.pt"
+    stages = make_stages(base, moved=True)
+    save_adapters(path, stages)
+    before = path.read_bytes()
+    with (
+        files_no_longer_than(1000),
+        pytest.raises(CheckpointError, match=r"adapters\.pt: cannot be written \(File too large\)"),
+    ):
+        save_adapters(path, stages)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> dict:
+    train_tokenizer(["hello world " * 9], 300, tmp_path / "tokenizer.json")
+    return json.loads((tmp_path / "tokenizer.json").read_text())
+
+
+def test_a_tokenizer_whose_library_panics_while_reading_it_is_refused(tokenizer):
+    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    with pytest.raises(DataError, match=r"t\.json: not a tokenizer \(.*precompiled_charsmap"):
+        VlmTokenizer(json.dumps(tokenizer), "t.json")
+
+
+def test_a_tokenizer_whose_library_panics_over_a_text_is_named(tokenizer):
+    tokenizer["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    made = VlmTokenizer(json.dumps(tokenizer), "t.json")
+    with pytest.raises(DataError, match=r"t\.json: cannot write a text in tokens \(chunk size"):
+        made.encode_text("hello")
