@@ -17,6 +17,7 @@ __all__ = [
     "MOST_EVALUATIONS",
     "MOST_ITEMS",
     "MOST_MICROBATCHES",
+    "MOST_PLANNERS",
     "MOST_TOKENS",
     "MOST_WORKERS",
     "MOST_WORKS",
@@ -48,7 +49,10 @@ MOST_ITEMS = 10**7
 """Of a batch drawn from statistics: items and the spans in them."""
 MOST_EVALUATIONS = 10**7
 MOST_BUDGET_MS = 1e9
+MOST_PLANNERS = 64
+"""Processes of a pipeline."""
 MOST_WORKERS = 1024
+"""Threads of a search."""
 MOST_TOKENS = 2**27
 MOST_WORKS = 10**7
 """Sub-microbatches times stages that they pass, of a plan."""

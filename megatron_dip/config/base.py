@@ -15,7 +15,7 @@ from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
 from megatron_dip.limits import (
     MOST_EVALUATIONS,
-    MOST_WORKERS,
+    MOST_PLANNERS,
     Layer,
     Layers,
     Positive,
@@ -119,7 +119,7 @@ class PlanningConfig(Form):
 
     look_ahead: Annotated[int, Field(ge=1, le=16)] = 2
     """Batches that are held while one trains; with fewer than 2 training waits for every plan."""
-    workers: Annotated[int, Field(gt=0, le=MOST_WORKERS)] = 1
+    workers: Annotated[int, Field(gt=0, le=MOST_PLANNERS)] = 1
     """Planner processes of every pipeline."""
     wait_limit_ms: Annotated[float, Field(ge=0, le=1e9)] = 1000.0
     """The longest that training waits for a plan that is late, before it takes a lesser one."""

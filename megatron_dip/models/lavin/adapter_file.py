@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dip.errors import CheckpointError
+from megatron_dip.errors import CheckpointError, shown
 from megatron_dip.files import write_atomically
 from megatron_dip.models.lavin.released import to_released
 
@@ -70,6 +70,10 @@ def read_adapter_file(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     if not is_own_form(content) and not isinstance(content.get("model"), Mapping):
         raise CheckpointError(f"{path}: neither adapters of {_FORMAT} nor a released checkpoint")
+    weights = content.get("adapters" if is_own_form(content) else "model")
+    for name, tensor in weights.items() if isinstance(weights, Mapping) else ():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {shown(name)} is no tensor: the file is damaged")
     return content
 
 
