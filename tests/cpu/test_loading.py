@@ -137,7 +137,8 @@ from megatron.training import get_args
 def forward_step(data_iterator, model):
     if get_args().curr_iteration == 1 and not sent:
         # By another process: a worker of a loader answers its parent in another way.
-        command = ["kill", "-TERM", f"-{os.getpgid(0)}"]
+        code = f"import os, signal; os.killpg({os.getpgid(0)}, signal.SIGTERM)"
+        command = [sys.executable, "-c", code]
         sent.append(subprocess.run(command, start_new_session=True, check=True))
     return example.forward_step(data_iterator, model)
 
