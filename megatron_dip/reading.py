@@ -8,6 +8,7 @@ byte-order mark is accepted (of UTF-8, UTF-16 or UTF-32); without one the text m
 import codecs
 import json
 import sys
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
@@ -148,8 +149,8 @@ def _keep_repeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _first_repeated(pairs: Sequence[tuple[str, Any]]) -> str:
-    keys = [key for key, _ in pairs]
-    return next(key for place, key in enumerate(keys) if key in keys[:place])
+    counts = Counter(key for key, _ in pairs)
+    return next(key for key, count in counts.items() if count > 1)
 
 
 def _json_fault(text: str, error: json.JSONDecodeError) -> str:

@@ -21,9 +21,10 @@ from megatron_dip.text_form import SpecialTokens
 __all__ = ["WrittenTurn", "compile_template", "write_turns"]
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-# Private characters: what a template writes by itself does not look like one.
-_PLACEHOLDER = "\ue0f0{}\ue0f1"
-_PLACEHOLDERS = re.compile("( ?)\ue0f0([0-9]+)\ue0f1( ?)")
+# Private characters, and white space that no template writes by itself: what becomes of it tells
+# whether a template cuts white space off.
+_PLACEHOLDER = "\u2003\ue0f0{}\ue0f1\u2003"
+_PLACEHOLDERS = re.compile("(\u2003?)\ue0f0([0-9]+)\ue0f1(\u2003?)")
 _LONGEST_REASON = 200
 
 
@@ -74,7 +75,7 @@ def write_turns(
         DataError: The template refuses the conversation, or leaves a turn out.
     """
     messages = [
-        {"role": _ROLES.get(role, role), "content": f" {_PLACEHOLDER.format(number)} "}
+        {"role": _ROLES.get(role, role), "content": _PLACEHOLDER.format(number)}
         for number, role in enumerate(roles)
     ]
     try:

@@ -17,6 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from megatron_dip.errors import DataError, shown
@@ -84,12 +85,14 @@ def unread_keys(
     Raises:
         DataError: A key is nearly one that is read, or says what would not be trained.
     """
-    left = {key: value for key, value in raw.items() if key not in read and not _is_empty(value)}
+    left = {key: raw[key] for key in raw if key not in read and not _is_empty(raw[key])}
+    if not left:
+        return ()
     for key, value in left.items():
-        meant = [known for known in read if _is_nearly(_plain(key), _plain(known))]
-        if meant:
+        meant = _nearly(key, tuple(read))
+        if meant is not None:
             raise DataError(
-                f"{place}: the key {shown(key)} is not read (expected {meant[0]!r}); correct it"
+                f"{place}: the key {shown(key)} is not read (expected {meant!r}); correct it"
             )
         names = {_plain(key), _plain(key).removesuffix("s")}
         is_medium = names & _MEDIA_KEYS and not isinstance(value, (int, float))
@@ -109,6 +112,13 @@ def _is_empty(value: Any) -> bool:
 
 def _plain(key: str) -> str:
     return re.sub(r"[^a-z]", "", key.lower())
+
+
+# Samples of a file have the same few keys.
+@lru_cache(maxsize=1024)
+def _nearly(key: str, read: tuple[str, ...]) -> str | None:
+    """The key of the form that ``key`` nearly is."""
+    return next((known for known in read if _is_nearly(_plain(key), _plain(known))), None)
 
 
 def _is_nearly(key: str, known: str) -> bool:

@@ -158,6 +158,22 @@ def test_conversations_are_written_as_llama_writes_them(tmp_path: Path) -> None:
     assert learned(text) == ids(LLAMA, "A cat.", "<|eot_id|>")
 
 
+def test_white_space_that_a_template_writes_itself_is_no_part_of_a_text(tmp_path: Path) -> None:
+    names = ("<s>", "</s>")
+    # As Llama 2 and Mistral write turns.
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + "
+        "m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    form = form_of(tmp_path, template, tokens={"bos": "<s>", "eos": "</s>", "image": None})
+    tokenizer = load_tokenizer(saved(tmp_path, byte_tokenizer(names)), form)
+    sample = parse_sample({"id": 1, "conversations": conversation(" What? ", " A cat. ")}, 0)
+    text = encode_text(sample, tokenizer)
+    assert list(text.tokens) == ids(names, "<s>", "[INST] What? [/INST] A cat. ", "</s>")
+    assert learned(text) == ids(names, "A cat. ", "</s>")
+
+
 def test_turns_of_the_configuration_write_the_same_as_a_template(tmp_path: Path) -> None:
     turns = {
         "human": {"before": "<|im_start|>user\n", "after": "<|im_end|>\n"},
