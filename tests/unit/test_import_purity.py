@@ -20,7 +20,9 @@ PLANNING = (
     "partition",
     "plan",
     "planner",
+    "reading",
     "simulator",
+    "text_form",
     "workload",
 )
 MAY_IMPORT_MEGATRON = {"integration", "models"}
