@@ -243,13 +243,15 @@ def build_partition(config: DipConfig) -> Partition:
     """The partition that ``config.schedule`` describes or names.
 
     Raises:
-        PartitionError: Layer counts do not fit the module or the number of ranks.
+        PartitionError: Layer counts do not fit the module or the number of ranks, or a rank has no
+            stage.
         ConfigError: Segments and layers of a module contradict one another.
     """
     schedule, num_layers = config.schedule, config.num_layers()
     if schedule.partition is not None:
         loaded = load_partition(schedule.partition)
         loaded.check_layers(num_layers, schedule.num_ranks)
+        loaded.check_ranks(schedule.num_ranks)
         return loaded
     layers, sizes = {}, {}
     for name, count in num_layers.items():
@@ -265,4 +267,5 @@ def build_partition(config: DipConfig) -> Partition:
         if module.sub_microbatch_tokens is not None:
             sizes[name] = module.sub_microbatch_tokens
     made = partition_from_layers(layers, schedule.num_ranks)
+    made.check_ranks(schedule.num_ranks)
     return made.model_copy(update={"sub_microbatch_tokens": sizes})

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
-from megatron_dip.errors import ConfigError, InfeasibleError, PartitionError
+from megatron_dip.errors import ConfigError, DipError, InfeasibleError, PartitionError
 from megatron_dip.limits import MOST_EVALUATIONS
 from megatron_dip.partition.changes import changed
 from megatron_dip.partition.cuts import Cut, Layers, balanced_layers, there_and_back
@@ -89,8 +89,8 @@ def choose_partition(
 
     Raises:
         ConfigError: No problems, or a number below one.
-        PartitionError: The problems are of different models or machines, a module has fewer layers
-            than there are ranks to put the least cut on, or ``start`` is of another model.
+        PartitionError: The problems are of different models or machines, ``start`` is of another
+            model, or there are too few layers to give every rank one.
         InfeasibleError: No cut keeps the memory limit; the message is that of the best one.
     """
     most = MOST_EVALUATIONS // _FINAL_EVALUATIONS
@@ -106,6 +106,7 @@ def choose_partition(
         first = min(_best_segments(judge, problems), key=judge)
     else:
         start.check_covers(problems[0])
+        start.check_ranks(problems[0].num_ranks)
         first = Cut.of(start)
     finalists = _change(judge, first, max_changes, Random(seed))
     best, cost = _best_of(judge, finalists, evaluations * _FINAL_EVALUATIONS)
@@ -126,7 +127,8 @@ class _Judge:
     ) -> None:
         self.problems = problems
         self.num_judged = 0
-        self.infeasible = InfeasibleError("no cut was judged")
+        self.infeasible: DipError = InfeasibleError("no cut was judged")
+        """Why the last cut that was given up for good was."""
         self.step = ""
         self.at_most = 0
         self.evaluations = evaluations
@@ -151,6 +153,11 @@ class _Judge:
             self._progress(self.step, self.num_judged, max(self.at_most, self.num_judged))
         partition = cut.partition()
         costs: list[float] = []
+        try:
+            partition.check_ranks(problems[0].num_ranks)
+        except PartitionError as error:
+            self.infeasible = error
+            return [math.inf]
         for problem in problems:
             try:
                 costs.append(self._relative_makespan(problem, partition, evaluations))

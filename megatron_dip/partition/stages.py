@@ -145,6 +145,23 @@ class Partition(Form):
             if beyond:
                 raise PartitionError(f"stages {beyond} are on ranks beyond {num_ranks - 1}")
 
+    def check_ranks(self, num_ranks: int) -> None:
+        """Refuse a partition that leaves one of ``num_ranks`` ranks without any stage.
+
+        Such a partition can be planned and simulated, but a run has nothing to build there.
+
+        Raises:
+            PartitionError: Names the ranks.
+        """
+        idle = sorted(set(range(num_ranks)) - {stage.rank for stage in self.stages})
+        if idle:
+            num_layers = sum(stage.num_layers for stage in self.stages)
+            raise PartitionError(
+                f"ranks {idle} have no stage of any module (expected at least one on each of "
+                f"{num_ranks} pipeline ranks: give these ranks some of the {num_layers} layers, "
+                f"or use fewer ranks)"
+            )
+
 
 def _check_chain(module: str, chain: tuple[Stage, ...]) -> None:
     places = [(stage.segment, stage.rank) for stage in chain]

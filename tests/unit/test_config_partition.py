@@ -53,3 +53,24 @@ def test_a_partition_of_another_model_is_refused(tmp_path):
     path = write_config(tmp_path, tiny_cut(num_vision_layers=12))
     with pytest.raises(PartitionError, match="module vision: stages hold 12 layers"):
         load_config(path)
+
+
+IDLE_RANK = {"vision": [[9, 0, 9]], "language": [[4, 0, 4]]}
+
+
+def test_a_rank_without_a_stage_is_refused_in_a_file_and_where_layers_are_stated(tmp_path):
+    cut = partition_from_layers(IDLE_RANK, 3)
+    path = write_config(tmp_path, cut)
+    data = yaml.safe_load(path.read_text())
+    data["schedule"]["num_ranks"] = 3
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(PartitionError, match=r"ranks \[1\] have no stage .* 3 pipeline ranks"):
+        load_config(path)
+    del data["schedule"]["partition"]
+    data["schedule"]["modules"] = {name: {"layers": rows} for name, rows in IDLE_RANK.items()}
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=r"ranks \[1\] have no stage .* some of the 26 layers"):
+        load_config(path)
+    data["schedule"]["modules"]["vision"]["layers"] = [[8, 2, 8]]
+    path.write_text(yaml.safe_dump(data))
+    assert len(build_partition(load_config(path)).stages_on(1)) == 1

@@ -222,3 +222,19 @@ def test_the_command_names_a_sample_that_is_none(tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "num_ranks" in result.output
+
+
+def test_every_rank_gets_a_stage_or_the_partitioner_says_that_it_cannot():
+    """A cut that leaves a rank idle may be the fastest, but no run can use it."""
+    item = make_item(0, 1.0)
+    modules, batches = MODULE_GRAPHS["one module"], [{"language": [item]}]
+    slow_transfers = {"latency_us": 1e6, "num_ranks": 3}
+    enough = make_problem(modules, {"language": 3}, batches, **slow_transfers)
+    chosen = choose_partition([enough], max_changes=40).partition
+    assert {stage.rank for stage in chosen.stages} == {0, 1, 2}
+    for problem in (
+        make_problem(modules, {"language": 1}, batches, **slow_transfers | {"num_ranks": 5}),
+        make_problem(modules, {"language": 1}, batches, **slow_transfers | {"num_ranks": 4}),
+    ):
+        with pytest.raises(PartitionError, match="have no stage of any module"):
+            choose_partition([problem], max_changes=10)
