@@ -26,6 +26,7 @@ from megatron_dip.errors import (
     UnsupportedError,
     one_line,
 )
+from megatron_dip.standard_error import print_error
 
 __all__ = ["main"]
 
@@ -158,7 +159,7 @@ def _pin_to_core() -> list[int]:
 
 
 def _exit_with(message: str) -> Never:
-    print(f"megatron-dip: error: {one_line(message)}", file=sys.stderr, flush=True)
+    print_error(one_line(message))
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         _end_at_once()

@@ -177,6 +177,10 @@ class DataForm(Form):
             return OUR_TEXT_FORM
         return TextForm(tokens=self._special_tokens())
 
+    def implied_files(self) -> Mapping[str, Path]:
+        """Files that are read although no key names them, by what they are."""
+        return {}
+
 
 class DipConfig(Form, ABC):
     """A whole configuration file; every family of models has a subclass with its own forms.

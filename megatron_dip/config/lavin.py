@@ -3,6 +3,7 @@
 See ``configs/lavin_tiny.yaml`` for a commented example, ``docs/lavin.md`` for what it means.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -134,6 +135,15 @@ class LavinDataConfig(DataForm):
     """Published: the mean over microbatches of the mean over their supervised tokens."""
     samples_per_mean: Positive = 4
     """Samples in a microbatch of the published code."""
+
+    @property
+    def splits_file(self) -> Path:
+        """The splits of ScienceQA, also where their file is not named."""
+        return self.splits or self.path.with_name("pid_splits.json")
+
+    def implied_files(self) -> Mapping[str, Path]:
+        """See :class:`DataForm`."""
+        return {"data.splits": self.splits_file} if self.form == "scienceqa" else {}
 
 
 class PublishedOptimizer(Form):

@@ -6,98 +6,33 @@ Megatron pickles them into checkpoints.
 """
 
 import argparse
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_dip.config import DipConfig, load_config
-from megatron_dip.errors import ConfigError, UnsupportedError, shown
+from megatron_dip.errors import ConfigError, DipError, UnsupportedError, shown
 from megatron_dip.integration.evaluation import (
     check_data_arguments,
     complete_evaluation,
     complete_full_validation,
 )
 from megatron_dip.integration.expert_rules import check_expert_arguments
-from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
+from megatron_dip.integration.flags import OWN_GROUP, ParserFlags, StatedFlag, check_flags
+from megatron_dip.integration.flags.schedule import SCHEDULE_RULES
+from megatron_dip.integration.rules import check_rules
 
-__all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments"]
+__all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments", "validation_of"]
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 _MOST_ITERATIONS = 10**9
 _MOST_SECONDS = 1e7
 
-_BY_PARTITION = f"{LEAVE_OUT}; the partition of --dip-config says which layers a rank holds"
-_SCHEDULE_RULES = (
-    *(
-        Rule(flag=flag, destination=destination, allowed=(None,), remedy=_BY_PARTITION)
-        for flag, destination in (
-            ("--num-layers-per-virtual-pipeline-stage", "num_layers_per_virtual_pipeline_stage"),
-            ("--num-virtual-stages-per-pipeline-rank", "num_virtual_stages_per_pipeline_rank"),
-            ("--pipeline-model-parallel-layout", "pipeline_model_parallel_layout"),
-            ("--decoder-first-pipeline-num-layers", "decoder_first_pipeline_num_layers"),
-            ("--decoder-last-pipeline-num-layers", "decoder_last_pipeline_num_layers"),
-            ("--hybrid-layer-pattern", "hybrid_layer_pattern"),
-        )
-    ),
-    *(
-        Rule(flag=flag, destination=destination, allowed=(False,), remedy=_BY_PARTITION)
-        for flag, destination in (
-            (
-                "--account-for-embedding-in-pipeline-split",
-                "account_for_embedding_in_pipeline_split",
-            ),
-            ("--account-for-loss-in-pipeline-split", "account_for_loss_in_pipeline_split"),
-        )
-    ),
-    *(
-        Rule(flag=flag, destination=destination, allowed=(False,))
-        for flag, destination in (
-            ("--overlap-moe-expert-parallel-comm", "overlap_moe_expert_parallel_comm"),
-            ("--delay-wgrad-compute", "delay_wgrad_compute"),
-            ("--defer-embedding-wgrad-compute", "defer_embedding_wgrad_compute"),
-            ("--enable-cuda-graph", "enable_cuda_graph"),
-            ("--external-cuda-graph", "external_cuda_graph"),
-            (
-                "--overlap-param-gather-with-optimizer-step",
-                "overlap_param_gather_with_optimizer_step",
-            ),
-            ("--fine-grained-activation-offloading", "fine_grained_activation_offloading"),
-            ("--tp-comm-overlap", "tp_comm_overlap"),
-            ("--use-megatron-fsdp", "use_megatron_fsdp"),
-            ("--use-torch-fsdp2", "use_torch_fsdp2"),
-        )
-    ),
-    Rule(
-        flag="--overlap-param-gather",
-        destination="overlap_param_gather",
-        allowed=(False,),
-        remedy="leave it out; replicas run different plans and would gather in different orders",
-    ),
-    Rule(flag="--cuda-graph-impl", destination="cuda_graph_impl", allowed=("none",)),
-    Rule(
-        flag="--moe-expert-rank-capacity-factor",
-        destination="moe_expert_rank_capacity_factor",
-        allowed=(None,),
-    ),
-    Rule(flag="--mtp-num-layers", destination="mtp_num_layers", allowed=(None, 0)),
-    Rule(
-        flag="--context-parallel-size",
-        destination="context_parallel_size",
-        allowed=(1,),
-        remedy="use 1; tensor parallelism with --sequence-parallel also divides the activations",
-    ),
-    Rule(
-        flag="--ckpt-format",
-        destination="ckpt_format",
-        allowed=("torch_dist",),
-        remedy="use 'torch_dist'; other formats cannot be loaded under another partition",
-    ),
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the ``megatron-dip`` group, once per parser, and check it in Megatron's validation."""
     if "--dip-schedule" not in parser._option_string_actions:
-        group = parser.add_argument_group(title="megatron-dip")
+        group = parser.add_argument_group(title=OWN_GROUP)
         group.add_argument(
             "--dip-schedule",
             action="store_true",
@@ -164,7 +99,7 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             "--dip-schedule needs a model and a schedule: name their file with --dip-config FILE"
         )
-    check_rules(args, _SCHEDULE_RULES, "with --dip-schedule")
+    check_rules(args, SCHEDULE_RULES, "with --dip-schedule")
     saves_shards = getattr(args, "use_distributed_optimizer", False) and args.save is not None
     if saves_shards and not args.dist_ckpt_optim_fully_reshardable:
         # Megatron's default stores the optimizer by gradient buffers, whose shape is that of the
@@ -180,28 +115,63 @@ class ArgumentValidation:
 
     def __init__(self, validate_args: Callable[..., Any]) -> None:
         self._validate_args = validate_args
-        self.parser: argparse.ArgumentParser | None = None
+        self.flags: ParserFlags | None = None
+        self._explicit: dict[str, Any] = {}
+        self._parsed = argparse.Namespace()
+        self.validated: argparse.Namespace | None = None
+        """The arguments that went through it last."""
+        self._compared: argparse.Namespace | None = None
+
+    def note_parsed(self, args: argparse.Namespace, words: Sequence[str] | None) -> None:
+        """Check what a command line states as soon as it is read.
+
+        Some of what is refused would change what Megatron does before it validates.
+
+        Raises:
+            ConfigError: The file of ``--dip-config`` cannot be used, or a flag contradicts it.
+            UnsupportedError: A flag that would change nothing, see ``check_flags``.
+        """
+        assert self.flags is not None
+        self._explicit = self.flags.explicit(words)
+        self._parsed = argparse.Namespace(**vars(args))
+        path = args.dip_config
+        if path is not None:
+            stated = self.flags.stated(args, self._explicit, words)
+            check_flags(args, stated, path, load_config(path))
+        elif args.skip_bad_samples:
+            raise UnsupportedError(
+                "--skip-bad-samples is for the data of --dip-config FILE, which was not given"
+            )
 
     def __call__(self, args: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Any:
         """As ``validate_args``; see there.
 
         Raises:
-            ConfigError: The file of ``--dip-config`` cannot be used, or contradicts a flag.
+            ConfigError: The file of ``--dip-config`` cannot be used, or contradicts a flag; or
+                Megatron's own validation fails in a run with that file.
             UnsupportedError: See ``check_schedule_arguments``.
         """
+        defaults = defaults or {}
         config_path = getattr(args, "dip_config", None)
         if config_path is not None:
             config = load_config(config_path)
-            explicit = self._explicit_arguments()
-            _apply_config(args, config_path, config, explicit)
+            _apply_config(args, config_path, config, self._explicit)
+            check_flags(args, _defaults_of_script(args, defaults), config_path, config)
             check_expert_arguments(args, config_path, config)
-            complete_evaluation(args, explicit)
-            check_data_arguments(args, explicit)
+            complete_evaluation(args, self._explicit)
+            check_data_arguments(args, self._explicit)
             if getattr(args, "dip_schedule", False):
                 _check_num_ranks(args, config)
-        result = self._validate(args, defaults or {})
-        if config_path is not None:
-            complete_full_validation(args)
+        self.validated = args
+        if config_path is None:
+            return self._validate(args, defaults)
+        try:
+            result = self._validate(args, defaults)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if isinstance(error, DipError):
+                raise
+            raise ConfigError(f"Megatron refuses the arguments: {_reason(error)}") from error
+        complete_full_validation(args)
         return result
 
     def _validate(self, args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
@@ -216,22 +186,51 @@ class ArgumentValidation:
         finally:
             args.decoder_first_pipeline_num_layers = None
 
-    def _explicit_arguments(self) -> dict[str, Any]:
-        """What the command line states, without defaults, by destination."""
-        parser = self.parser
-        if parser is None:
-            return {}
-        kept = [(action, action.default) for action in parser._actions]
-        parser_defaults = dict(parser._defaults)
-        try:
-            for action in parser._actions:
-                action.default = argparse.SUPPRESS
-            parser._defaults.clear()
-            return vars(parser.parse_known_args()[0])
-        finally:
-            parser._defaults.update(parser_defaults)
-            for action, default in kept:
-                action.default = default
+    def compare_ranks(self) -> None:
+        """Refuse ranks that were given different inputs, once per run of the models here.
+
+        To be called when torch.distributed is there, and before what only ranks of one mind can do.
+
+        Raises:
+            ConfigError: Names what differs, and on which ranks.
+            ChannelError: Another rank does not get as far.
+        """
+        args = self.validated
+        if args is None or args is self._compared or getattr(args, "dip_config", None) is None:
+            return
+        from megatron_dip.integration.same_inputs import check_same_inputs
+
+        assert self.flags is not None
+        self._compared = args
+        # As they were read: what Megatron derives from them would only say the same again.
+        check_same_inputs(self._parsed, [action.dest for action in self.flags.parser._actions])
+
+
+def validation_of(args: argparse.Namespace) -> ArgumentValidation | None:
+    """Our validation, if it has seen ``args``; ``--yaml-cfg`` has one of Megatron's own."""
+    from megatron.training import arguments
+
+    validation = arguments.validate_args
+    if isinstance(validation, ArgumentValidation) and validation.validated is args:
+        return validation
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The message, or the condition that a bare ``assert`` demands."""
+    if str(error):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line if frames else None) or type(error).__name__
+
+
+def _defaults_of_script(args: argparse.Namespace, defaults: dict[str, Any]) -> list[StatedFlag]:
+    """What a script sets by ``args_defaults`` where the command line says nothing."""
+    return [
+        StatedFlag(destination=name, shown=f"args_defaults {name}={shown(value)}", value=value)
+        for name, value in defaults.items()
+        if getattr(args, name, None) is None
+    ]
 
 
 def _install_validation(parser: argparse.ArgumentParser) -> None:
@@ -239,7 +238,9 @@ def _install_validation(parser: argparse.ArgumentParser) -> None:
 
     if not isinstance(arguments.validate_args, ArgumentValidation):
         arguments.validate_args = ArgumentValidation(arguments.validate_args)
-    arguments.validate_args.parser = parser
+    validation = arguments.validate_args
+    if validation.flags is None or validation.flags.parser is not parser:
+        validation.flags = ParserFlags(parser, validation.note_parsed)
 
 
 def _apply_config(

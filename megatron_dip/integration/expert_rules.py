@@ -10,49 +10,12 @@ from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
 
 __all__ = ["check_expert_arguments"]
 
-_BY_BATCH = f"{LEAVE_OUT}; which tokens go where would depend on how a microbatch is packed"
 _MODEL_RULES = (
-    Rule(
-        flag="--moe-layer-freq",
-        destination="moe_layer_freq",
-        allowed=(1,),
-        remedy=f"{LEAVE_OUT}; all layers of a module have experts, or none",
-    ),
-    Rule(
-        flag="--moe-grouped-gemm",
-        destination="moe_grouped_gemm",
-        allowed=(False,),
-        remedy=f"{LEAVE_OUT}; initial weights are drawn expert by expert",
-    ),
     Rule(
         flag="--moe-token-dispatcher-type",
         destination="moe_token_dispatcher_type",
         allowed=("allgather", "alltoall"),
         remedy="use 'alltoall'",
-    ),
-    *(
-        Rule(flag=flag, destination=destination, allowed=(None,), remedy=_BY_BATCH)
-        for flag, destination in (
-            ("--moe-expert-capacity-factor", "moe_expert_capacity_factor"),
-            ("--moe-input-jitter-eps", "moe_input_jitter_eps"),
-        )
-    ),
-    Rule(
-        flag="--moe-router-enable-expert-bias",
-        destination="moe_router_enable_expert_bias",
-        allowed=(False,),
-        remedy=f"{LEAVE_OUT}, and use --moe-aux-loss-coeff; Megatron counts padding there",
-    ),
-    Rule(flag="--moe-latent-size", destination="moe_latent_size", allowed=(None,)),
-    *(
-        Rule(flag=flag, destination=destination, allowed=(False,))
-        for flag, destination in (
-            ("--moe-use-upcycling", "moe_use_upcycling"),
-            ("--moe-shared-expert-overlap", "moe_shared_expert_overlap"),
-            ("--moe-enable-routing-replay", "moe_enable_routing_replay"),
-            ("--moe-router-force-load-balancing", "moe_router_force_load_balancing"),
-            ("--moe-paged-stash", "moe_paged_stash"),
-        )
     ),
 )
 _BALANCING = ("aux_loss", "none")

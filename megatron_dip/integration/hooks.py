@@ -31,6 +31,7 @@ def enable() -> None:
     _build_helpers_where_they_can_be_built()
     _hook_schedule()
     _hook_parser()
+    _hook_groups()
 
 
 def select_schedule(schedule: Schedule) -> Schedule:
@@ -104,3 +105,27 @@ def _hook_parser() -> None:
 
     add_both.adds_dip_arguments = True  # type: ignore[attr-defined]
     arguments.add_megatron_arguments = add_both
+
+
+def _hook_groups() -> None:
+    """Compare the inputs of all ranks before groups are made of them, which might wait forever."""
+    from megatron.core import parallel_state
+
+    initialize = parallel_state.initialize_model_parallel
+    if getattr(initialize, "compares_inputs", False):
+        return
+
+    @functools.wraps(initialize)
+    def compare_and_initialize(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import global_vars
+
+        from megatron_dip.integration.arguments import validation_of
+
+        run_args = global_vars._GLOBAL_ARGS
+        validation = validation_of(run_args) if run_args is not None else None
+        if validation is not None:
+            validation.compare_ranks()
+        return initialize(*args, **kwargs)
+
+    compare_and_initialize.compares_inputs = True  # type: ignore[attr-defined]
+    parallel_state.initialize_model_parallel = compare_and_initialize

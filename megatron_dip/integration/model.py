@@ -4,6 +4,7 @@ Under ``--dip-schedule`` a rank holds one chunk per stage.  Without, it holds wh
 schedule wants; the family of the model says what that is.
 """
 
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -12,31 +13,22 @@ from megatron.training import get_args
 from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_dip.config import load_config
-from megatron_dip.errors import ConfigError
+from megatron_dip.errors import ConfigError, UnsupportedError
 from megatron_dip.integration.accounting import (
     BatchAccounting,
     planned_memory,
     stock_memory,
     use_accounting,
 )
+from megatron_dip.integration.arguments import validation_of
 from megatron_dip.integration.chunks import ChunkList, DipChunk
 from megatron_dip.integration.families import StageFactory, family_of
 from megatron_dip.integration.learning_rates import use_learning_rate_factors
 from megatron_dip.integration.pipeline import DipPipeline, run_builder
-from megatron_dip.integration.rules import Rule, check_rules
 from megatron_dip.integration.trained_checkpoints import remember_trained
 from megatron_dip.partition import Stage
 
 __all__ = ["build_model"]
-
-_STOCK_RULES = tuple(
-    Rule(flag=flag, destination=destination, allowed=(None,))
-    for flag, destination in (
-        ("--pipeline-model-parallel-layout", "pipeline_model_parallel_layout"),
-        ("--num-layers-per-virtual-pipeline-stage", "num_layers_per_virtual_pipeline_stage"),
-        ("--num-virtual-stages-per-pipeline-rank", "num_virtual_stages_per_pipeline_rank"),
-    )
-)
 
 
 def build_model(
@@ -52,16 +44,25 @@ def build_model(
         A list of chunks under ``--dip-schedule``, else one model for Megatron's own schedule.
 
     Raises:
-        ConfigError: There is no ``--dip-config``, or it does not fit the launch.
-        UnsupportedError: Megatron's own schedule was asked for a cut that the model does not have.
+        ConfigError: There is no ``--dip-config``, it does not fit the launch, or the ranks were
+            given different inputs.
+        UnsupportedError: The arguments were not checked by us.
+        ChannelError: Another rank does not get as far.
     """
     args = get_args()
     if not args.dip_config:
         raise ConfigError("the model is described by --dip-config FILE, which was not given")
+    validation = validation_of(args)
+    if validation is None:
+        raise UnsupportedError(
+            "the arguments come from another place than the command line (--yaml-cfg?): give them "
+            "as flags, so that they can be checked against --dip-config"
+        )
+    validation.compare_ranks()
     dip_config = load_config(args.dip_config)
     use_learning_rate_factors(args, dip_config)
     remember_trained(args, dip_config)
-    base = config or core_transformer_config_from_args(args)
+    base = config or _run_config(args)
     family = family_of(dip_config)
     factory = family.stage_factory(dip_config, base, args.seed)
     if args.dip_schedule:
@@ -76,7 +77,6 @@ def build_model(
         )
         use_accounting(BatchAccounting(dip_config, planned_memory(pipeline)))
         return _build_chunks(factory, pipeline)
-    check_rules(args, _STOCK_RULES, "with this model under Megatron's own schedule")
     builder = run_builder(dip_config, base)
     use_accounting(BatchAccounting(dip_config, stock_memory(builder, factory.loss_config)))
     return factory.stock_model(
@@ -84,6 +84,15 @@ def build_model(
         post_process=post_process,
         idle=family.smallest_data(dip_config),
     )
+
+
+def _run_config(args: Namespace) -> TransformerConfig:
+    """Megatron's configuration of the run, which has checks of its own."""
+    try:
+        run_config: TransformerConfig = core_transformer_config_from_args(args)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"Megatron refuses the arguments: {error}") from error
+    return run_config
 
 
 def _build_chunks(factory: StageFactory, pipeline: DipPipeline) -> ChunkList:

@@ -92,18 +92,13 @@ def test_what_is_wrong_with_the_configuration_is_named(
     assert all(part in error for part in expected), error
 
 
-def test_a_layout_flag_together_with_the_schedule_is_refused(tmp_path: Path, data: Path) -> None:
-    flag = "--num-layers-per-virtual-pipeline-stage 2"
-    error = alone(tmp_path, *flag.split(), "--dip-config", config_for(data), "--dip-schedule")
-    assert f"{flag} does not work with --dip-schedule" in error
-
-
-def test_a_layout_that_the_model_does_not_have_is_refused_under_megatrons_schedule(
-    tmp_path: Path, data: Path
+@pytest.mark.parametrize("schedule", [(), ("--dip-schedule",)])
+def test_a_flag_that_the_model_would_drop_is_refused_under_either_schedule(
+    tmp_path: Path, data: Path, schedule: tuple[str, ...]
 ) -> None:
-    flag = "--pipeline-model-parallel-layout Et*8L"
-    error = alone(tmp_path, *flag.split(), "--dip-config", config_for(data))
-    assert f"{flag} does not work" in error and "Megatron's own schedule" in error
+    flag = "--num-layers-per-virtual-pipeline-stage 2"
+    error = alone(tmp_path, *flag.split(), "--dip-config", config_for(data), *schedule)
+    assert f"{flag} does not work with the models of --dip-config: " in error
 
 
 def test_a_schedule_for_another_number_of_ranks_is_refused(tmp_path: Path, data: Path) -> None:

@@ -58,8 +58,8 @@ print(NAME, sys.argv[1:], __name__, len(getters), type(schedules.get_forward_bac
 print(schedules.get_forward_backward_func(1, None).__name__)
 import argparse
 parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-args, _ = parser.parse_known_args(["--dip-schedule", "--dip-config", "a.yaml"])
-print(args.dip_schedule, args.dip_config, args.dip_timeout_seconds, args.dip_trace_dir)
+args, _ = parser.parse_known_args(["--dip-schedule", "--dip-trace-interval", "7"])
+print(args.dip_schedule, args.dip_trace_interval, args.dip_timeout_seconds, args.dip_trace_dir)
 from megatron.core.datasets import utils
 utils.compile_helpers()  # As Megatron does at every start; the wheel has nothing to make it from.
 print("went on")
@@ -69,7 +69,7 @@ print("went on")
     assert "the neighbour ['first', '--second'] __main__ 1" in completed.output
     assert "_ScheduleGetter" in completed.output
     assert "forward_backward_no_pipelining" in completed.output
-    assert "True a.yaml 300.0 None" in completed.output
+    assert "True 7 300.0 None" in completed.output
     assert "went on" in completed.output
 
 

@@ -11,6 +11,7 @@ from megatron_dip.errors import ConfigError, UnsupportedError
 from megatron_dip.integration import arguments
 from megatron_dip.integration.arguments import ArgumentValidation, check_schedule_arguments
 from megatron_dip.integration.cpu_mode.arguments import check_cpu_arguments
+from megatron_dip.integration.flags import ParserFlags
 
 
 def schedule_args(**values: Any) -> argparse.Namespace:
@@ -20,11 +21,9 @@ def schedule_args(**values: Any) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("values", "flag"),
     [
-        ({"num_layers_per_virtual_pipeline_stage": 2}, "--num-layers-per-virtual-pipeline-stage 2"),
-        ({"pipeline_model_parallel_layout": "Et|tL"}, "--pipeline-model-parallel-layout Et|tL"),
-        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm does"),
-        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
-        ({"context_parallel_size": 2}, "--context-parallel-size 2"),
+        ({"decoder_last_pipeline_num_layers": 2}, "--decoder-last-pipeline-num-layers 2"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather does"),
+        ({"use_gloo_process_groups": False}, "--disable-gloo-process-groups does"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
         ({"dip_config": None}, "--dip-schedule needs a model"),
     ],
@@ -68,10 +67,19 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> Any:
     """
     stated = {"num_layers": 10, "tokenizer_type": "NullTokenizer"}
     config = SimpleNamespace(
-        schedule=SimpleNamespace(num_ranks=4), megatron_arguments=lambda: stated
+        schedule=SimpleNamespace(num_ranks=4),
+        megatron_arguments=lambda: stated,
+        model_shape=lambda: SimpleNamespace(modules=()),
     )
     monkeypatch.setattr(arguments, "load_config", lambda path: config)
-    monkeypatch.setattr(arguments, "_install_validation", lambda parser: None)
+    seen: dict[str, Any] = {}
+    validation = ArgumentValidation(lambda args, defaults: seen.update(vars(args)))
+
+    def install(parser: argparse.ArgumentParser) -> None:
+        if validation.flags is None or validation.flags.parser is not parser:
+            validation.flags = ParserFlags(parser, validation.note_parsed)
+
+    monkeypatch.setattr(arguments, "_install_validation", install)
 
     def run(*command_line: str) -> tuple[dict[str, Any], argparse.Namespace]:
         monkeypatch.setattr(sys, "argv", ["script.py", *command_line])
@@ -89,12 +97,10 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> Any:
         parser.add_argument("--phase-transition-iterations", default=None)
         parser.add_argument("--decoder-first-pipeline-num-layers", type=int, default=None)
         arguments.add_arguments(arguments.add_arguments(parser))
-        seen: dict[str, Any] = {}
-        validation = ArgumentValidation(lambda args, defaults: seen.update(vars(args)))
-        validation.parser = parser
+        seen.clear()
         args = parser.parse_args()
         validation(args, {})
-        return seen, args
+        return dict(seen), args
 
     return run
 

@@ -41,9 +41,7 @@ def check(config: DipConfig, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"moe_layer_freq": 2}, "--moe-layer-freq 2 does not work"),
-        ({"moe_grouped_gemm": True}, "--moe-grouped-gemm does not work"),
-        ({"moe_expert_capacity_factor": 1.5}, "--moe-expert-capacity-factor 1.5"),
+        ({"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex does not work"),
         ({"moe_router_load_balancing_type": ["seq_aux_loss"]}, "seq_aux_loss .* 'aux_loss'"),
         (
             {"moe_token_dispatcher_type": "allgather", "expert_model_parallel_size": 2},

@@ -16,6 +16,7 @@ from megatron_dip.data import load_tokenizer, split_samples
 from megatron_dip.data.index import CheckedSamples
 from megatron_dip.errors import ConfigError, DataError
 from megatron_dip.integration.families.base import SetLengths
+from megatron_dip.integration.same_inputs import check_same_index
 from megatron_dip.models.configs import make_language_config
 from megatron_dip.runtime import BoundaryRule
 
@@ -101,9 +102,16 @@ def shared_index[SettingsT, IndexT](
     build: Callable[[SettingsT, Path], tuple[IndexT, Path]],
     load: Callable[[Path], IndexT],
 ) -> IndexT:
-    """The index of a data set, made by the first rank of the world and read by all."""
+    """The index of a data set, made by the first rank of the world and read by all.
+
+    Raises:
+        ConfigError: The file is not the same on all ranks, whose folders are not one.
+        DataError: It cannot be made, or not be read.
+    """
     folder = data.cache_folder or data.path.parent
-    return load(make_on_first_rank(lambda: build(settings, folder)[1], folder))
+    path = make_on_first_rank(lambda: build(settings, folder)[1], folder)
+    check_same_index(path, get_args().dip_timeout_seconds)
+    return load(path)
 
 
 def skips_bad_samples(data: DataForm) -> bool:

@@ -234,10 +234,9 @@ def _read_parts(
             _Part([samples[number] for number in train], errors) if lengths.needs_train else None,
             _Part([samples[number] for number in valid], ()) if lengths.needs_valid else None,
         )
-    splits = data.splits or data.path.with_name("pid_splits.json")
 
     def read(split: str) -> _Part:
-        found = read_scienceqa(data.path, splits, split)
+        found = read_scienceqa(data.path, data.splits_file, split)
         return _Part([to_instruction(problem) for problem in found.problems], found.errors)
 
     return (
