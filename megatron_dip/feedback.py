@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_dip.limits import MOST_FACTOR
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, ActionType
 from megatron_dip.plan.graph import Work
@@ -42,6 +43,7 @@ _WINDOW = 5
 """Iterations; what lasts is followed after half of them."""
 _LARGEST_SPREAD = 4.0
 """Of a stage from the median of its module."""
+_LARGEST_LOG = math.log(MOST_FACTOR) * (1 - 1e-12)
 _SMALLEST_CHANGE = 0.03
 """Changes of all factors below this leave the costs, and with them the plans, as they are."""
 _SMALLEST_OVERHEAD_CHANGE = 0.25
@@ -249,7 +251,9 @@ class CostFeedback:
         middle, limit = median(peers), math.log(_LARGEST_SPREAD)
         seen = self._seen.get((place, phase))
         own = median(self._logs(place, seen)) if seen else middle
-        return min(max(own, middle - limit), middle + limit)
+        near = min(max(own, middle - limit), middle + limit)
+        # What a problem may say: costs that are further off must not end training.
+        return min(max(near, -_LARGEST_LOG), _LARGEST_LOG)
 
     def _logs(self, place: int, seen: Iterable[FloatArray]) -> list[float]:
         """Per iteration the logarithm of measured over stated time, at the overhead of now."""

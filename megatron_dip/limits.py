@@ -15,6 +15,7 @@ __all__ = [
     "MOST_BUDGET_MS",
     "MOST_BYTES_IN_ALL",
     "MOST_EVALUATIONS",
+    "MOST_FACTOR",
     "MOST_ITEMS",
     "MOST_MICROBATCHES",
     "MOST_PLANNERS",
@@ -49,6 +50,9 @@ MOST_ITEMS = 10**7
 """Of a batch drawn from statistics: items and the spans in them."""
 MOST_EVALUATIONS = 10**7
 MOST_BUDGET_MS = 1e9
+MOST_FACTOR = 1e12
+"""Of measured over stated time, and of the inverse: by the rates of a large machine a tiny model's
+work takes next to nothing."""
 MOST_PLANNERS = 64
 """Processes of a pipeline."""
 MOST_WORKERS = 1024
@@ -65,7 +69,7 @@ Time = Annotated[float, Field(ge=0, le=1e18)]
 """Microseconds of one item or layer."""
 Rate = Annotated[float, Field(ge=1e-3, le=1e30)]
 """Bytes or operations per microsecond."""
-Factor = Annotated[float, Field(ge=1e-6, le=1e6)]
+Factor = Annotated[float, Field(ge=1 / MOST_FACTOR, le=MOST_FACTOR)]
 PositiveNumber = Annotated[float, Field(gt=0, le=1e15)]
 Bytes = Annotated[int, Field(ge=0, le=2**50)]
 """Of one item or layer; the most are a pebibyte."""

@@ -99,6 +99,17 @@ def test_a_stage_stays_within_reach_of_the_others_of_its_module():
     assert 1.0 < ratio <= 16.0 + 1e-9
 
 
+@pytest.mark.parametrize("slowness", [1e7, 1e20, 1e-20])
+def test_costs_that_are_far_off_still_make_a_problem(slowness):
+    plan = planned()
+    feedback = CostFeedback(plan.partition, stated_overheads(plan))
+    every = dict.fromkeys(range(len(plan.partition.stages)), slowness)
+    assert feedback.update(measure_actions(plan, durations(plan, every)).sums)
+    problem = planned(feedback.factors).problem
+    factor = parse_problem(problem.model_dump(mode="json")).stage_factors[0].forward
+    assert factor == pytest.approx(min(max(slowness, 1e-12), 1e12))
+
+
 def test_a_stage_without_measurements_is_taken_to_be_like_its_module():
     plan = planned()
     feedback = CostFeedback(plan.partition, stated_overheads(plan))
