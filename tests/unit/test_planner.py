@@ -296,3 +296,19 @@ def test_planning_calls_few_python_functions_per_action():
     num_calls = sum(entry.callcount for entry in profile.getstats())
     # Action objects are made once each, by a few calls; all else is done on arrays.
     assert num_calls < 6 * sum(map(len, plan.actions))
+
+
+def test_of_a_stage_only_layers_with_a_backward_are_recomputed():
+    problem = make_problem(
+        MODULE_GRAPHS["one module"],
+        {"language": 3},
+        [{"language": [make_item()]}],
+        num_ranks=1,
+        module_fields={
+            "language": {"trained_layers": [[2, 3]], "first_layer_extra": {"trainable": False}}
+        },
+        memory_limit_bytes=[9],
+    )
+    plan = make_plan(problem, partition_from_layers({"language": [[3]]}, 1))
+    validate_plan(plan)
+    assert [entry.layers for entry in plan.recompute] == [(2,)]
