@@ -206,7 +206,7 @@ def overload(runs: Runs, iterations: int) -> dict[str, Any]:
     runs.train(
         "overload",
         iterations,
-        schedule={"evaluations": 10**8},
+        schedule={"evaluations": 10**7},
         planning={"wait_limit_ms": OVERLOAD_WAIT_MS, "search_limit_ms": 4 * step_ms},
     )
     steps = runs.steps("overload")
