@@ -1,51 +1,19 @@
-"""Megatron's arguments about data, batches and evaluation: refused ones, and what completes them.
+"""Megatron's arguments about data, batches and evaluation: combinations that are refused, and what
+completes them.
 
-Everything else about them is Megatron's own, see ``loaders``.
+Single flags are refused in ``flags``; everything else about them is Megatron's own, see
+``loaders``.
 """
 
 import argparse
 from typing import Any
 
 from megatron_dip.errors import UnsupportedError
-from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
+from megatron_dip.integration.rules import LEAVE_OUT
 
 __all__ = ["check_data_arguments", "complete_evaluation", "complete_full_validation"]
 
 _DEFAULT_EVAL_INTERVAL = 1000
-
-_ONE_SET = f"{LEAVE_OUT}; a configuration names one data set, with one part for validation"
-_RULES = (
-    Rule(
-        flag="--multiple-validation-sets",
-        destination="multiple_validation_sets",
-        allowed=(False,),
-        remedy=_ONE_SET,
-    ),
-    Rule(
-        flag="--validation-set-names",
-        destination="validation_set_names",
-        allowed=(None,),
-        remedy=_ONE_SET,
-    ),
-    Rule(
-        flag="--perform-rl-step",
-        destination="perform_rl_step",
-        allowed=(False,),
-        remedy=f"{LEAVE_OUT}; there is no reinforcement learning for these models",
-    ),
-    Rule(
-        flag="--hybrid-context-parallel",
-        destination="hybrid_context_parallel",
-        allowed=(False,),
-        remedy=f"{LEAVE_OUT}; its loader hands out token sequences of text alone",
-    ),
-    Rule(
-        flag="--rampup-batch-size",
-        destination="rampup_batch_size",
-        allowed=(None,),
-        remedy="this Megatron takes no notice of it; use --step-batch-size-schedule",
-    ),
-)
 
 
 def check_data_arguments(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
@@ -57,7 +25,6 @@ def check_data_arguments(args: argparse.Namespace, explicit: dict[str, Any]) -> 
     Raises:
         UnsupportedError: Names the flag and the remedy.
     """
-    check_rules(args, _RULES, "with --dip-config")
     if not args.skip_train:
         _check_length(args)
     if args.phase_transition_iterations and not args.train_samples:

@@ -31,11 +31,6 @@ def arguments(**values: Any) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"multiple_validation_sets": True}, ("--multiple-validation-sets", "one data set")),
-        ({"validation_set_names": ["a"]}, ("--validation-set-names", "one data set")),
-        ({"perform_rl_step": True}, ("--perform-rl-step",)),
-        ({"hybrid_context_parallel": True}, ("--hybrid-context-parallel",)),
-        ({"rampup_batch_size": [2, 2, 8]}, ("--rampup-batch-size", "--step-batch-size-schedule")),
         (
             {"phase_transition_iterations": "2,4"},
             ("--phase-transition-iterations", "--train-samples"),

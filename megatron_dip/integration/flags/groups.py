@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["LEAVE_OUT", "FlagGroup", "Verdict", "names", "refused"]
+from megatron_dip.integration.rules import LEAVE_OUT
 
-LEAVE_OUT = "leave the flag out"
+__all__ = ["LEAVE_OUT", "FlagGroup", "Verdict", "names", "refused"]
 
 
 class Verdict(StrEnum):

@@ -103,12 +103,11 @@ HONOURED: tuple[FlagGroup, ...] = (
         verdict=Verdict.DATA,
         reason="as in Megatron where the loader here can; refused with the reason where not",
         destinations=names(
-            "num_workers train_samples rampup_batch_size step_batch_size_schedule "
+            "num_workers train_samples step_batch_size_schedule "
             "decrease_batch_size_if_needed eval_iters eval_interval start_eval_at_iter "
             "eval_global_batch_size eval_micro_batch_size skip_train full_validation "
-            "multiple_validation_sets validation_set_names phase_transition_iterations "
-            "iterations_to_skip result_rejected_tracker_filename exit_signal_handler "
-            "exit_signal_handler_for_dataloader"
+            "phase_transition_iterations iterations_to_skip result_rejected_tracker_filename "
+            "exit_signal_handler exit_signal_handler_for_dataloader"
         ),
     ),
     FlagGroup(

@@ -17,6 +17,16 @@ REFUSED_RUNS: tuple[FlagGroup, ...] = (
         "encoder_seq_length decoder_seq_length sample_rate mask_prob short_seq_prob enable_msc",
     ),
     refused(
+        "Several sets for validation",
+        f"a configuration names one data set, with one part for validation; {LEAVE_OUT}",
+        "multiple_validation_sets validation_set_names",
+    ),
+    refused(
+        "Growing batches, the old way",
+        "this Megatron takes no notice of it; use --step-batch-size-schedule",
+        "rampup_batch_size",
+    ),
+    refused(
         "Documents",
         "every sample has positions and attention of its own, and losses as its family says; "
         f"{LEAVE_OUT}",
