@@ -129,10 +129,10 @@ HONOURED: tuple[FlagGroup, ...] = (
         ),
     ),
     FlagGroup(
-        title="Learning rates and training of parts",
+        title="Learning rates of embeddings and heads",
         verdict=Verdict.MEGATRON,
         reason="as always in Megatron",
-        destinations=names("decoupled_lr decoupled_min_lr freeze_all_layers"),
+        destinations=names("decoupled_lr decoupled_min_lr"),
     ),
     FlagGroup(
         title="Gradients and data parallelism",

@@ -27,6 +27,11 @@ REFUSED_RUNS: tuple[FlagGroup, ...] = (
         "rampup_batch_size",
     ),
     refused(
+        "Freezing",
+        f"nothing would be trained, and the file says what is: trainable of a module; {LEAVE_OUT}",
+        "freeze_all_layers",
+    ),
+    refused(
         "Documents",
         "every sample has positions and attention of its own, and losses as its family says; "
         f"{LEAVE_OUT}",
