@@ -159,6 +159,7 @@ def test_a_flag_of_the_model_must_agree_with_the_file(reader: Reader):
     [
         ("--optimizer muon", "--optimizer muon .*use adam, sgd or lion"),
         ("--attention-backend flash", "--attention-backend flash .*--transformer-impl local"),
+        ("--rerun-mode report_stats", "--rerun-mode report_stats .*validate_results"),
         ("--no-bias-gelu-fusion", "state --no-bias-gelu-fusion and --no-bias-swiglu-fusion"),
     ],
 )
@@ -166,6 +167,13 @@ def test_a_value_or_a_pair_that_does_not_work_is_refused(reader: Reader, flags: 
     with pytest.raises(UnsupportedError, match=message):
         reader.read(*flags.split())
     reader.read("--no-bias-gelu-fusion", "--no-bias-swiglu-fusion", "--optimizer", "sgd")
+
+
+def test_a_flag_that_needs_a_package_names_it(reader: Reader, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("megatron_dip.integration.flags.check.find_spec", lambda name: None)
+    reader.read("--async-save")
+    with pytest.raises(UnsupportedError, match="worker needs nvidia-resiliency-ext"):
+        reader.read("--async-save", "--use-persistent-ckpt-worker")
 
 
 @pytest.mark.parametrize("flag", ["--hidden-dropout 0.2", "--cross-entropy-loss-fusion"])

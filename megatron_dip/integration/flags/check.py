@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from megatron_dip.config import DipConfig
@@ -14,6 +15,9 @@ __all__ = ["check_flags"]
 
 _OPTIMIZERS = ("adam", "sgd", "lion")
 _IMPLEMENTATIONS = ("local", "transformer_engine")
+# Megatron's flag also offers report_stats, which its own state machine does not know.
+_RERUN_MODES = ("disabled", "validate_results")
+_PERSISTENT_WORKER = ("async_save", "use_persistent_ckpt_worker")
 
 
 def check_flags(
@@ -76,6 +80,12 @@ def _check_values(
     has_vocabulary_loss = any(module.has_head and module.vocab_size for module in modules)
     _require(stated, "optimizer", _OPTIMIZERS, "use adam, sgd or lion")
     _require(stated, "transformer_impl", _IMPLEMENTATIONS, "use transformer_engine or local")
+    _require(stated, "rerun_mode", _RERUN_MODES, "use disabled or validate_results")
+    if set(_PERSISTENT_WORKER) <= set(stated) and find_spec("nvidia_resiliency_ext") is None:
+        raise UnsupportedError(
+            f"{stated['use_persistent_ckpt_worker'].shown} needs nvidia-resiliency-ext, which is "
+            f"not installed: pip install nvidia-resiliency-ext, or {LEAVE_OUT}"
+        )
     backend = stated.get("attention_backend")
     if backend is not None and is_local and getattr(backend.value, "name", "auto") != "auto":
         raise UnsupportedError(
