@@ -60,6 +60,7 @@ VALUES = {
     "attention_backend": "flash",
     "loss_scale": "2.0",
     "optimizer": "sgd",
+    "rerun_mode": "disabled",
     "transformer_impl": "local",
     "cuda_graph_modules": "attn",
     "cuda_graph_scope_deprecated": "attn",

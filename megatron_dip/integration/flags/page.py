@@ -9,9 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_dip.errors import ConfigError
 from megatron_dip.integration.flags.groups import FlagGroup, Verdict
 from megatron_dip.integration.flags.schedule import SCHEDULE_RULES
 from megatron_dip.integration.flags.table import GROUPS
+from megatron_dip.reading import read_text
 
 __all__ = ["main", "put_between", "tables"]
 
@@ -63,7 +65,7 @@ def main(path: str) -> None:
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     page = Path(path)
-    text = put_between(page.read_text(encoding="utf-8"), tables(add_megatron_arguments(parser)))
+    text = put_between(read_text(page, ConfigError), tables(add_megatron_arguments(parser)))
     page.write_text(text, encoding="utf-8")
 
 

@@ -19,7 +19,9 @@ import torch
 
 import megatron_dip
 from megatron_dip.config import DipConfig
+from megatron_dip.errors import CheckpointError
 from megatron_dip.integration.same_inputs.compare import Input
+from megatron_dip.reading import read_text
 
 __all__ = ["argument_inputs", "code_inputs", "config_inputs", "environment_inputs", "file_input"]
 
@@ -157,10 +159,10 @@ def _checkpoint_input(folder: Path) -> Input:
     digest = hashlib.sha256()
     iteration = "no checkpoint"
     try:
-        iteration = mark.read_text(encoding="utf-8").strip()
+        iteration = read_text(mark, CheckpointError).strip()
         for path in sorted(folder.glob("*/.metadata")):
             digest.update(f"{path.parent.name}\0".encode() + path.read_bytes())
-    except (OSError, UnicodeDecodeError):
+    except (OSError, CheckpointError):
         digest.update(b"none")
     return Input(f"{iteration} {digest.hexdigest()}", f"{folder} ({iteration})")
 
