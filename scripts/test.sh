@@ -7,8 +7,8 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$root/.venv/bin/python"
 check_limit_s=300
-# A guard against a hang, about twice what the tests take on two busy cores.
-pytest_limit_s=1800
+# A guard against a hang, about twice what the tests take on two slow cores.
+pytest_limit_s=3600
 failed=()
 child=""
 
