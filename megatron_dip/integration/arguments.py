@@ -21,6 +21,7 @@ from megatron_dip.integration.expert_rules import check_expert_arguments
 from megatron_dip.integration.flags import OWN_GROUP, ParserFlags, StatedFlag, check_flags
 from megatron_dip.integration.flags.schedule import SCHEDULE_RULES
 from megatron_dip.integration.rules import check_rules
+from megatron_dip.integration.versions import build_helpers_where_they_can_be_built
 
 __all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments", "validation_of"]
 
@@ -86,6 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             "also data.skip_bad_samples of --dip-config.",
         )
     _install_validation(parser)
+    # Here, because this is what the hooks and a patched tree both call before Megatron starts.
+    build_helpers_where_they_can_be_built()
     return parser
 
 

@@ -5,10 +5,8 @@ it could not run ``make``.  ``patches/`` holds the same two hooks as a diff.
 """
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from megatron_dip.integration.versions import check_megatron
@@ -28,7 +26,6 @@ def enable() -> None:
         UnsupportedError: There is no Megatron, or none that this package works with.
     """
     check_megatron()
-    _build_helpers_where_they_can_be_built()
     _hook_schedule()
     _hook_parser()
     _hook_groups()
@@ -63,17 +60,6 @@ class _ScheduleGetter:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Schedule:
         return select_schedule(self._getter(*args, **kwargs))
-
-
-def _build_helpers_where_they_can_be_built() -> None:
-    """Released wheels hold the built helper of Megatron's data sets, but not its Makefile; Megatron
-    runs ``make`` at every start all the same, and ends the first rank when that fails.
-    """
-    from megatron.core.datasets import utils
-
-    is_built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
-    if is_built and not Path(utils.__file__).with_name("Makefile").exists():
-        utils.compile_helpers = lambda: None
 
 
 def _hook_schedule() -> None:

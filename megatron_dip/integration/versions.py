@@ -1,4 +1,4 @@
-"""Which Megatron this package works with, and whether the one installed is such."""
+"""Which Megatron this package works with, whether that is installed, and what its wheel lacks."""
 
 import importlib.util
 import re
@@ -6,7 +6,13 @@ from pathlib import Path
 
 from megatron_dip.errors import UnsupportedError
 
-__all__ = ["FIRST_UNSUPPORTED", "FIRST_VERSION", "check_megatron", "check_version"]
+__all__ = [
+    "FIRST_UNSUPPORTED",
+    "FIRST_VERSION",
+    "build_helpers_where_they_can_be_built",
+    "check_megatron",
+    "check_version",
+]
 
 # The tests run against these releases: from the first up to, not including, the second.
 FIRST_VERSION = (0, 19)
@@ -74,3 +80,14 @@ def _version_in(package_info: Path) -> str:
             f"{package_info} states no version: this is no Megatron-Core; {_how_to_install()}"
         )
     return ".".join(part.group(1) for part in parts if part)
+
+
+def build_helpers_where_they_can_be_built() -> None:
+    """Released wheels hold the built helper of Megatron's data sets, but not its Makefile; Megatron
+    runs ``make`` at every start all the same, and ends the first rank when that fails.
+    """
+    from megatron.core.datasets import utils
+
+    is_built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+    if is_built and not Path(utils.__file__).with_name("Makefile").exists():
+        utils.compile_helpers = lambda: None

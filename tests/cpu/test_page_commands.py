@@ -204,6 +204,8 @@ def problem_of(words: list[str]) -> str | None:
         if at is None:
             return None
         return missing(arguments[at : at + 2]) or unknown_flags(arguments[at + 2 :])
+    if program == "python" and arguments[:1] == ["-m"]:
+        return missing([f"{arguments[1].replace('.', '/')}.py", *arguments[2:]])
     if program == "python":
         return missing(arguments[:1]) or problem_of_script(arguments)
     return missing([one for one in arguments if one.endswith((".sh", ".patch"))])
