@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dip.data.fields import check_object, file_name, text_of, unread_keys
-from megatron_dip.data.samples import check_id, sample_name
+from megatron_dip.data.fields import file_name, text_of, unread_keys
+from megatron_dip.data.samples import sample_fields
 
 __all__ = ["ClipSample", "parse_clip_sample"]
 
@@ -29,9 +29,7 @@ def parse_clip_sample(raw: Any, number: int) -> ClipSample:
     Raises:
         DataError: A field is missing or of the wrong kind, or a key says what would not be read.
     """
-    name = sample_name(raw, number)
-    fields = check_object(raw, name)
-    check_id(fields, name)
+    name, fields = sample_fields(raw, number)
     return ClipSample(
         name=name,
         unread=unread_keys(fields, _KEYS, name),

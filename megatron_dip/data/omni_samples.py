@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dip.data.fields import check_object, optional_file_name, text_of, unread_keys
-from megatron_dip.data.samples import check_id, sample_name
+from megatron_dip.data.fields import optional_file_name, text_of, unread_keys
+from megatron_dip.data.samples import sample_fields
 from megatron_dip.errors import DataError
 
 __all__ = ["OmniSample", "parse_omni_sample", "parse_omni_samples"]
@@ -37,9 +37,7 @@ def parse_omni_sample(raw: Any, number: int) -> OmniSample:
     Raises:
         DataError: A field is missing or of the wrong kind, or a key says what would not be read.
     """
-    name = sample_name(raw, number)
-    fields = check_object(raw, name)
-    check_id(fields, name)
+    name, fields = sample_fields(raw, number)
     return OmniSample(
         name=name,
         unread=unread_keys(fields, _KEYS, name),

@@ -28,11 +28,11 @@ __all__ = [
     "EncodedText",
     "Sample",
     "Turn",
-    "check_id",
     "check_length",
     "encode_text",
     "parse_sample",
     "read_samples",
+    "sample_fields",
     "sample_name",
 ]
 
@@ -85,15 +85,20 @@ def sample_name(raw: Any, number: int) -> str:
     )
 
 
-def check_id(raw: Mapping[str, Any], name: str) -> None:
-    """Ids are for messages alone: several samples may have the same.
+def sample_fields(raw: Any, number: int) -> tuple[str, Mapping[str, Any]]:
+    """The name and the fields of a raw sample of any family.
+
+    Ids are for messages alone: several samples may have the same.
 
     Raises:
-        DataError: The id is there, and is neither a text nor a whole number.
+        DataError: It is no object, or its id is neither a text nor a whole number.
     """
-    given = raw.get("id")
+    name = sample_name(raw, number)
+    fields = check_object(raw, name)
+    given = fields.get("id")
     if isinstance(given, bool) or not isinstance(given, (str, int, type(None))):
         raise DataError(f"{name}: field 'id' is {shown(given)}; expected a text or a whole number")
+    return name, fields
 
 
 def parse_sample(raw: Any, number: int) -> Sample:
@@ -104,11 +109,9 @@ def parse_sample(raw: Any, number: int) -> Sample:
             role is unknown, nothing is to be learned, or the number of ``<image>`` marks is not
             that of the images.
     """
-    name = sample_name(raw, number)
-    fields = check_object(raw, name)
+    name, fields = sample_fields(raw, number)
     if fields.get("id") is None:
         raise DataError(f"{name}: field 'id' is missing; give every sample a text or a number")
-    check_id(fields, name)
     unread = unread_keys(fields, _KEYS, name)
     turns, unread_of_turns = _parse_turns(fields, name)
     sample = Sample(

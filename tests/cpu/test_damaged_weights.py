@@ -1,10 +1,5 @@
 """Weights that are damaged are refused in one line, and results are written whole."""
 
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from lavin_setup import clip_stages, language_stages, move_adapters
@@ -58,20 +53,9 @@ def test_adapters_that_are_no_numbers_are_refused(base, tmp_path):
             load_adapters(path, make_stages(base))
 
 
-@contextmanager
-def files_no_longer_than(num_bytes: int) -> Iterator[None]:
-    """As on a disk that is full from then on."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_adapters_that_cannot_be_saved_are_an_error_and_the_old_file_stays(base, tmp_path):
+def test_adapters_that_cannot_be_saved_are_an_error_and_the_old_file_stays(
+    base, tmp_path, files_no_longer_than
+):
     path = tmp_path / "adapters.pt"
     stages = make_stages(base, moved=True)
     save_adapters(path, stages)

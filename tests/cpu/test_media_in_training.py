@@ -62,13 +62,8 @@ def make_vlm(folder: Path, *, skip: bool) -> tuple[Any, Path]:
     return dataset, folder / "images" / "0.png"
 
 
-def make_omni(folder: Path, *, skip: bool, field: str = "image") -> tuple[Any, Path]:
-    options = SampleSoundOptions(
-        num_samples=NUM_SAMPLES, rate=8000, lengths_s=(0.1, 0.25), side=32, vocab_size=300
-    )
-    make_sample_sounds(folder, options)
-    samples = json.loads((folder / "samples.json").read_text())
-    settings = OmniSettings(
+def omni_settings(folder: Path) -> OmniSettings:
+    return OmniSettings(
         samples=folder / "samples.json",
         media_folder=folder / "media",
         tokenizer=folder / "tokenizer.json",
@@ -77,6 +72,15 @@ def make_omni(folder: Path, *, skip: bool, field: str = "image") -> tuple[Any, P
         audio_rate=8000,
         num_mels=16,
     )
+
+
+def make_omni(folder: Path, *, skip: bool, field: str = "image") -> tuple[Any, Path]:
+    options = SampleSoundOptions(
+        num_samples=NUM_SAMPLES, rate=8000, lengths_s=(0.1, 0.25), side=32, vocab_size=300
+    )
+    make_sample_sounds(folder, options)
+    samples = json.loads((folder / "samples.json").read_text())
+    settings = omni_settings(folder)
     index, _ = build_omni_index(settings, folder)
     dataset = OmniDataset(
         settings,
@@ -210,15 +214,7 @@ def test_a_field_that_names_no_file_is_a_bad_sample(tmp_path: Path, field: str, 
 
 def make_omni_again(folder: Path) -> OmniDataset:
     """Over samples that a test has changed: one of them must be bad."""
-    settings = OmniSettings(
-        samples=folder / "samples.json",
-        media_folder=folder / "media",
-        tokenizer=folder / "tokenizer.json",
-        seq_length=160,
-        limits=ImageLimits(4, 2, 12),
-        audio_rate=8000,
-        num_mels=16,
-    )
+    settings = omni_settings(folder)
     index, _ = build_omni_index(settings, folder)
     with pytest.raises(DataError, match=r"\(number 3\)"):
         usable_samples(index, skip_bad_samples=False)

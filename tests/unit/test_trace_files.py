@@ -2,11 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,19 +20,6 @@ from megatron_dip.simulator import simulate
 TWO_RANKS = make_plan(*chain_case(2, 3))
 THREE_RANKS = make_plan(*chain_case(3, 3))
 FIRST, SECOND = "20260101-000000-aaaa", "20260102-000000-bbbb"
-
-
-@contextmanager
-def files_no_longer_than(num_bytes: int) -> Iterator[None]:
-    """As on a disk that is full from then on: writes stop in the middle of a line."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def record(iteration: int, num_ranks: int = 2) -> StepRecord:
@@ -140,7 +123,9 @@ def test_a_full_device_is_said_once(tmp_path, caplog):
     ] * 2
 
 
-def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_no_half_of_it(tmp_path, caplog):
+def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_no_half_of_it(
+    tmp_path, caplog, files_no_longer_than
+):
     run = Run(tmp_path)
     run.iterate(1)
     sizes = {path: path.stat().st_size for path in tmp_path.glob("*.jsonl")}
@@ -317,7 +302,7 @@ def test_folders_of_earlier_versions_are_read_by_the_same_rules(tmp_path):
         plan_of_trace(tmp_path, found[1])
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, files_no_longer_than):
     path = tmp_path / "file"
     write_atomically(path, "before")
     with files_no_longer_than(10), pytest.raises(OSError):
