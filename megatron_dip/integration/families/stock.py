@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StockModel"]
 
-_COUNTS_ON_ALL_MODULES = (
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "use_megatron_fsdp",
-    "use_torch_fsdp2",
-)
+_COUNTS_ON_ALL_MODULES = ("overlap_grad_reduce", "overlap_param_gather")
 
 
 class StockModel(MegatronModule):
