@@ -23,7 +23,13 @@ from megatron_dip.integration.flags.schedule import SCHEDULE_RULES
 from megatron_dip.integration.rules import check_rules
 from megatron_dip.integration.versions import build_helpers_where_they_can_be_built
 
-__all__ = ["ArgumentValidation", "add_arguments", "check_schedule_arguments", "validation_of"]
+__all__ = [
+    "ArgumentValidation",
+    "add_arguments",
+    "check_schedule_arguments",
+    "refusal_of_megatron",
+    "validation_of",
+]
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 _MOST_ITERATIONS = 10**9
@@ -173,7 +179,7 @@ class ArgumentValidation:
         except (AssertionError, RuntimeError, ValueError) as error:
             if isinstance(error, DipError):
                 raise
-            raise ConfigError(f"Megatron refuses the arguments: {_reason(error)}") from error
+            raise refusal_of_megatron(error) from error
         complete_full_validation(args)
         return result
 
@@ -219,12 +225,12 @@ def validation_of(args: argparse.Namespace) -> ArgumentValidation | None:
     return None
 
 
-def _reason(error: BaseException) -> str:
-    """The message, or the condition that a bare ``assert`` demands."""
-    if str(error):
-        return str(error)
+def refusal_of_megatron(error: BaseException) -> ConfigError:
+    """Megatron's complaint about the arguments in one line: its message, or the condition that a
+    bare ``assert`` demands."""
     frames = traceback.extract_tb(error.__traceback__)
-    return (frames[-1].line if frames else None) or type(error).__name__
+    reason = str(error) or (frames[-1].line if frames else None) or type(error).__name__
+    return ConfigError(f"Megatron refuses the arguments: {reason}")
 
 
 def _defaults_of_script(args: argparse.Namespace, defaults: dict[str, Any]) -> list[StatedFlag]:

@@ -20,7 +20,7 @@ from megatron_dip.integration.accounting import (
     stock_memory,
     use_accounting,
 )
-from megatron_dip.integration.arguments import validation_of
+from megatron_dip.integration.arguments import refusal_of_megatron, validation_of
 from megatron_dip.integration.chunks import ChunkList, DipChunk
 from megatron_dip.integration.families import StageFactory, family_of
 from megatron_dip.integration.learning_rates import use_learning_rate_factors
@@ -91,7 +91,7 @@ def _run_config(args: Namespace) -> TransformerConfig:
     try:
         run_config: TransformerConfig = core_transformer_config_from_args(args)
     except (AssertionError, ValueError) as error:
-        raise ConfigError(f"Megatron refuses the arguments: {error}") from error
+        raise refusal_of_megatron(error) from error
     return run_config
 
 
