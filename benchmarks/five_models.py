@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron_dip.errors import InfeasibleError
 from megatron_dip.partition import Partition, load_partition, uniform_partition
-from megatron_dip.partition.choose import choose_partition
+from megatron_dip.partitioner.choose import choose_partition
 from megatron_dip.plan.plan import Plan
 from megatron_dip.planner import make_plan
 from megatron_dip.planner.baselines import BaselineCase, StaticCuts, baselines

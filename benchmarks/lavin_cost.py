@@ -264,7 +264,7 @@ def write_config(path: Path, tuning: str) -> Path:
 
 def load_shape(config: Path) -> int:
     """Parameters of the model."""
-    from megatron_dip.config import load_config
+    from megatron_dip.families.configs import load_config
 
     return load_config(config).model_shape().num_parameters()
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dip.partition import Partition, load_partition, partition_from_layers
-from megatron_dip.partition.cuts import balanced_layers
+from megatron_dip.partitioner.cuts import balanced_layers
 from megatron_dip.plan import PipelineGraph, Plan
 from megatron_dip.plan.lowering import lower
 from megatron_dip.plan.validation import validate_plan

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dip.config import load_config
+from megatron_dip.families.configs import load_config
 from megatron_dip.report import read_records, run_local_training
 
 ROOT = Path(__file__).resolve().parents[1]

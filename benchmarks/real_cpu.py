@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megatron_dip.config import load_config
+from megatron_dip.families.configs import load_config
 from megatron_dip.report import read_records, read_traces, run_local_training
 
 ROOT = Path(__file__).resolve().parents[1]

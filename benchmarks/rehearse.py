@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dip.partition import partition_from_layers
-from megatron_dip.partition.cuts import balanced_layers
+from megatron_dip.partitioner.cuts import balanced_layers
 from megatron_dip.plan import Plan
 from megatron_dip.planner import make_plan
 from megatron_dip.rehearsal import rehearsal_json, rehearse

@@ -10,7 +10,7 @@ text encoder with the first layers of the transformer on the first pipeline rank
 import pretrain_vlm
 import torch
 
-from megatron_dip.integration.data import get_batch
+from megatron_dip.families.iterators import get_batch
 
 
 def loss_func(

@@ -12,8 +12,8 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_dip.integration.data import data_sets, get_batch
-from megatron_dip.integration.model import build_model
+from megatron_dip.families.iterators import data_sets, get_batch
+from megatron_dip.families.provider import build_model
 
 
 def loss_func(

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_dip.data.energon import write_energon
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.energon import write_energon
 
 
 def main(

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_dip.data.sample_clips import SampleClipOptions, make_sample_clips
 from megatron_dip.errors import DataError
+from megatron_dip.families.sample_data.clips import SampleClipOptions, make_sample_clips
 
 
 def main(

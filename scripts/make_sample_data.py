@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megatron_dip.data.sample_data import SampleDataOptions, make_sample_data
 from megatron_dip.errors import DataError
+from megatron_dip.families.sample_data.image_text import SampleDataOptions, make_sample_data
 
 
 def main(

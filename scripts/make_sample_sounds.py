@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_dip.data.sample_sounds import SampleSoundOptions, make_sample_sounds
 from megatron_dip.errors import DataError
+from megatron_dip.families.sample_data.sounds import SampleSoundOptions, make_sample_sounds
 
 
 def main(

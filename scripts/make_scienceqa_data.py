@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_dip.data.lavin.sample_questions import QuestionOptions, make_sample_questions
 from megatron_dip.errors import DataError
+from megatron_dip.families.sample_data.questions import QuestionOptions, make_sample_questions
 
 
 def main(

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_dip.config import load_config
 from megatron_dip.errors import DipError
+from megatron_dip.families.configs import load_config
 from megatron_dip.plan import Plan, load_plan
 from megatron_dip.report import (
     IterationTrace,

@@ -18,7 +18,7 @@ def export_to_released(
 
     The other way needs no command: --load-adapters reads released checkpoints.
     """
-    from megatron_dip.models.lavin.adapter_file import export_adapters
+    from megatron_dip.families.lavin.adapter_file import export_adapters
 
     count = export_adapters(adapters, output)
     typer.echo(f"wrote {output} ({count} adapter parameters)")

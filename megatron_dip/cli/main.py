@@ -16,8 +16,8 @@ from megatron_dip.cli.rehearse import rehearse_plan
 from megatron_dip.cli.report import report_run
 from megatron_dip.cli.simulate import simulate_plans
 from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_profile
+from megatron_dip.costs.mixtures import built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.errors import ConfigError, DipError, one_line, shown
-from megatron_dip.mixtures import built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.partition import load_partition
 from megatron_dip.plan.plan import load_plan, save_plan
 from megatron_dip.plan.validation import check_memory, validate_plan

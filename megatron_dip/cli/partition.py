@@ -10,8 +10,8 @@ from rich.table import Table
 
 from megatron_dip.cli.output import write_file
 from megatron_dip.partition import load_partition
-from megatron_dip.partition.choose import ChosenPartition, choose_partition
-from megatron_dip.partition.cuts import Cut
+from megatron_dip.partitioner.choose import ChosenPartition, choose_partition
+from megatron_dip.partitioner.cuts import Cut
 from megatron_dip.workload import load_problem
 
 __all__ = ["make_partition"]

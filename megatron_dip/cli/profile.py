@@ -10,10 +10,11 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
-from megatron_dip.config import DipConfig, load_config
+from megatron_dip.config import DipConfig
 from megatron_dip.costs.grid import size_grid
 from megatron_dip.costs.profile import Profile
 from megatron_dip.errors import ConfigError
+from megatron_dip.families.configs import load_config
 
 __all__ = ["measure_layers"]
 

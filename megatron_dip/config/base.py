@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.texts import TokensForm
 from megatron_dip.errors import ConfigError
+from megatron_dip.families.token_forms import TokensForm
 from megatron_dip.forms import Form
 from megatron_dip.limits import (
     MOST_EVALUATIONS,
@@ -33,8 +33,8 @@ from megatron_dip.partition import (
 from megatron_dip.text_form import OUR_TEXT_FORM, SpecialTokens, TextForm
 
 if TYPE_CHECKING:
-    from megatron_dip.config.modules import TransformerForm
     from megatron_dip.costs.shapes import ModelShape
+    from megatron_dip.families.forms import TransformerForm
 
 __all__ = [
     "CostConfig",

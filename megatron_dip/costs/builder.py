@@ -44,7 +44,7 @@ class ProblemBuilder:
     """Per rank, weights included."""
     transfer: TransferCost
     stage_factors: Mapping[int, StageFactor] | None = None
-    """Measured over stated times, see ``megatron_dip.feedback``."""
+    """Measured over stated times, see ``megatron_dip.simulator.measured``."""
     layer_overheads_us: Mapping[str, float] | None = None
     """Of calling a layer, per module, as measured; as ``times`` has it where not given."""
 

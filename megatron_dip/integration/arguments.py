@@ -10,16 +10,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dip.config import DipConfig, load_config
+from megatron_dip.config import DipConfig
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError, shown
-from megatron_dip.integration.evaluation import (
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.evaluation import (
     check_data_arguments,
     complete_evaluation,
     complete_full_validation,
 )
+from megatron_dip.families.flags import OWN_GROUP, ParserFlags, StatedFlag, check_flags
 from megatron_dip.integration.expert_rules import check_expert_arguments
-from megatron_dip.integration.flags import OWN_GROUP, ParserFlags, StatedFlag, check_flags
-from megatron_dip.integration.flags.schedule import SCHEDULE_RULES
+from megatron_dip.integration.flag_rules import SCHEDULE_RULES
 from megatron_dip.integration.rules import check_rules
 from megatron_dip.integration.versions import build_helpers_where_they_can_be_built
 

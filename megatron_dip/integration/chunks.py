@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.data import StageData
+from megatron_dip.families.packed.batches import StageData
 from megatron_dip.partition import Stage
 
 __all__ = ["ChunkList", "DipChunk", "StageBatch", "UpstreamRows", "order_features"]

@@ -17,12 +17,12 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron.training.utils import print_rank_last
 
 from megatron_dip.costs.work import static_bytes
-from megatron_dip.feedback import Corrections, CostFeedback, measure_actions
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Action, Plan
 from megatron_dip.report.steps import RankRecord, StepRecord
 from megatron_dip.runtime import Recorder
 from megatron_dip.runtime.exchange import RankStep, StepExchange
+from megatron_dip.simulator.measured import Corrections, CostFeedback, measure_actions
 
 __all__ = ["MeasuredStep", "StepFeedback", "log_step"]
 

@@ -15,15 +15,16 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from megatron_dip.data import LookAhead, Microbatch
 from megatron_dip.errors import DataError, UnsupportedError
-from megatron_dip.integration.accounting import note_microbatch
+from megatron_dip.families.accounting import note_microbatch
+from megatron_dip.families.packed.batches import Microbatch
 from megatron_dip.integration.feedback import MeasuredStep
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
 from megatron_dip.integration.trace import iteration_number, trace_step, wants_records
 from megatron_dip.plan import Plan
 from megatron_dip.runtime import Recorder, create_recorder
+from megatron_dip.runtime.look_ahead import LookAhead
 
 __all__ = ["forward_backward_dip"]
 
@@ -178,7 +179,7 @@ def _pipeline_of(model: Sequence[torch.nn.Module]) -> DipPipeline:
     except RuntimeError:
         raise UnsupportedError(
             "--dip-schedule was given but the model is not made of stages (have the script's "
-            "model_provider call megatron_dip.integration.model.build_model)"
+            "model_provider call megatron_dip.families.provider.build_model)"
         ) from None
     assert isinstance(pipeline, DipPipeline)
     return pipeline
@@ -196,7 +197,7 @@ def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[Microbatc
         if not isinstance(microbatch, Microbatch):
             raise DataError(
                 f"the data iterator yielded {type(microbatch).__name__} (expected a microbatch: "
-                f"use megatron_dip.integration.data.data_sets)"
+                f"use megatron_dip.families.iterators.data_sets)"
             )
         microbatches.append(microbatch)
     return microbatches

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_dip.collector import without_collection
 from megatron_dip.errors import PlanError
 from megatron_dip.plan.actions import Action, ActionType
+from megatron_dip.plan.collector import without_collection
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.plan.wiring import IntArray, Wiring
 

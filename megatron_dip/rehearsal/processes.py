@@ -5,9 +5,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from megatron_dip.errors import ConfigError
-from megatron_dip.local_ranks import run_local_ranks
 from megatron_dip.plan import Plan
 from megatron_dip.plan.validation import validate_plan
+from megatron_dip.rehearsal.local_ranks import run_local_ranks
 from megatron_dip.rehearsal.results import RankTask, Rehearsal
 from megatron_dip.rehearsal.scaling import scale_plan
 from megatron_dip.simulator import simulate

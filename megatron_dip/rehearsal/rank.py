@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dip.errors import DipError
-from megatron_dip.local_ranks import Done, Failed
 from megatron_dip.partition import Stage
 from megatron_dip.plan import ActionType
+from megatron_dip.rehearsal.local_ranks import Done, Failed
 from megatron_dip.rehearsal.results import RankRun, RankTask, RehearsedSpan
 from megatron_dip.runtime import (
     BoundaryRule,
@@ -46,7 +46,7 @@ _PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
 
 
 def run_rank(task: RankTask, messages: Connection) -> None:
-    """Run the plan and send a list of :class:`RankRun`; see ``megatron_dip.local_ranks``."""
+    """Run the plan and send a list of :class:`RankRun`; see ``local_ranks``."""
     _prepare_process()
     try:
         messages.send(Done(_run(task)))

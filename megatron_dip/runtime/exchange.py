@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dip.errors import ChannelError
-from megatron_dip.feedback import SUMS_SHAPE
 from megatron_dip.plan.wiring import FloatArray
 from megatron_dip.runtime.channels import transfer_failure_reason
+from megatron_dip.simulator.measured import SUMS_SHAPE
 
 __all__ = ["RankStep", "StepExchange"]
 

@@ -15,10 +15,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.config import load_config
 from megatron_dip.costs import ItemSize, Parallelism
 from megatron_dip.costs.memory import MemoryModel
-from megatron_dip.integration.families import family_of
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.registry import family_of
 from megatron_dip.integration.kernels import kernels_of
 from megatron_dip.runtime.measure import StoredBytes
 

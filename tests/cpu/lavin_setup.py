@@ -7,15 +7,17 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from models_setup import base_config, layers_of, run_chain
 
-from megatron_dip.data.lavin import LavinMicrobatch, RoutedSequence
-from megatron_dip.data.lavin.batches import ImageSize
-from megatron_dip.models.configs import make_language_config
-from megatron_dip.models.initialization import initialize_parameters, named_global_parameters
-from megatron_dip.models.lavin.adapter import AdapterOptions
-from megatron_dip.models.lavin.language import LavinLanguageStage
-from megatron_dip.models.lavin.stages import freeze_towers, is_adapter
-from megatron_dip.models.lavin.vision import ClipStage, GateMode, make_clip_config
-from megatron_dip.models.stage import StageModule
+from megatron_dip.families.lavin.adapter import AdapterOptions
+from megatron_dip.families.lavin.batches import ImageSize, LavinMicrobatch, RoutedSequence
+from megatron_dip.families.lavin.language import LavinLanguageStage
+from megatron_dip.families.lavin.stages import freeze_towers, is_adapter
+from megatron_dip.families.lavin.vision import ClipStage, GateMode, make_clip_config
+from megatron_dip.families.packed.configs import make_language_config
+from megatron_dip.families.packed.initialization import (
+    initialize_parameters,
+    named_global_parameters,
+)
+from megatron_dip.families.packed.stage import StageModule
 
 __all__ = [
     "FEATURE_LAYERS",

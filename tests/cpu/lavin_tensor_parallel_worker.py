@@ -11,7 +11,7 @@ from lavin_setup import clip_stages, gradients, language_stages, loss_of, microb
 from models_setup import base_config, megatron_on_cpu
 from models_tensor_parallel_worker import add_partial_gradients
 
-from megatron_dip.models.lavin.checkpoint import base_digest, gather_adapters
+from megatron_dip.families.lavin.checkpoint import base_digest, gather_adapters
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def check_checkpoint_of_another_cut(base, folder) -> None:
     from megatron.core import dist_checkpointing
     from models_setup import language_stages, vision_stages
 
-    from megatron_dip.models.initialization import named_global_parameters
+    from megatron_dip.families.packed.initialization import named_global_parameters
 
     def sharded(stages):
         return {f"model{i}": stage.sharded_state_dict() for i, stage in enumerate(stages)}

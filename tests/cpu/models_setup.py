@@ -18,16 +18,16 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dip.data.microbatch import LanguageBatch, VisionBatch
-from megatron_dip.models.configs import (
+from megatron_dip.families.packed.configs import (
     make_language_config,
     make_projection_config,
     make_vision_config,
 )
-from megatron_dip.models.initialization import initialize_parameters
-from megatron_dip.models.language import LanguageStage
-from megatron_dip.models.stage import StageLayers, StageModule
-from megatron_dip.models.vision import VisionStage
+from megatron_dip.families.packed.initialization import initialize_parameters
+from megatron_dip.families.packed.language import LanguageStage
+from megatron_dip.families.packed.stage import StageLayers, StageModule
+from megatron_dip.families.packed.vision import VisionStage
+from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
 
 VISION_LAYERS = 3
 LANGUAGE_LAYERS = 4

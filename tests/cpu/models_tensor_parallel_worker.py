@@ -22,7 +22,7 @@ from models_setup import (
     vision_stages,
 )
 
-from megatron_dip.models.initialization import named_global_parameters
+from megatron_dip.families.packed.initialization import named_global_parameters
 
 _MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride")
 

@@ -23,11 +23,11 @@ from megatron.training.initialize import initialize_megatron
 from parts_cases import CASES, NUM_ITERATIONS, RATE, PartsCase
 
 from megatron_dip.errors import ConfigError
-from megatron_dip.integration.adapters import stages_of
-from megatron_dip.integration.data import data_sets
-from megatron_dip.integration.model import build_model
-from megatron_dip.models.initialization import named_global_parameters
-from megatron_dip.models.parts import learning_rate_factor
+from megatron_dip.families.iterators import data_sets
+from megatron_dip.families.lavin.adapter_files import stages_of
+from megatron_dip.families.packed.initialization import named_global_parameters
+from megatron_dip.families.packed.parts import learning_rate_factor
+from megatron_dip.families.provider import build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from pretrain_vlm import forward_step

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from megatron_dip.data.audio_files import read_sound
 from megatron_dip.errors import DataError
+from megatron_dip.families.omni.audio_files import read_sound
 
 RATE = 8000
 TONE = np.round(np.sin(np.arange(800) / 9) * 16000) / 2**15

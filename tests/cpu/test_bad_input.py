@@ -15,10 +15,10 @@ from runtime_program import CASE, plan_of
 from tiny_data_set import conversation
 from tiny_vlm import make_tiny_data, write_config
 
-from megatron_dip.config import load_config
-from megatron_dip.data import DataSettings
-from megatron_dip.data.index import build_index, usable_samples
 from megatron_dip.errors import DataError
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.data.index import build_index, usable_samples
+from megatron_dip.families.data.sources import DataSettings
 from megatron_dip.plan.plan import save_plan
 
 Edit = Callable[[Any], None]

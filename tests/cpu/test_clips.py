@@ -12,7 +12,11 @@ from failing_runs import error_of, run_vlm
 from launching import REPOSITORY
 from tiny_t2v import make_tiny_clips, write_t2v_config
 
-from megatron_dip.data.clips import (
+from megatron_dip.errors import DataError
+from megatron_dip.families.data.image_files import decode_image
+from megatron_dip.families.data.index import usable_samples
+from megatron_dip.families.sample_data.photos import PHOTOS, photo_folder
+from megatron_dip.families.t2v.clips import (
     ClipDataset,
     ClipIndex,
     ClipSettings,
@@ -20,17 +24,8 @@ from megatron_dip.data.clips import (
     draw_time_and_noise,
     load_clip_index,
 )
-from megatron_dip.data.image_files import decode_image
-from megatron_dip.data.index import usable_samples
-from megatron_dip.data.latents import (
-    BlockTransform,
-    frames_of,
-    make_encoder,
-    patches_of,
-)
-from megatron_dip.data.sample_photos import PHOTOS, photo_folder
-from megatron_dip.data.videos import ClipLimits, read_clip
-from megatron_dip.errors import DataError
+from megatron_dip.families.t2v.latents import BlockTransform, frames_of, make_encoder, patches_of
+from megatron_dip.families.t2v.videos import ClipLimits, read_clip
 
 LIMITS = ClipLimits(max_frames=4, frame_stride=1, min_frame_tokens=4, max_frame_tokens=12)
 PIXELS = 16

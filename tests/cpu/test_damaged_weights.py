@@ -6,7 +6,7 @@ from lavin_setup import clip_stages, language_stages, move_adapters
 from models_setup import base_config, megatron_on_cpu
 
 from megatron_dip.errors import CheckpointError
-from megatron_dip.models.lavin.checkpoint import load_adapters, save_adapters
+from megatron_dip.families.lavin.checkpoint import load_adapters, save_adapters
 
 
 @pytest.fixture(scope="module")

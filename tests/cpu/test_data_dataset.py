@@ -10,9 +10,12 @@ from PIL import Image
 from tiny_data_set import conversation, make_settings, sample_of, with_samples
 from torch.utils.data import DataLoader
 
-from megatron_dip.data import PackedSequence, PackingOptions, VlmDataset, VlmMicrobatch, build_index
-from megatron_dip.data.statistics import microbatch_statistics
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.index import build_index
+from megatron_dip.families.data.packing import PackingOptions
+from megatron_dip.families.data.statistics import microbatch_statistics
+from megatron_dip.families.vlm.batches import PackedSequence, VlmMicrobatch
+from megatron_dip.families.vlm.dataset import VlmDataset
 
 
 @pytest.fixture(scope="module")

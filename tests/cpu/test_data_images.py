@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_dip.data.images import (
+from megatron_dip.errors import DataError
+from megatron_dip.families.data.images import (
     ImageLimits,
     choose_grid,
     image_patches,
     num_image_tokens,
     patch_coordinates,
 )
-from megatron_dip.errors import DataError
 
 LIMITS = ImageLimits(patch_size=14, min_image_tokens=4, max_image_tokens=64)
 

@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 from tiny_data_set import make_settings, sample_of, with_samples
 
-from megatron_dip.data import (
+from megatron_dip.errors import DataError
+from megatron_dip.families.data import sources as sources_module
+from megatron_dip.families.data.image_files import decode_image
+from megatron_dip.families.data.images import choose_grid, num_image_tokens
+from megatron_dip.families.data.index import (
     build_index,
     index_digest,
     index_path,
     load_index,
     split_samples,
+    usable_samples,
 )
-from megatron_dip.data import sources as sources_module
-from megatron_dip.data.image_files import decode_image
-from megatron_dip.data.images import choose_grid, num_image_tokens
-from megatron_dip.data.index import usable_samples
-from megatron_dip.errors import DataError
 
 
 @pytest.fixture

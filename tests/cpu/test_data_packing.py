@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dip.data.packing import PackingOptions, pack_epoch
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.packing import PackingOptions, pack_epoch
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.booleans()), min_size=1, max_size=60)
 OPTIONS = st.builds(PackingOptions, separation=st.floats(0, 1), num_open=st.integers(1, 9))

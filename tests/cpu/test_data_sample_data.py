@@ -12,11 +12,18 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from megatron_dip.data import DataSettings, VlmDataset, build_index, load_tokenizer
-from megatron_dip.data.image_files import decode_image
-from megatron_dip.data.sample_data import SampleDataOptions, make_sample_data, measure
-from megatron_dip.data.sample_photos import PHOTOS, photo_folder
-from megatron_dip.data.statistics import microbatch_statistics
+from megatron_dip.families.data.image_files import decode_image
+from megatron_dip.families.data.index import build_index
+from megatron_dip.families.data.sources import DataSettings
+from megatron_dip.families.data.statistics import microbatch_statistics
+from megatron_dip.families.data.tokenizer import load_tokenizer
+from megatron_dip.families.sample_data.image_text import (
+    SampleDataOptions,
+    make_sample_data,
+    measure,
+)
+from megatron_dip.families.sample_data.photos import PHOTOS, photo_folder
+from megatron_dip.families.vlm.dataset import VlmDataset
 
 OPTIONS = SampleDataOptions(num_image_samples=60, num_text_samples=40, vocab_size=1000)
 

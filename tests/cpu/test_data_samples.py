@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dip.data.samples import encode_text, parse_sample, read_samples
-from megatron_dip.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.samples import encode_text, parse_sample, read_samples
+from megatron_dip.families.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 
 TEXTS = [f"What is this? <image> It is a cat number {n} <eos>." for n in range(200)]
 

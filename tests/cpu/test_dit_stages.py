@@ -7,12 +7,15 @@ import pytest
 import torch
 from models_setup import base_config, layers_of, megatron_on_cpu, run_chain
 
-from megatron_dip.data.clip_batches import Clip, ClipMicrobatch
-from megatron_dip.models.configs import make_dit_config, make_language_config
-from megatron_dip.models.dit import DitStage, rotary_frequencies
-from megatron_dip.models.initialization import initialize_parameters, named_global_parameters
-from megatron_dip.models.shapes import ROWS_PER_CLIP
-from megatron_dip.models.text import TextStage
+from megatron_dip.families.packed.configs import make_dit_config, make_language_config
+from megatron_dip.families.packed.initialization import (
+    initialize_parameters,
+    named_global_parameters,
+)
+from megatron_dip.families.packed.shapes import ROWS_PER_CLIP
+from megatron_dip.families.t2v.batches import Clip, ClipMicrobatch
+from megatron_dip.families.t2v.dit import DitStage, rotary_frequencies
+from megatron_dip.families.t2v.text import TextStage
 from megatron_dip.runtime import BoundaryRule
 
 LAYERS, HIDDEN, VALUES, TEXT_HIDDEN = 4, 48, 8, 32

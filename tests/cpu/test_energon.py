@@ -24,19 +24,14 @@ from tiny_data_set import make_settings
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import train
 
-from megatron_dip.config import load_config
-from megatron_dip.data import (
-    DataSettings,
-    LookAhead,
-    VlmDataset,
-    VlmMicrobatch,
-    build_index,
-    open_source,
-    split_source,
-)
-from megatron_dip.data.energon import write_energon
-from megatron_dip.data.index import usable_samples
 from megatron_dip.errors import ConfigError, DataError
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.data.energon import write_energon
+from megatron_dip.families.data.index import build_index, split_source, usable_samples
+from megatron_dip.families.data.sources import DataSettings, open_source
+from megatron_dip.families.vlm.batches import VlmMicrobatch
+from megatron_dip.families.vlm.dataset import VlmDataset
+from megatron_dip.runtime.look_ahead import LookAhead
 
 NUM_SAMPLES, SAMPLES_PER_SHARD = 24, 7
 NUM_SEQUENCES = 24
@@ -104,7 +99,7 @@ def batches_of(
     from megatron.core.datasets.utils import Split
     from megatron.training.datasets import data_samplers
 
-    from megatron_dip.integration import loaders
+    from megatron_dip.families import loaders
 
     arguments = Namespace(
         micro_batch_size=2,

@@ -11,15 +11,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import arguments as megatron_arguments
 from megatron.training.arguments import core_transformer_config_from_args
 
-from megatron_dip.config import load_config
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.flags import GROUPS, ParserFlags, Verdict, check_flags, group_of
+from megatron_dip.families.flags.page import put_between, tables
+from megatron_dip.families.packed import configs
+from megatron_dip.families.packed.configs import make_language_config, make_vision_config
 from megatron_dip.integration import arguments
 from megatron_dip.integration.arguments import ArgumentValidation
 from megatron_dip.integration.cpu_mode.arguments import CPU_DEFAULTS
-from megatron_dip.integration.flags import GROUPS, ParserFlags, Verdict, check_flags, group_of
-from megatron_dip.integration.flags.page import put_between, tables
-from megatron_dip.models import configs
-from megatron_dip.models.configs import make_language_config, make_vision_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VLM = str(CONFIGS / "vlm_tiny.yaml")
@@ -171,7 +171,7 @@ def test_a_value_or_a_pair_that_does_not_work_is_refused(reader: Reader, flags: 
 
 
 def test_a_flag_that_needs_a_package_names_it(reader: Reader, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_dip.integration.flags.check.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_dip.families.flags.check.find_spec", lambda name: None)
     reader.read("--async-save")
     with pytest.raises(UnsupportedError, match="worker needs nvidia-resiliency-ext"):
         reader.read("--async-save", "--use-persistent-ckpt-worker")
@@ -244,7 +244,7 @@ def test_the_page_of_flags_says_what_the_code_does():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     page = (CONFIGS.parent / "docs" / "flags.md").read_text()
     written = put_between(page, tables(megatron_arguments.add_megatron_arguments(parser)))
-    assert page == written, "python -m megatron_dip.integration.flags.page docs/flags.md"
+    assert page == written, "python -m megatron_dip.families.flags.page docs/flags.md"
 
 
 # The fields of Megatron's configuration that flags of other names set.

@@ -19,12 +19,13 @@ from tiny_vlm import make_tiny_data, write_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from training_runs import train
 
-from megatron_dip.config import load_config
-from megatron_dip.data import VlmDataset, build_index
-from megatron_dip.data.conversation import EncodedText
-from megatron_dip.data.samples import encode_text, parse_sample
-from megatron_dip.data.tokenizer import VlmTokenizer, load_tokenizer, train_tokenizer
 from megatron_dip.errors import ConfigError, DataError
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.data.conversation import EncodedText
+from megatron_dip.families.data.index import build_index
+from megatron_dip.families.data.samples import encode_text, parse_sample
+from megatron_dip.families.data.tokenizer import VlmTokenizer, load_tokenizer, train_tokenizer
+from megatron_dip.families.vlm.dataset import VlmDataset
 from megatron_dip.text_form import OUR_TEXT_FORM, SpecialTokens, TextForm
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from megatron_dip.data.image_files import decode_image
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.image_files import decode_image
 
 # Pillow tells what it finds in broken metadata.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.*")

@@ -18,18 +18,18 @@ from models_setup import base_config, megatron_on_cpu
 from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
-from megatron_dip.config import load_config
 from megatron_dip.errors import CheckpointError
-from megatron_dip.integration.families.lavin import LavinStages
-from megatron_dip.models.initialization import named_global_parameters
-from megatron_dip.models.lavin.adapter_file import write_adapters
-from megatron_dip.models.lavin.checkpoint import (
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.lavin.adapter_file import write_adapters
+from megatron_dip.families.lavin.checkpoint import (
     base_digest,
     gather_adapters,
     load_adapters,
     save_adapters,
 )
-from megatron_dip.models.lavin.released import from_released, to_released
+from megatron_dip.families.lavin.model import LavinStages
+from megatron_dip.families.lavin.released import from_released, to_released
+from megatron_dip.families.packed.initialization import named_global_parameters
 
 
 @pytest.fixture(scope="module", autouse=True)

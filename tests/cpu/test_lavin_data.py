@@ -9,25 +9,22 @@ import torch
 from PIL import Image
 from tiny_lavin import SEQUENCE_LENGTH, make_tiny_scienceqa, raw_problem
 
-from megatron_dip.data import PackingOptions, load_tokenizer
-from megatron_dip.data.lavin import (
-    Instruction,
-    LavinDataset,
-    LavinSettings,
-    encode_instruction,
-    read_chat,
-    read_scienceqa,
-    score,
-    to_instruction,
-)
-from megatron_dip.data.lavin.images import IMAGE_MEAN, IMAGE_STD, load_patches
-from megatron_dip.data.lavin.scienceqa import (
+from megatron_dip.errors import DataError
+from megatron_dip.families.data.packing import PackingOptions
+from megatron_dip.families.data.tokenizer import load_tokenizer
+from megatron_dip.families.lavin.chat import read_chat
+from megatron_dip.families.lavin.dataset import LavinDataset, LavinSettings
+from megatron_dip.families.lavin.images import IMAGE_MEAN, IMAGE_STD, load_patches
+from megatron_dip.families.lavin.instructions import Instruction, encode_instruction
+from megatron_dip.families.lavin.scienceqa import (
     answer_text,
     parse_problem,
     predicted_choice,
     prompt_text,
+    read_scienceqa,
+    score,
+    to_instruction,
 )
-from megatron_dip.errors import DataError
 
 PROBLEM = {
     "question": "Which is  warm?",

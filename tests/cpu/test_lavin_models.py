@@ -21,12 +21,12 @@ from lavin_setup import (
 from models_setup import base_config, megatron_on_cpu, run_chain
 from torch.nn.functional import dropout, softmax
 
-from megatron_dip.data.lavin import LavinMicrobatch
-from megatron_dip.models.configs import make_language_config
-from megatron_dip.models.initialization import initialize_parameters
-from megatron_dip.models.language import LanguageStage
-from megatron_dip.models.lavin.adapter import AdapterOptions, RoutedAdapter, Routing
-from megatron_dip.models.lavin.stages import trainable_parameters
+from megatron_dip.families.lavin.adapter import AdapterOptions, RoutedAdapter, Routing
+from megatron_dip.families.lavin.batches import LavinMicrobatch
+from megatron_dip.families.lavin.stages import trainable_parameters
+from megatron_dip.families.packed.configs import make_language_config
+from megatron_dip.families.packed.initialization import initialize_parameters
+from megatron_dip.families.packed.language import LanguageStage
 
 TOLERANCE = 1e-12
 # Megatron computes the loss in 32 bits whatever the model's precision is.

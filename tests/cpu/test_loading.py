@@ -14,11 +14,14 @@ from launching import REPOSITORY, CompletedRank
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import TrainingRun, train
 
-from megatron_dip.config import load_config
-from megatron_dip.data import DataSettings, VlmDataset, build_index, open_source, split_source
-from megatron_dip.data.packing import PackingOptions
-from megatron_dip.integration import loaders, saving
-from megatron_dip.integration.data import set_lengths
+from megatron_dip.families import loaders
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.data.index import build_index, split_source
+from megatron_dip.families.data.packing import PackingOptions
+from megatron_dip.families.data.sources import DataSettings, open_source
+from megatron_dip.families.iterators import set_lengths
+from megatron_dip.families.vlm.dataset import VlmDataset
+from megatron_dip.integration import saving
 
 SIZES = "--micro-batch-size 1 --global-batch-size 4 --lr 0.001 --min-lr 0.001"
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from tiny_data_set import make_settings
 
-from megatron_dip.data import LookAhead, VlmDataset, VlmMicrobatch, build_index
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.index import build_index
+from megatron_dip.families.vlm.batches import VlmMicrobatch
+from megatron_dip.families.vlm.dataset import VlmDataset
+from megatron_dip.runtime.look_ahead import LookAhead
 
 
 @pytest.fixture(scope="module")

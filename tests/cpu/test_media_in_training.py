@@ -16,22 +16,17 @@ from PIL import Image
 from tiny_data_set import conversation
 from tiny_lavin import SEQUENCE_LENGTH, make_tiny_scienceqa, write_lavin_config
 
-from megatron_dip.data import DataSettings, VlmDataset, build_index
-from megatron_dip.data.images import ImageLimits
-from megatron_dip.data.index import usable_samples
-from megatron_dip.data.lavin import (
-    ImageFiles,
-    LavinDataset,
-    LavinSettings,
-    check_images,
-    read_scienceqa,
-    split_by_images,
-    to_instruction,
-)
-from megatron_dip.data.omni import OmniDataset, OmniSettings, build_omni_index
-from megatron_dip.data.sample_sounds import SampleSoundOptions, make_sample_sounds
-from megatron_dip.data.tokenizer import train_tokenizer
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.images import ImageLimits
+from megatron_dip.families.data.index import build_index, usable_samples
+from megatron_dip.families.data.sources import DataSettings
+from megatron_dip.families.data.tokenizer import train_tokenizer
+from megatron_dip.families.lavin.dataset import LavinDataset, LavinSettings
+from megatron_dip.families.lavin.image_check import ImageFiles, check_images, split_by_images
+from megatron_dip.families.lavin.scienceqa import read_scienceqa, to_instruction
+from megatron_dip.families.omni.data import OmniDataset, OmniSettings, build_omni_index
+from megatron_dip.families.sample_data.sounds import SampleSoundOptions, make_sample_sounds
+from megatron_dip.families.vlm.dataset import VlmDataset
 
 NUM_SAMPLES = 24
 

@@ -7,17 +7,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from models_setup import megatron_on_cpu
 
 from megatron_dip.costs import ModuleShape, load_model
-from megatron_dip.models.configs import (
+from megatron_dip.families.packed.configs import (
     make_dit_config,
     make_language_config,
     make_projection_config,
     make_vision_config,
 )
-from megatron_dip.models.dit import DitStage
-from megatron_dip.models.language import LanguageStage
-from megatron_dip.models.stage import StageModule
-from megatron_dip.models.text import TextStage
-from megatron_dip.models.vision import VisionStage
+from megatron_dip.families.packed.language import LanguageStage
+from megatron_dip.families.packed.stage import StageModule
+from megatron_dip.families.packed.vision import VisionStage
+from megatron_dip.families.t2v.dit import DitStage
+from megatron_dip.families.t2v.text import TextStage
 
 SIZES = {
     "vlm_s": {"vision": 5_642_908_160, "language": 7_615_616_512},

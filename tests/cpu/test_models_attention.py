@@ -9,8 +9,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from models_setup import base_config, megatron_on_cpu
 
 from megatron_dip.errors import UnsupportedError
-from megatron_dip.models.attention import SpanAttention, span_params
-from megatron_dip.models.configs import make_language_config
+from megatron_dip.families.packed.attention import SpanAttention, span_params
+from megatron_dip.families.packed.configs import make_language_config
 
 SPANS = (5, 3, 3, 1, 8, 8)
 CHANNELS = 8

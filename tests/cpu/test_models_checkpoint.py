@@ -15,7 +15,10 @@ from models_setup import (
     vision_stages,
 )
 
-from megatron_dip.models.initialization import initialize_parameters, named_global_parameters
+from megatron_dip.families.packed.initialization import (
+    initialize_parameters,
+    named_global_parameters,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

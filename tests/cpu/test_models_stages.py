@@ -19,13 +19,13 @@ from models_setup import (
     vision_stages,
 )
 
-from megatron_dip.data.images import patch_coordinates
 from megatron_dip.errors import PartitionError, UnsupportedError
-from megatron_dip.models.initialization import named_global_parameters
-from megatron_dip.models.layers import block_submodules
-from megatron_dip.models.segment_layout import slice_config
-from megatron_dip.models.shapes import PATCHES_PER_TOKEN
-from megatron_dip.models.vision import interpolated_positions
+from megatron_dip.families.data.images import patch_coordinates
+from megatron_dip.families.packed.initialization import named_global_parameters
+from megatron_dip.families.packed.layers import block_submodules
+from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
+from megatron_dip.families.packed.vision import interpolated_positions
+from megatron_dip.models.layout import slice_config
 from megatron_dip.runtime import BoundaryRule
 
 # The fused kernels of softmax and norms round differently for other numbers of rows.

@@ -9,7 +9,7 @@ from forked_ranks import run_modes
 from models_setup import megatron_on_cpu
 from models_tensor_parallel_worker import run
 
-from megatron_dip.models.initialization import tensor_parallel_shard
+from megatron_dip.families.packed.initialization import tensor_parallel_shard
 
 WORKER = Path(__file__).with_name("models_tensor_parallel_worker.py")
 MODES = ("plain", "sequence", "sequence+recompute")

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 from tiny_data_set import conversation, make_settings, sample_of, with_samples
 
-from megatron_dip.data import VlmDataset, build_index
-from megatron_dip.data.clip_samples import parse_clip_sample
-from megatron_dip.data.fields import say_unread, unread_keys
-from megatron_dip.data.images import ImageLimits
-from megatron_dip.data.index import usable_samples
-from megatron_dip.data.lavin.chat import parse_turn, read_chat
-from megatron_dip.data.lavin.scienceqa import parse_problem, read_scienceqa
-from megatron_dip.data.omni import OmniDataset, OmniSettings, build_omni_index
-from megatron_dip.data.omni_samples import parse_omni_sample
-from megatron_dip.data.samples import encode_text, parse_sample
-from megatron_dip.data.tokenizer import load_tokenizer
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.fields import say_unread, unread_keys
+from megatron_dip.families.data.images import ImageLimits
+from megatron_dip.families.data.index import build_index, usable_samples
+from megatron_dip.families.data.samples import encode_text, parse_sample
+from megatron_dip.families.data.tokenizer import load_tokenizer
+from megatron_dip.families.lavin.chat import parse_turn, read_chat
+from megatron_dip.families.lavin.scienceqa import parse_problem, read_scienceqa
+from megatron_dip.families.omni.data import OmniDataset, OmniSettings, build_omni_index
+from megatron_dip.families.omni.samples import parse_omni_sample
+from megatron_dip.families.t2v.samples import parse_clip_sample
+from megatron_dip.families.vlm.dataset import VlmDataset
 
 BASE64 = "iVBORw0KGgo" * 9000
 DEEP: Any = []

@@ -16,16 +16,23 @@ from failing_runs import error_of, run_vlm
 from models_setup import base_config, layers_of, megatron_on_cpu, run_chain
 from training_runs import train
 
-from megatron_dip.data.audio import log_mel, num_audio_tokens
-from megatron_dip.data.images import ImageLimits
-from megatron_dip.data.index import usable_samples
-from megatron_dip.data.omni import OmniDataset, OmniSettings, build_omni_index
-from megatron_dip.data.omni_batches import AudioBatch
-from megatron_dip.data.sample_sounds import SampleSoundOptions, make_sample_sounds, synthesise
 from megatron_dip.errors import DataError
-from megatron_dip.models.audio import AudioStage
-from megatron_dip.models.configs import make_projection_config, make_vision_config
-from megatron_dip.models.initialization import initialize_parameters, named_global_parameters
+from megatron_dip.families.data.images import ImageLimits
+from megatron_dip.families.data.index import usable_samples
+from megatron_dip.families.omni.audio import log_mel, num_audio_tokens
+from megatron_dip.families.omni.batches import AudioBatch
+from megatron_dip.families.omni.data import OmniDataset, OmniSettings, build_omni_index
+from megatron_dip.families.omni.encoder import AudioStage
+from megatron_dip.families.packed.configs import make_projection_config, make_vision_config
+from megatron_dip.families.packed.initialization import (
+    initialize_parameters,
+    named_global_parameters,
+)
+from megatron_dip.families.sample_data.sounds import (
+    SampleSoundOptions,
+    make_sample_sounds,
+    synthesise,
+)
 from megatron_dip.plan import load_plan
 
 RATE, MELS, LAYERS, NUM_ITERATIONS = 8000, 16, 4, 10

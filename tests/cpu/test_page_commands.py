@@ -184,7 +184,7 @@ def known_flags() -> set[str]:
         known |= {name for action in parser._actions for name in action.option_strings}
     sources = [
         path.read_text(encoding="utf-8")
-        for folder in ("benchmarks", "examples", "scripts", "megatron_dip/integration")
+        for folder in ("benchmarks", "examples", "scripts", "megatron_dip")
         for path in (REPOSITORY / folder).rglob("*.py")
     ]
     return known | {flag for text in sources for flag in re.findall(r'"(--[a-z][\w-]+)"', text)}

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from tiny_vlm import write_config
 
-from megatron_dip.config import build_partition, load_config
+from megatron_dip.config import build_partition
 from megatron_dip.costs import ItemSize, ItemSizes, Kernels, ProblemBuilder, config_builder
 from megatron_dip.errors import PlanningError
+from megatron_dip.families.configs import load_config
 from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import Plan, pack_plan, unpack_plan
 from megatron_dip.planner import Batch, PlannerSettings, make_plan

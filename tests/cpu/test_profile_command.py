@@ -7,9 +7,9 @@ from tiny_vlm import write_config
 from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
-from megatron_dip.config import load_config
 from megatron_dip.costs import ItemSize, Kernels, config_builder, load_profile
 from megatron_dip.errors import ConfigError
+from megatron_dip.families.configs import load_config
 from megatron_dip.runtime.measure import StoredBytes, measure_call
 
 

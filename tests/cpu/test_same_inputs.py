@@ -13,8 +13,8 @@ from failing_runs import SCRIPT, error_of, run_vlm
 from tiny_vlm import make_tiny_data, write_config
 from torch.distributed import HashStore
 
-from megatron_dip.config import load_config
 from megatron_dip.errors import ChannelError, ConfigError
+from megatron_dip.families.configs import load_config
 from megatron_dip.integration.same_inputs import Input, collect, compare_inputs
 from megatron_dip.integration.same_inputs.collect import (
     argument_inputs,

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from tiny_lavin import make_tiny_scienceqa, write_lavin_config
 
-from megatron_dip.config import load_config
 from megatron_dip.errors import DataError
-from megatron_dip.integration.families import SetLengths, common
-from megatron_dip.integration.families import lavin as lavin_family
+from megatron_dip.families import common
+from megatron_dip.families.base import SetLengths
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.lavin import model as lavin_family
 
 TRAIN = SetLengths(train=8, valid=0)
 VALID = SetLengths(train=0, valid=8)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_dip.data.video_files import read_frames
-from megatron_dip.data.videos import ClipLimits, read_clip
 from megatron_dip.errors import DataError
+from megatron_dip.families.t2v.video_files import read_frames
+from megatron_dip.families.t2v.videos import ClipLimits, read_clip
 
 av = pytest.importorskip("av")
 WIDTH, HEIGHT, NUM_FRAMES = 64, 48, 24

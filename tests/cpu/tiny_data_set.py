@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_dip.data import DataSettings
-from megatron_dip.data.tokenizer import train_tokenizer
+from megatron_dip.families.data.sources import DataSettings
+from megatron_dip.families.data.tokenizer import train_tokenizer
 
 __all__ = ["conversation", "make_settings", "sample_of", "with_samples"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from megatron_dip.data.tokenizer import train_tokenizer
+from megatron_dip.families.data.tokenizer import train_tokenizer
 
 __all__ = ["make_tiny_scienceqa", "raw_problem", "write_lavin_config"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dip.data.sample_clips import SampleClipOptions, make_sample_clips
+from megatron_dip.families.sample_data.clips import SampleClipOptions, make_sample_clips
 
 __all__ = ["make_tiny_clips", "write_t2v_config"]
 

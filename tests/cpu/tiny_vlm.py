@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from tiny_data_set import sample_of
 
-from megatron_dip.data.tokenizer import train_tokenizer
+from megatron_dip.families.data.tokenizer import train_tokenizer
 
 __all__ = ["make_tiny_data", "write_config"]
 

@@ -21,12 +21,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa
 from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 from runtime_cases import CASE, partition_of  # noqa: E402
 
-import megatron_dip.integration.forward_backward  # noqa: E402
-import megatron_dip.integration.model  # noqa: E402, F401
-from megatron_dip.integration.adapters import stages_of  # noqa: E402
+from megatron_dip.families.lavin.adapter_files import stages_of  # noqa: E402
+from megatron_dip.families.packed.initialization import named_global_parameters  # noqa: E402
 from megatron_dip.integration.saving import protect_saving  # noqa: E402
 from megatron_dip.launch import main  # noqa: E402
-from megatron_dip.models.initialization import named_global_parameters  # noqa: E402
 from megatron_dip.planner import make_plan  # noqa: E402
 
 __all__ = ["run_rank"]

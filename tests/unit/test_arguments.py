@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.families.flags import ParserFlags
 from megatron_dip.integration import arguments
 from megatron_dip.integration.arguments import ArgumentValidation, check_schedule_arguments
 from megatron_dip.integration.cpu_mode.arguments import check_cpu_arguments
-from megatron_dip.integration.flags import ParserFlags
 
 
 def schedule_args(**values: Any) -> argparse.Namespace:

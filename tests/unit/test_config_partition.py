@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dip.config import build_partition, load_config
+from megatron_dip.config import build_partition
 from megatron_dip.errors import ConfigError, PartitionError
+from megatron_dip.families.configs import load_config
 from megatron_dip.partition import Partition, partition_from_layers
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "vlm_tiny.yaml"

@@ -3,7 +3,6 @@
 import pytest
 from cost_cases import MODELS, ROOT, causal, dit, item, times, vit
 
-from megatron_dip.config import load_config
 from megatron_dip.costs import (
     ClusterConfig,
     ItemSize,
@@ -18,6 +17,7 @@ from megatron_dip.costs import (
 )
 from megatron_dip.costs.memory import MemoryModel
 from megatron_dip.errors import ConfigError, ProblemError
+from megatron_dip.families.configs import load_config
 from megatron_dip.workload import TransferCost, parse_problem
 
 CLUSTERS = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))

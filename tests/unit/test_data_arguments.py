@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_dip.errors import UnsupportedError
-from megatron_dip.integration.evaluation import (
+from megatron_dip.families.evaluation import (
     check_data_arguments,
     complete_evaluation,
     complete_full_validation,

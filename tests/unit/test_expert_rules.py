@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dip.config import DipConfig, load_config
+from megatron_dip.config import DipConfig
 from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.families.configs import load_config
 from megatron_dip.integration.expert_rules import check_expert_arguments
 
 EXPERTS = {"num_experts": 4, "ffn_hidden_size": 32}

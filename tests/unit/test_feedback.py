@@ -4,10 +4,10 @@ import pytest
 from planning_cases import MODULE_GRAPHS, chain_case, encoder_case, make_item, make_problem
 
 from megatron_dip.costs import work_costs
-from megatron_dip.feedback import CostFeedback, measure_actions, stated_overheads
 from megatron_dip.plan import ActionType
 from megatron_dip.planner import make_plan
 from megatron_dip.simulator import simulate
+from megatron_dip.simulator.measured import CostFeedback, measure_actions, stated_overheads
 from megatron_dip.workload import Problem, StageFactor, parse_problem
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_dip.config import LavinConfig, load_config
-from megatron_dip.config.lavin import PublishedOptimizer
 from megatron_dip.errors import ConfigError
+from megatron_dip.families.configs import load_config
+from megatron_dip.families.lavin.config import LavinConfig, PublishedOptimizer
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "lavin_tiny.yaml"
 

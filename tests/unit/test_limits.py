@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from planning_cases import chain_case, make_item, make_problem
 from pydantic import TypeAdapter
 
-from megatron_dip.config import FAMILIES
 from megatron_dip.costs import Profile
 from megatron_dip.costs.machine import ClusterConfig
+from megatron_dip.costs.mixtures import Workload, built_in_mixture, draw_microbatches
 from megatron_dip.costs.shapes import ModelShape
 from megatron_dip.costs.work import static_bytes, work_costs
 from megatron_dip.errors import ConfigError, PlanError, ProblemError
-from megatron_dip.mixtures import Workload, built_in_mixture, draw_microbatches
+from megatron_dip.families.configs import FAMILIES
 from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import PipelineGraph
 from megatron_dip.plan.actions import Action
@@ -183,7 +183,9 @@ def test_a_batch_of_too_many_works_is_refused_before_memory_is_taken():
     [(10**9, "1000000000 microbatches"), (65_536, "hold more than 10,000,000 items")],
 )
 def test_batches_without_end_are_refused(count, message, monkeypatch):
-    monkeypatch.setattr("megatron_dip.mixtures.MOST_ITEMS", 10_000_000 if count > 10**8 else 1000)
+    monkeypatch.setattr(
+        "megatron_dip.costs.mixtures.MOST_ITEMS", 10_000_000 if count > 10**8 else 1000
+    )
     with pytest.raises(ConfigError, match=message.replace("10,000,000", "1,000")):
         draw_microbatches(built_in_mixture("vlm"), count, 0)
 

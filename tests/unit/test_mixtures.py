@@ -7,8 +7,8 @@ from cost_cases import MODELS, ROOT
 from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
+from megatron_dip.costs.mixtures import Counts, built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.errors import ConfigError
-from megatron_dip.mixtures import Counts, built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.partition import uniform_partition
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner import make_plan

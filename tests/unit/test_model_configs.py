@@ -5,8 +5,8 @@ import re
 import pytest
 from cost_cases import ROOT
 
-from megatron_dip.config import load_config
 from megatron_dip.costs import load_cluster, load_model
+from megatron_dip.families.configs import load_config
 
 DIVISION = {"vlm_s": 16, "vlm_m": 32, "vlm_l": 64, "t2v_s": 16, "t2v_l": 64}
 

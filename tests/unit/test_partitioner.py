@@ -10,15 +10,9 @@ from typer.testing import CliRunner
 from megatron_dip.cli.main import app
 from megatron_dip.errors import ConfigError, InfeasibleError, PartitionError
 from megatron_dip.partition import load_partition, partition_from_layers
-from megatron_dip.partition.changes import changed
-from megatron_dip.partition.choose import choose_partition
-from megatron_dip.partition.cuts import (
-    Cut,
-    balanced_layers,
-    layers_of,
-    path_of,
-    there_and_back,
-)
+from megatron_dip.partitioner.changes import changed
+from megatron_dip.partitioner.choose import choose_partition
+from megatron_dip.partitioner.cuts import Cut, balanced_layers, layers_of, path_of, there_and_back
 from megatron_dip.planner import make_plan
 from megatron_dip.workload import Problem
 

@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
-from megatron_dip.config import load_config
 from megatron_dip.costs import load_cluster, load_model, load_profile
+from megatron_dip.costs.mixtures import load_workload
 from megatron_dip.errors import MAX_MESSAGE_CHARACTERS, ConfigError, DataError, one_line, shown
+from megatron_dip.families.configs import load_config
 from megatron_dip.forms import Form
-from megatron_dip.mixtures import load_workload
 from megatron_dip.partition import load_partition
 from megatron_dip.plan.plan import load_plan
 from megatron_dip.reading import RepeatedKeys, parse_json, read_json, read_text, read_yaml
@@ -205,13 +205,13 @@ def test_the_command_says_one_short_line(tmp_path: Path) -> None:
 # ---- nobody goes round the reader -------------------------------------------------------------
 
 ALLOWED = {
-    "reading.py": "it is the reader",
-    "data/sample_texts.py": "sources of Python itself",
+    "families/sample_data/texts.py": "sources of Python itself",
     "files.py": "a byte, to see whether a line has ended",
     "integration/profiling/rank.py": "/proc/cpuinfo",
     "integration/same_inputs/compare.py": "what another rank has said",
     "integration/versions.py": "a source of Megatron's",
     "plan/wire.py": "what another rank has packed",
+    "reading.py": "it is the reader",
     "report/page.py": "a template of ours",
     "simulator/timeline.py": "a template of ours",
 }

@@ -12,7 +12,7 @@ import pytest
 from cost_cases import ROOT, item
 
 from megatron_dip.costs import cluster_builder, load_cluster, load_model
-from megatron_dip.mixtures import built_in_mixture, draw_microbatches
+from megatron_dip.costs.mixtures import built_in_mixture, draw_microbatches
 from megatron_dip.workload import load_problem
 
 SAMPLES = sorted((ROOT / "benchmarks" / "problems").glob("*.json"))

@@ -4,13 +4,13 @@ import pytest
 import yaml
 from cost_cases import ROOT, causal, dit, item, times, vit
 
-from megatron_dip.config import load_config
 from megatron_dip.costs.builder import ProblemBuilder
 from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.memory import MemoryModel
 from megatron_dip.costs.shapes import ModelShape, ModuleShape, ProjectorShape
 from megatron_dip.costs.trained_parts import LayerChoice, trained_parts
 from megatron_dip.errors import ConfigError
+from megatron_dip.families.configs import load_config
 from megatron_dip.workload import TransferCost
 
 PARTS = ("embedding", "layers", "norm", "projector")

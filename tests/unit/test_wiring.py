@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from planning_cases import cases, chain_case, elements, encoder_case, items_of, make_graph
 
-from megatron_dip.collector import without_collection
 from megatron_dip.errors import PlanError
 from megatron_dip.plan import Action, ActionType, Message, PipelineGraph, Plan, Work
+from megatron_dip.plan.collector import without_collection
 from megatron_dip.plan.numbers import TYPE_NUMBERS, number_actions
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner import make_plan

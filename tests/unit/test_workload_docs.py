@@ -5,7 +5,7 @@ import re
 
 from cost_cases import ROOT
 
-from megatron_dip.mixtures import draw_microbatches, load_workload
+from megatron_dip.costs.mixtures import draw_microbatches, load_workload
 
 TEXT = (ROOT / "docs" / "workloads.md").read_text(encoding="utf-8")
 

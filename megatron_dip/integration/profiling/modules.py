@@ -12,9 +12,9 @@ from megatron_dip.costs.grid import size_grid
 from megatron_dip.costs.profile import MeasuredModule, MeasuredPoint
 from megatron_dip.costs.shapes import ModuleShape
 from megatron_dip.errors import ConfigError
-from megatron_dip.integration.families.base import ModelFamily, StageFactory
-from megatron_dip.models.attention import span_params
-from megatron_dip.models.stage import StageModule
+from megatron_dip.families.base import ModelFamily, StageFactory
+from megatron_dip.families.packed.attention import span_params
+from megatron_dip.families.packed.stage import StageModule
 from megatron_dip.runtime.measure import CallTimes, measure_call
 
 __all__ = ["MeasureOptions", "measure_module", "num_measurements"]

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from megatron_dip.costs.profile import Profile
 from megatron_dip.errors import ConfigError
-from megatron_dip.local_ranks import run_local_ranks
+from megatron_dip.rehearsal.local_ranks import run_local_ranks
 
 __all__ = ["ProfileTask", "measure_profile"]
 

@@ -6,12 +6,13 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_dip.config import DipConfig, load_config
+from megatron_dip.config import DipConfig
 from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.profile import Profile
 from megatron_dip.errors import ConfigError, DipError
+from megatron_dip.families.configs import load_config
 from megatron_dip.integration.profiling.processes import ProfileTask
-from megatron_dip.local_ranks import Done, Failed, Progress
+from megatron_dip.rehearsal.local_ranks import Done, Failed, Progress
 
 __all__ = ["measure_rank"]
 
@@ -19,7 +20,7 @@ _TIMEOUT_SECONDS = 300.0
 
 
 def measure_rank(task: ProfileTask, messages: Connection) -> None:
-    """Measure and send a :class:`Profile`; see ``megatron_dip.local_ranks``."""
+    """Measure and send a :class:`Profile`; see ``megatron_dip.rehearsal.local_ranks``."""
     # What Megatron says of layers that stand alone would tear the progress bar.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="megatron")
@@ -47,7 +48,7 @@ def _measure(task: ProfileTask, messages: Connection) -> Profile:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_dip.integration.families import family_of
+    from megatron_dip.families.registry import family_of
     from megatron_dip.integration.profiling.modules import (
         MeasureOptions,
         measure_module,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_dip.config import load_config
+from megatron_dip.families.configs import load_config
 from megatron_dip.integration.same_inputs.collect import (
     argument_inputs,
     code_inputs,

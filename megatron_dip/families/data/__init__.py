@@ -1,0 +1,1 @@
+"""Samples, files, indexes and tokenizers: what the data sets of several families share."""

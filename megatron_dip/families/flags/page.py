@@ -1,0 +1,73 @@
+"""The table of ``docs/flags.md``, from the groups of flags.
+
+    python -m megatron_dip.families.flags.page docs/flags.md
+
+writes it anew between the marks of that page, with the flags of the installed Megatron.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_dip.errors import ConfigError
+from megatron_dip.families.flags.groups import FlagGroup, Verdict
+from megatron_dip.families.flags.table import GROUPS
+from megatron_dip.integration.flag_rules import SCHEDULE_RULES
+from megatron_dip.reading import read_text
+
+__all__ = ["main", "put_between", "tables"]
+
+_BEGIN, _END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+_SHOWN = {
+    Verdict.MEGATRON: "honoured by Megatron",
+    Verdict.MODULES: "honoured by all modules",
+    Verdict.EXPERTS: "honoured by modules with experts; refused without",
+    Verdict.FILE: "stated by the file; must agree with it",
+    Verdict.DATA: "honoured by the loader, or refused by it",
+    Verdict.REFUSED: "refused",
+}
+
+
+def tables(parser: argparse.ArgumentParser) -> str:
+    """What ``docs/flags.md`` says of the flags of ``parser``, which is Megatron's."""
+    lines = ["| flags | | what becomes of them |", "|---|---|---|"]
+    for group in GROUPS:
+        flags = [flag for name in group.destinations for flag in _flags_of(parser, name, group)]
+        if flags:
+            shown = _SHOWN[group.verdict]
+            what = f"{shown}: {group.reason}"
+            lines.append(f"| {group.title} | {', '.join(flags)} | {what} |")
+    lines += ["", "With `--dip-schedule` these are refused as well:", ""]
+    lines += ["| flag | works with | what to do |", "|---|---|---|"]
+    for rule in SCHEDULE_RULES:
+        allowed = ", ".join(f"`{value}`" for value in rule.allowed if isinstance(value, str))
+        lines.append(f"| `{rule.flag}` | {allowed or 'not stated'} | {rule.remedy} |")
+    return "\n".join(lines) + "\n"
+
+
+def _flags_of(parser: argparse.ArgumentParser, name: str, group: FlagGroup) -> list[str]:
+    actions = [action for action in parser._actions if action.dest == name]
+    options = [option for action in actions for option in action.option_strings[:1]]
+    harmless = [f"{value}" for value in group.harmless.get(name, ())]
+    but = f" (but {', '.join(harmless)})" if harmless and group.verdict is Verdict.REFUSED else ""
+    return [f"`{option}`{but}" for option in options if option != "-h"]
+
+
+def put_between(page: str, text: str) -> str:
+    """``page`` with ``text`` between its marks."""
+    before, rest = page.split(_BEGIN)
+    return before + _BEGIN + text + _END + rest.split(_END)[1]
+
+
+def main(path: str) -> None:
+    """Write the tables into the page at ``path``."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    page = Path(path)
+    text = put_between(read_text(page, ConfigError), tables(add_megatron_arguments(parser)))
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

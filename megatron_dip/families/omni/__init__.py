@@ -1,0 +1,1 @@
+"""Models of images, sounds and text: two encoders before a language backbone."""

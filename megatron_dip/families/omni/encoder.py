@@ -1,0 +1,85 @@
+"""Stages of an audio encoder after Whisper (arXiv 2212.04356): log-mel frames in, features out.
+
+Two convolutions over time, the second one with stride 2, make tokens of frames; sines mark their
+places.  A clip keeps its own length: nothing is padded to 30 seconds.  Groups of four tokens
+become one row for the language module.  Notation: N tokens, F = 2 N frames, H the hidden size.
+"""
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Unpack
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dip.families.packed.encoder import EncoderModel, EncoderStage
+from megatron_dip.families.packed.stage import StageLayers, StageModule
+
+if TYPE_CHECKING:
+    from megatron_dip.families.omni.batches import AudioBatch
+
+__all__ = ["AudioModel", "AudioStage", "sinusoids"]
+
+_SLOWEST_PERIOD = 10000.0
+
+
+def sinusoids(length: int, channels: int) -> Tensor:
+    """Sines and cosines of places: ``[length, channels]``, float32."""
+    half = channels // 2
+    speeds = torch.exp(-math.log(_SLOWEST_PERIOD) / max(half - 1, 1) * torch.arange(half))
+    angles = torch.arange(length)[:, None] * speeds[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class AudioModel(EncoderModel):
+    """Convolutions and places (first stage), layers, final norm (last stage)."""
+
+    def __init__(self, stage: StageModule, *, num_mels: int) -> None:
+        super().__init__(stage)
+        if stage.pre_process:
+            size, dtype = stage.config.hidden_size, stage.config.params_dtype
+            self.conv_in = torch.nn.Conv1d(num_mels, size, 3, padding=1, dtype=dtype)
+            self.conv_out = torch.nn.Conv1d(size, size, 3, stride=2, padding=1, dtype=dtype)
+
+    def embed(self, batch: "AudioBatch") -> Tensor:
+        """``[F, mels]`` to ``[N, H]``, clip by clip: convolutions never reach into another."""
+        if batch.mels is None:
+            raise ValueError("the first audio stage needs log-mel frames, but the batch has none")
+        gelu = torch.nn.functional.gelu
+        mels = batch.mels.to(self.conv_in.weight.dtype)
+        rows = []
+        for clip in mels.split([2 * length for length in batch.span_lengths]):
+            found = gelu(self.conv_out(gelu(self.conv_in(clip.T[None]))))[0].T
+            places = sinusoids(len(found), found.shape[1])
+            rows.append(found + places.to(device=found.device, dtype=found.dtype))
+        return torch.cat(rows)
+
+
+class AudioStage(EncoderStage):
+    """Layers ``[first_layer, first_layer + num_layers)`` of the audio encoder.
+
+    Args:
+        config: The module's config, of all its layers.
+        projection_config: The projector's config; its hidden size is that of the language module.
+        num_mels: Channels of the log-mel frames.
+
+    Raises:
+        PartitionError: The module does not have these layers.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        projection_config: TransformerConfig,
+        *,
+        num_mels: int,
+        **layers: Unpack[StageLayers],
+    ) -> None:
+        super().__init__(
+            config,
+            projection_config,
+            name="audio",
+            make_model=partial(AudioModel, num_mels=num_mels),
+            **layers,
+        )

@@ -1,0 +1,152 @@
+"""What encoders of images and of audio share: full attention inside items, and rows for a reader.
+
+With sequence parallelism items are embedded in full on every tensor-parallel rank, blocks run on
+shards of the rows, and the rows are gathered after the final norm.  Notation: N tokens of a
+sub-microbatch, H the hidden size, H_l that of the module that reads the features.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
+
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dip.families.packed.attention import span_params
+from megatron_dip.families.packed.layers import (
+    block_submodules,
+    linear_layers,
+    set_recomputed_layers,
+)
+from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
+from megatron_dip.families.packed.stage import StageLayers, StageModule, pad_rows
+
+__all__ = ["EncoderModel", "EncoderStage", "build_projection"]
+
+
+class EncoderModel(MegatronModule):
+    """Embedding (first stage), layers, final norm (last stage)."""
+
+    def __init__(self, stage: StageModule) -> None:
+        config = stage.config
+        super().__init__(config=config)
+        self.tp_group = stage.tp_group
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_submodules(
+                config, num_layers=stage.num_layers, mask_type=AttnMaskType.no_mask
+            ),
+            pre_process=stage.pre_process,
+            post_process=stage.post_process,
+            pg_collection=stage.pg_collection,
+        )
+
+    @abstractmethod
+    def embed(self, batch: Any) -> Tensor:
+        """The rows of a batch: ``[N, H]``."""
+
+    def forward(
+        self,
+        hidden: Tensor | None,
+        batch: Any,
+        num_rows: int,
+        recompute_layers: Sequence[int] | None,
+    ) -> Tensor:
+        """``[rows of this rank, 1, H]``; ``hidden`` is None on the first stage."""
+        if hidden is None:
+            hidden = pad_rows(self.embed(batch), num_rows).unsqueeze(1)
+            if self.config.sequence_parallel:
+                hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        set_recomputed_layers(self.decoder, recompute_layers)
+        self.decoder.set_input_tensor(hidden)
+        output: Tensor = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            packed_seq_params=span_params(
+                batch.span_lengths, num_rows=num_rows, device=hidden.device
+            ),
+        )
+        self.decoder.set_input_tensor(None)
+        return output
+
+
+class EncoderStage(StageModule):
+    """Some layers of an encoder; the last stage joins groups of rows and projects them.
+
+    Args:
+        config: The module's config, of all its layers.
+        projection_config: The projector's config; its hidden size is that of the language module.
+        name: Its parts are ``<name>_model`` and ``<name>_projection`` in checkpoints.
+        make_model: Makes the former for this stage.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        projection_config: TransformerConfig,
+        *,
+        name: str,
+        make_model: Callable[[StageModule], EncoderModel],
+        **layers: Unpack[StageLayers],
+    ) -> None:
+        super().__init__(config, **layers)
+        self._name = name
+        self.add_module(f"{name}_model", make_model(self))
+        if self.post_process:
+            projection = build_projection(
+                projection_config, PATCHES_PER_TOKEN * config.hidden_size, self.pg_collection
+            )
+            self.add_module(f"{name}_projection", projection)
+
+    def forward(
+        self,
+        hidden: Tensor | None,
+        batch: Any,
+        upstream: Tensor | None = None,
+        recompute_layers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Inner boundary rows, or ``[N / 4, 1, H_l]`` on the last stage (see ``shapes``).
+
+        Raises:
+            ValueError: Data or hidden states that do not fit the batch's items.
+        """
+        assert upstream is None, "nothing is upstream of an encoder"
+        hidden = self._take_input(hidden)
+        num_tokens = sum(batch.span_lengths)
+        if hidden is not None:
+            self._check_rows(hidden, num_tokens)
+        num_rows = self._num_rows(num_tokens)
+        model = self.get_submodule(f"{self._name}_model")
+        output: Tensor = model(hidden, batch, num_rows, recompute_layers)
+        return self._project(output, num_tokens) if self.post_process else output
+
+    def _project(self, hidden: Tensor, num_tokens: int) -> Tensor:
+        if self.config.sequence_parallel:
+            # Every rank projects all rows, and the projector adds up its ranks' input gradients
+            # itself: the gradient that arrives here is complete and only has to be split.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        joined = hidden[:num_tokens].reshape(num_tokens // PATCHES_PER_TOKEN, 1, -1)
+        features: Tensor = self.get_submodule(f"{self._name}_projection")(joined)
+        return features
+
+
+def build_projection(
+    config: TransformerConfig, input_size: int, pg_collection: ProcessGroupCollection
+) -> MultimodalProjector:
+    """Two linear layers from groups of ``input_size`` values to the reader's width."""
+    assert not config.sequence_parallel, "the projector runs on all rows; see configs"
+    column, row = linear_layers(config)
+    submodules = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    return MultimodalProjector(config, submodules, "mlp", input_size, tp_group=pg_collection.tp)

@@ -1,0 +1,110 @@
+"""Stages of the vision tower: images of any size in, rows for the language module out.
+
+Patches are stored group-major: the four patches of a 2x2 group are consecutive, so that joining
+them is a view.  Attention is full inside an image and never leaves it.  With sequence parallelism
+patches are embedded in full on every tensor-parallel rank, the blocks run on shards of the rows,
+and the rows are gathered after the final norm.  Notation: N patches, p pixels per patch side,
+H the hidden size, H_l that of the language module, S the side of the position table.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Unpack
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dip.families.packed.encoder import EncoderModel, EncoderStage
+from megatron_dip.families.packed.stage import StageLayers, StageModule
+
+if TYPE_CHECKING:
+    from megatron_dip.families.vlm.batches import VisionBatch
+
+__all__ = ["VisionModel", "VisionStage", "interpolated_positions"]
+
+
+def interpolated_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position table ``[S, S, H]`` at every patch of ``grid``, group-major: ``[N, H]``.
+
+    Bilinear, as ``interpolate(mode='bilinear', align_corners=False)``, but as two matrix products:
+    their backward is deterministic on a GPU, and they keep the precision of the table.
+    """
+    rows, columns = grid
+    side = table.shape[0]
+    from_rows = _interpolation_matrix(rows, side, table)
+    from_columns = _interpolation_matrix(columns, side, table)
+    by_row = torch.einsum("rs,sth->rth", from_rows, table)
+    positions = torch.einsum("ct,rth->rch", from_columns, by_row)
+    grouped = positions.view(rows // 2, 2, columns // 2, 2, -1).permute(0, 2, 1, 3, 4)
+    return grouped.reshape(rows * columns, -1)
+
+
+def _interpolation_matrix(size: int, side: int, like: Tensor) -> Tensor:
+    """``[size, side]``: the weight of each of ``side`` points at each of ``size`` points."""
+    centres = (torch.arange(size, dtype=torch.float64) + 0.5) * (side / size) - 0.5
+    centres = centres.clamp(0.0, side - 1.0)
+    distances = (centres[:, None] - torch.arange(side, dtype=torch.float64)).abs()
+    return (1.0 - distances).clamp_min(0.0).to(device=like.device, dtype=like.dtype)
+
+
+class VisionModel(EncoderModel):
+    """Patch embedding and positions (first stage), layers, final norm (last stage)."""
+
+    def __init__(self, stage: StageModule, *, patch_size: int, position_table_side: int) -> None:
+        super().__init__(stage)
+        config = stage.config
+        if stage.pre_process:
+            self.patch_embedding = torch.nn.Linear(
+                3 * patch_size**2, config.hidden_size, dtype=config.params_dtype
+            )
+            shape = (position_table_side, position_table_side, config.hidden_size)
+            self.position_table = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
+
+    def embed(self, batch: "VisionBatch") -> Tensor:
+        """``[N, 3 * p * p]`` to ``[N, H]``."""
+        if batch.patches is None:
+            raise ValueError("the first vision stage needs patches, but the batch has none")
+        rows: Tensor = self.patch_embedding(batch.patches.to(self.patch_embedding.weight.dtype))
+        # 16-bit tables are interpolated in 32 bits: the weights of four points need the precision.
+        stored = self.position_table
+        table = stored if stored.dtype == torch.float64 else stored.float()
+        # Images of the same size share the interpolation.
+        positions = {grid: interpolated_positions(table, grid) for grid in set(batch.grids)}
+        return rows + torch.cat([positions[grid] for grid in batch.grids]).to(rows.dtype)
+
+
+class VisionStage(EncoderStage):
+    """Layers ``[first_layer, first_layer + num_layers)`` of the vision tower.
+
+    The first stage embeds patches, the last one joins groups of patches and projects them to the
+    language module's width.  Both may have no layers.
+
+    Args:
+        config: The vision module's config, of all its layers.
+        projection_config: The projector's config; its hidden size is that of the language module.
+        patch_size: Pixels per patch side.
+        position_table_side: Points per side of the position table, which is interpolated to the
+            grid of every image.
+
+    Raises:
+        PartitionError: The module does not have these layers.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        projection_config: TransformerConfig,
+        *,
+        patch_size: int,
+        position_table_side: int = 32,
+        **layers: Unpack[StageLayers],
+    ) -> None:
+        super().__init__(
+            config,
+            projection_config,
+            name="vision",
+            make_model=partial(
+                VisionModel, patch_size=patch_size, position_table_side=position_table_side
+            ),
+            **layers,
+        )

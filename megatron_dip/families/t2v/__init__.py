@@ -1,0 +1,1 @@
+"""Text-to-video models: a text encoder before a diffusion transformer over latents."""

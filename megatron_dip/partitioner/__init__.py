@@ -1,0 +1,1 @@
+"""The choice of a cut: segments and layers per rank, tried by planning whole batches."""

@@ -1,0 +1,106 @@
+"""The look-ahead: microbatches of coming batches, held so that they can be planned in time.
+
+It sits beneath Megatron's rerun iterator, which replays what it has handed out, so that a step that
+is run a second time sees the same objects and reads nothing new.  Whatever goes wrong with a
+microbatch is raised where training comes to it, not where it was read ahead.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import batched
+from typing import Any
+
+from megatron_dip.costs import ItemSizes
+from megatron_dip.families.packed.batches import Microbatch
+
+__all__ = ["LookAhead"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held[MicrobatchT]:
+    """A microbatch, or the error in its place, and the state of the source after it."""
+
+    microbatch: MicrobatchT | None
+    item_sizes: ItemSizes | None
+    error: Exception | None
+    state: Any
+
+
+class LookAhead[MicrobatchT: Microbatch]:
+    """An iterator over ``source`` that can be asked what comes next.
+
+    Args:
+        source: Microbatches.  One with a ``save_state`` method, as Megatron's external loaders
+            have it, is asked for its state after every microbatch.
+    """
+
+    def __init__(self, source: Iterator[MicrobatchT]) -> None:
+        self._source = source
+        self._held: deque[_Held[MicrobatchT]] = deque()
+        self._ended = False
+        self._state: Any = self._source_state()
+
+    def __iter__(self) -> Iterator[MicrobatchT]:
+        return self
+
+    def __next__(self) -> MicrobatchT:
+        if not self._held:
+            self._read()
+        held = self._held[0]
+        if held.error is not None:
+            # Stays in its place: who asks again gets the same answer.
+            raise held.error
+        self._held.popleft()
+        self._state = held.state
+        assert held.microbatch is not None
+        return held.microbatch
+
+    @property
+    def num_held(self) -> int:
+        """Microbatches that have been read and not handed out."""
+        return sum(held.error is None for held in self._held)
+
+    def hold(self, num_microbatches: int) -> None:
+        """Read until so many microbatches are held, or until the end or an error."""
+        while not self._ended and len(self._held) < num_microbatches:
+            self._read()
+
+    def coming(self, num_microbatches: int) -> list[tuple[ItemSizes, ...]]:
+        """Per batch of so many microbatches that is held as a whole, the sizes of its items."""
+        sizes = [held.item_sizes for held in self._held if held.item_sizes is not None]
+        groups = batched(sizes, num_microbatches)
+        return [group for group in groups if len(group) == num_microbatches]
+
+    @property
+    def save_state(self) -> Callable[[], Any]:
+        """The state of the source after what was handed out, whatever was read ahead of it.
+
+        Raises:
+            AttributeError: The source has no state to save; Megatron asks with ``hasattr``.
+        """
+        if not hasattr(self._source, "save_state"):
+            raise AttributeError(f"{type(self._source).__name__} has no save_state")
+        return lambda: self._state
+
+    def _read(self) -> None:
+        microbatch = item_sizes = error = None
+        try:
+            microbatch = next(self._source)
+            item_sizes = microbatch.item_sizes
+        # The end of the data among them.
+        except Exception as caught:
+            microbatch, error = None, caught
+            self._ended = True
+        self._held.append(
+            _Held(
+                microbatch=microbatch,
+                item_sizes=item_sizes,
+                error=error,
+                state=self._source_state(),
+            )
+        )
+
+    def _source_state(self) -> Any:
+        save_state = getattr(self._source, "save_state", None)
+        return None if save_state is None else save_state()
