@@ -29,12 +29,11 @@ from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import schedules
 
+from megatron_dip.costs import Boundary
 from megatron_dip.partition import uniform_partition
 from megatron_dip.plan import Plan, pack_plan, unpack_plan
-from megatron_dip.planner import make_plan
+from megatron_dip.planner import PlannedBatch, make_plan
 from megatron_dip.runtime import (
-    BoundaryRule,
-    BoundaryRules,
     Channels,
     Executor,
     ForwardCall,
@@ -150,7 +149,6 @@ def make_tiny_plan() -> Plan:
 def make_executor(plan: Plan) -> Executor:
     rank = parallel_state.get_pipeline_model_parallel_rank()
     channels = pipeline_channels(plan.partition, {"language": ()})
-    rule = {"language": BoundaryRule(width=WIDTH, dtype=torch.float32)}
     return Executor(
         rank=rank,
         channels=Channels(
@@ -160,7 +158,8 @@ def make_executor(plan: Plan) -> Executor:
             device=torch.device("cpu"),
             timeout_seconds=TIMEOUT_SECONDS,
         ),
-        boundaries=BoundaryRules(inner=rule, outer=rule),
+        boundary=lambda module, *, outer: Boundary("packed", WIDTH),
+        dtype=torch.float32,
     )
 
 
@@ -230,18 +229,18 @@ def main() -> None:
             forward_only=False,
         )
 
-    packed = pack_plan(plan)
+    batch, packed = PlannedBatch(plan), pack_plan(plan)
 
     def prepare_plan() -> None:
-        executor.prepare(unpack_plan(packed, plan.problem, plan.partition))
+        executor.prepare(PlannedBatch(unpack_plan(packed, plan.problem, plan.partition)))
 
     def run_executor() -> None:
-        executor.run(plan, runner)
+        executor.run(batch, runner)
 
     rounds = []
     for _ in range(ROUNDS):
         new_plan = measure(prepare_plan)
-        executor.prepare(plan)
+        executor.prepare(batch)
         rounds.append((measure(run_megatron), measure(run_executor), new_plan))
     # The first round warms up.
     result = summary(*map(list, zip(*rounds[1:], strict=True)))

@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol
 
 from megatron_dip.costs.devices import Device
 from megatron_dip.costs.layers import (
-    ItemSize,
     Operation,
     Parallelism,
     first_operations,
@@ -16,6 +15,7 @@ from megatron_dip.costs.layers import (
 )
 from megatron_dip.costs.memory import StoredPart
 from megatron_dip.costs.shapes import ModuleShape
+from megatron_dip.costs.sizes import ItemSize
 
 __all__ = ["AnalyticTimes", "LayerTimes", "PhaseTimes"]
 

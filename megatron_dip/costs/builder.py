@@ -7,9 +7,11 @@ from functools import cached_property
 from pydantic import ValidationError
 
 from megatron_dip.costs.analytic import LayerTimes
-from megatron_dip.costs.layers import ItemSize, entered_share, last_operations
+from megatron_dip.costs.boundary import shape_boundary
+from megatron_dip.costs.layers import entered_share, last_operations
 from megatron_dip.costs.memory import MemoryModel, StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
+from megatron_dip.costs.sizes import ItemSize, ItemSizes
 from megatron_dip.errors import ProblemError
 from megatron_dip.forms import explain_validation_error
 from megatron_dip.workload import (
@@ -21,10 +23,7 @@ from megatron_dip.workload import (
     TransferCost,
 )
 
-__all__ = ["ItemSizes", "ProblemBuilder"]
-
-ItemSizes = Mapping[str, Sequence[ItemSize]]
-"""Per module, the items of one microbatch; items are numbered from 0."""
+__all__ = ["ProblemBuilder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +184,9 @@ class ProblemBuilder:
             activation_bytes=stored,
             first_extra_activation_bytes=first_stored,
             last_extra_activation_bytes=last_stored,
-            boundary_bytes=self.memory.boundary_bytes(module, size),
+            boundary_bytes=shape_boundary(module, self.memory.parallel).num_bytes(
+                size, bytes_per_value=self.memory.kernels.bytes_per_value
+            ),
             first_extra_forward_us=first.forward_us,
             first_extra_input_grad_us=first.input_grad_us,
             first_extra_weight_grad_us=first.weight_grad_us,

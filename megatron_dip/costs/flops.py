@@ -7,9 +7,7 @@ what is no linear layer and no core of attention (see ``megatron_dip.costs.layer
 
 from collections.abc import Callable, Sequence
 
-from megatron_dip.costs.builder import ItemSizes
 from megatron_dip.costs.layers import (
-    ItemSize,
     Operation,
     Parallelism,
     first_operations,
@@ -18,6 +16,7 @@ from megatron_dip.costs.layers import (
     trains,
 )
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
+from megatron_dip.costs.sizes import ItemSize, ItemSizes
 
 __all__ = ["batch_flops", "item_flops"]
 

@@ -20,8 +20,9 @@ from math import isqrt
 from typing import NamedTuple
 
 from megatron_dip.costs.kernels import Kernels
-from megatron_dip.costs.layers import ItemSize, Parallelism
+from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.shapes import NUM_EXPERTS, TIMESTEP_VALUES, ModuleShape
+from megatron_dip.costs.sizes import ItemSize
 
 __all__ = ["Kept", "KeptTensors"]
 

@@ -22,19 +22,18 @@ tensor- and context-parallel sizes, m tokens that cross-attention reads.
 Bytes are of activations alone: an item adds no traffic of weights to a kernel that runs anyway.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pydantic import Field
 
 from megatron_dip.costs.shapes import NUM_EXPERTS, TIMESTEP_VALUES, ExpertsShape, ModuleShape
+from megatron_dip.costs.sizes import ItemSize
 from megatron_dip.costs.trained_parts import LAYERS
 from megatron_dip.forms import Form
 from megatron_dip.limits import Size
 
 __all__ = [
-    "ItemSize",
     "Operation",
     "Parallelism",
     "entered_share",
@@ -62,19 +61,6 @@ class Parallelism(Form):
     def sequence_shards(self) -> int:
         """Ranks over which the tokens between the parallel regions are divided."""
         return self.context * (self.tensor if self.sequence_parallel else 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItemSize:
-    """All that the cost of one item depends on."""
-
-    tokens: int
-    spans: tuple[int, ...]
-    """Tokens that attend to each other; their sum is ``tokens`` where nothing is padded."""
-    context_tokens: int = 0
-    """Tokens that cross-attention reads; every span reads all of them."""
-    needs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Upstream items that this one reads, per module; a module not named: all of the microbatch."""
 
 
 class Operation(NamedTuple):

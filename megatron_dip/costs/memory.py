@@ -1,4 +1,4 @@
-"""Memory of layers: weights, gradients and optimizer state; stored activations; boundaries.
+"""Memory of layers: weights, gradients and optimizer state; stored activations.
 
 Mixed precision as in Megatron: weights in bf16, gradients accumulated in fp32, and the optimizer's
 fp32 copy of the weight with Adam's two moments, which a distributed optimizer divides over the
@@ -16,8 +16,9 @@ from typing import Literal
 
 from megatron_dip.costs.kept import Kept, KeptTensors
 from megatron_dip.costs.kernels import Kernels
-from megatron_dip.costs.layers import ItemSize, Parallelism
+from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.shapes import ModuleShape
+from megatron_dip.costs.sizes import ItemSize
 
 __all__ = ["MemoryModel", "StoredPart"]
 
@@ -135,13 +136,3 @@ class MemoryModel:
         if layers is None:
             return 1.0 / self.kernels.recompute_num_layers
         return math.ceil(layers / self.kernels.recompute_num_layers) / layers
-
-    def boundary_bytes(self, module: ModuleShape, size: ItemSize) -> int:
-        """Input or output of a layer for one item.
-
-        Stages of a ``dit`` module hand on its text and its modulation as well, whole on every rank.
-        """
-        rows = size.tokens / self.parallel.sequence_shards
-        if module.kind == "dit":
-            rows += size.context_tokens + module.conditioning_rows * len(size.spans)
-        return round(self.kernels.bytes_per_value * rows * module.hidden_size)

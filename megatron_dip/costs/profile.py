@@ -24,9 +24,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_dip.costs.analytic import PhaseTimes
-from megatron_dip.costs.layers import ItemSize, Parallelism
+from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.memory import StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
+from megatron_dip.costs.sizes import ItemSize
 from megatron_dip.errors import ConfigError, shown
 from megatron_dip.forms import Form
 from megatron_dip.limits import Bytes, InnerWidth, Positive, Size, Time, Width

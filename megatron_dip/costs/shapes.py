@@ -237,6 +237,11 @@ class ModuleShape(Form):
         return self.num_query_groups or self.num_attention_heads
 
     @property
+    def output_size(self) -> int:
+        """Width of the rows that modules which read this one get."""
+        return self.projector.output_size if self.projector else self.hidden_size
+
+    @property
     def key_value_size(self) -> int:
         """Width of the keys, and of the values, of one token."""
         return self.hidden_size // self.num_attention_heads * self.query_groups
@@ -375,15 +380,15 @@ class ModelShape(Form):
 
     @staticmethod
     def _check_edge(where: str, upstream: ModuleShape, module: ModuleShape) -> None:
-        width = upstream.projector.output_size if upstream.projector else upstream.hidden_size
         expected, field = module.hidden_size, "hidden_size"
         if module.kind == "dit":
             expected, field = module.context_size or 0, "context_size"
         elif module.neck is not None:
             expected, field = module.neck.input_size, "neck.input_size"
-        if width != expected:
+        if upstream.output_size != expected:
             raise ValueError(
-                f"{where}.{field}: {expected}, but {upstream.name} gives rows of {width} "
+                f"{where}.{field}: {expected}, but {upstream.name} gives rows of "
+                f"{upstream.output_size} "
                 "(make them equal, or give the upstream module a projector)"
             )
 

@@ -18,8 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import training
 
 from megatron_dip.config import DipConfig
-from megatron_dip.costs import ProblemBuilder
-from megatron_dip.costs.builder import ItemSizes
+from megatron_dip.costs import ItemSizes, ProblemBuilder
 from megatron_dip.costs.flops import batch_flops
 from megatron_dip.costs.work import static_bytes
 from megatron_dip.families.packed.batches import Microbatch

@@ -5,16 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Unpack
 
+from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dip.config import DipConfig
+from megatron_dip.costs import Boundary, Parallelism, shape_boundary
 from megatron_dip.families.forms import TransformerForm
 from megatron_dip.families.packed.batches import Microbatch, StageData
 from megatron_dip.families.packed.initialization import initialize_parameters
 from megatron_dip.families.packed.model import StockModel
 from megatron_dip.families.packed.parts import choose_trained_parts, set_learning_rate_factors
 from megatron_dip.families.packed.stage import StageLayers, StageModule
-from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["ModelFamily", "SampleSet", "SetLengths", "StageFactory"]
 
@@ -55,9 +56,13 @@ class StageFactory(ABC):
     def loss_config(self) -> TransformerConfig:
         """The configuration of the module with the loss, which Megatron's training loop reads."""
 
-    @abstractmethod
-    def boundaries(self) -> BoundaryRules:
-        """Shapes of what crosses the boundaries of stages."""
+    def boundary(self, module: str, *, outer: bool) -> Boundary:
+        """Between stages of ``module``, or (outer) from its last stage to those that read it."""
+        parallel = Parallelism(
+            tensor=mpu.get_tensor_model_parallel_world_size(),
+            sequence_parallel=self.loss_config.sequence_parallel,
+        )
+        return shape_boundary(self.shape.module(module), parallel, outer=outer)
 
     @abstractmethod
     def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:

@@ -1,11 +1,10 @@
-"""What several families need: rules of boundaries, configs, an index that all ranks share."""
+"""What several families need: configs, an index that all ranks share."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
@@ -18,34 +17,16 @@ from megatron_dip.families.data.tokenizer import load_tokenizer
 from megatron_dip.families.forms import LanguageConfig, TransformerForm
 from megatron_dip.families.packed.configs import make_language_config
 from megatron_dip.integration.same_inputs import check_same_index
-from megatron_dip.runtime import BoundaryRule
 
 __all__ = [
     "check_vocabulary",
     "make_backbone_config",
     "make_on_first_rank",
-    "row_rule",
     "shared_index",
     "skips_bad_samples",
     "split_index",
     "stop_unneeded_dropout",
 ]
-
-
-def row_rule(
-    config: TransformerConfig, width: int, *, sharded: bool = True, **more: Any
-) -> BoundaryRule:
-    """Rows of ``width``; ``sharded``: sequence parallelism divides them among its ranks.
-
-    ``more`` are further fields of the rule.
-    """
-    is_shared = sharded and config.sequence_parallel
-    return BoundaryRule(
-        width=width,
-        dtype=config.pipeline_dtype or config.params_dtype,
-        num_shards=mpu.get_tensor_model_parallel_world_size() if is_shared else 1,
-        **more,
-    )
 
 
 def make_on_first_rank(make: Callable[[], Path], folder: Path) -> Path:

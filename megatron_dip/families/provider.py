@@ -71,7 +71,7 @@ def build_model(
         pipeline = DipPipeline(
             dip_config,
             base,
-            factory.boundaries(),
+            factory.boundary,
             args.dip_timeout_seconds,
             device,
             planner_cores=args.dip_planner_cores,

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from megatron_dip.costs import BatchSizes
 from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.families.accounting import note_microbatch
 from megatron_dip.families.packed.batches import Microbatch
@@ -23,6 +24,7 @@ from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.runner import MegatronRunner
 from megatron_dip.integration.trace import iteration_number, trace_step, wants_records
 from megatron_dip.plan import Plan
+from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime import Recorder, create_recorder
 from megatron_dip.runtime.look_ahead import LookAhead
 
@@ -70,19 +72,23 @@ def forward_backward_dip(
     data_end_us = recorder.now_us()
     if not forward_only:
         pipeline.plans.note_step()
-    plan = pipeline.plans.plan(tuple(microbatch.item_sizes for microbatch in microbatches))
+    sizes = tuple(microbatch.item_sizes for microbatch in microbatches)
+    plan = pipeline.plans.plan(sizes)
     recorder.record("plan", data_end_us, is_wait=not pipeline.is_plan_owner)
     plan_end_us = recorder.now_us()
     runner = _runner(
         model,
         forward_step_func,
         microbatches,
+        sizes,
         forward_only=forward_only,
         first_microbatch=schedules.check_first_val_step(first_val_step, forward_only, True),
         collect_non_loss_data=collect_non_loss_data,
     )
     with _without_gradient_sync(model), _boundaries_in_16_bits(model, plan):
-        pipeline.executor.run(plan, runner, recorder, forward_only=forward_only)
+        pipeline.executor.run(
+            PlannedBatch(plan, sizes), runner, recorder, forward_only=forward_only
+        )
     ahead.go_on(recorder)
     if not forward_only:
         _finalize(model, config, runner, bool(force_all_reduce))
@@ -121,6 +127,7 @@ def _runner(
     model: Sequence[torch.nn.Module],
     forward_step: Any,
     microbatches: Sequence[Microbatch],
+    sizes: BatchSizes,
     *,
     forward_only: bool,
     first_microbatch: bool,
@@ -131,6 +138,7 @@ def _runner(
         config=get_model_config(model[0]),
         forward_step=forward_step,
         microbatches=microbatches,
+        sizes=sizes,
         context_parallel_size=mpu.get_context_parallel_world_size(),
         reduces_early=_reduces_early(model) and not forward_only,
         first_microbatch=first_microbatch,
@@ -161,9 +169,10 @@ class _Ahead:
         """
         start_us = recorder.now_us()
         source, pipeline = self._source, self._pipeline
-        plan = pipeline.plans.offer(source.coming(self._num_microbatches) if source else ())
+        coming = source.coming(self._num_microbatches) if source else []
+        plan = pipeline.plans.offer(coming)
         if plan is not None:
-            pipeline.executor.prepare(plan)
+            pipeline.executor.prepare(PlannedBatch(plan, coming[0]))
         self._read()
         recorder.record("look ahead", start_us)
 

@@ -21,7 +21,7 @@ from megatron_dip.partition import Partition
 from megatron_dip.planner import PlannerSettings, load_joint_plan
 from megatron_dip.report.steps import StepRecord
 from megatron_dip.runtime import (
-    BoundaryRules,
+    BoundaryOf,
     Channels,
     Executor,
     PlanAgreement,
@@ -49,7 +49,7 @@ class DipPipeline:
     Args:
         config: The run's configuration.
         transformer_config: Megatron's configuration of the run.
-        boundaries: Shapes of what is received.
+        boundary: The boundaries of all modules: shapes of what is received.
         timeout_seconds: Limit of every wait of the executor.
         device: Where the stages compute.
         planner_cores: Where planner processes run; where this process may run if empty.
@@ -59,7 +59,7 @@ class DipPipeline:
         self,
         config: DipConfig,
         transformer_config: TransformerConfig,
-        boundaries: BoundaryRules,
+        boundary: BoundaryOf,
         timeout_seconds: float,
         device: torch.device,
         planner_cores: Sequence[int] = (),
@@ -101,7 +101,8 @@ class DipPipeline:
                 device=device,
                 timeout_seconds=timeout_seconds,
             ),
-            boundaries=boundaries,
+            boundary=boundary,
+            dtype=transformer_config.pipeline_dtype or transformer_config.params_dtype,
         )
         self.executor.channels.connect()
 

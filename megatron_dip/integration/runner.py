@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
+from megatron_dip.costs import BatchSizes
 from megatron_dip.families.packed.batches import Microbatch, StageData
 from megatron_dip.integration.chunks import StageBatch, UpstreamRows
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
@@ -33,6 +34,7 @@ class MegatronRunner:
         config: The configuration shared by the chunks.
         forward_step: The script's own.
         microbatches: The data of this iteration.
+        sizes: Of its items.
         context_parallel_size: Ranks over which Megatron averages a two-part loss.
         reduces_early: Whether a stage's gradients are reduced while others still compute.
         first_microbatch: False where cached fp8 weights stay valid (validation after its first).
@@ -48,6 +50,7 @@ class MegatronRunner:
         config: TransformerConfig,
         forward_step: Callable[..., Any],
         microbatches: Sequence[Microbatch],
+        sizes: BatchSizes,
         context_parallel_size: int,
         reduces_early: bool,
         first_microbatch: bool = True,
@@ -58,14 +61,13 @@ class MegatronRunner:
         self._config = config
         self._forward_step = forward_step
         self._microbatches = tuple(microbatches)
+        self._sizes = sizes
         self._context_parallel_size = context_parallel_size
         self._reduces_early = reduces_early
         self._collect_non_loss_data = collect_non_loss_data
         self._device = next(next(iter(self._chunks.values())).parameters()).device
         self._fresh_chunks = set(self._chunks) if first_microbatch else set()
         self._data: dict[SubMicrobatch, StageData] = {}
-        self._loss_masks: dict[SubMicrobatch, torch.Tensor] = {}
-        """On the host, where counting their tokens waits for no GPU."""
         self.reports = LossReports()
         self.stored: StoredBytes | None = None
         if counts_stored_bytes:
@@ -142,10 +144,11 @@ class MegatronRunner:
     def _forward_step_of(self, call: ForwardCall) -> Callable[..., Any]:
         if not call.is_loss:
             return self._forward_step
+        whole = self._sizes[call.work.microbatch][call.sub_microbatch.module]
         return weighted_forward_step(
             self._forward_step,
-            part_tokens=int(self._loss_masks[call.sub_microbatch].sum()),
-            whole_tokens=self._microbatches[call.work.microbatch].num_loss_tokens,
+            part_tokens=sum(size.loss_tokens for size in call.sizes),
+            whole_tokens=sum(size.loss_tokens for size in whole),
             per_token=self._config.calculate_per_token_loss,
         )
 
@@ -155,17 +158,12 @@ class MegatronRunner:
         data = self._data.get(sub)
         if data is None:
             made: StageData = microbatch.sub_batch(sub.module, sub.items)
-            if hasattr(made, "loss_mask"):
-                self._loss_masks[sub] = made.loss_mask
             data = self._data[sub] = made.to(self._device)
         upstream = tuple(
             UpstreamRows(
                 module=other.sub_microbatch.module,
                 items=other.sub_microbatch.items,
-                num_rows=tuple(
-                    microbatch.num_output_rows(other.sub_microbatch.module, item)
-                    for item in other.sub_microbatch.items
-                ),
+                num_rows=tuple(size.num_output_rows for size in other.sizes),
             )
             for other in call.inputs
             if other.sub_microbatch.module != sub.module

@@ -1,6 +1,6 @@
 """Planning: from a batch problem and a partition to a plan."""
 
-from megatron_dip.planner.batch import Batch, BatchSizes
+from megatron_dip.planner.batch import Batch, PlannedBatch
 from megatron_dip.planner.dual_queue import Priority, default_priority, order_dual_queue
 from megatron_dip.planner.joint import joint_problem, load_joint_plan, restrict_plan
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
@@ -12,7 +12,7 @@ from megatron_dip.planner.sub_microbatches import form_sub_microbatches
 __all__ = [
     "Algorithm",
     "Batch",
-    "BatchSizes",
+    "PlannedBatch",
     "PlannerSettings",
     "Priority",
     "RoundPlan",

@@ -1,19 +1,34 @@
-"""A batch to be planned: the items of all replicas that share its plan, and what they cost."""
+"""Batches to be planned, of all replicas that share a plan, and planned ones, of one replica."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-from megatron_dip.costs import ItemSizes, ProblemBuilder
+from megatron_dip.costs import BatchSizes, ItemSize, ProblemBuilder
 from megatron_dip.errors import PlanError
 from megatron_dip.plan import Plan, pack_plan
 from megatron_dip.planner.joint import joint_problem
-from megatron_dip.workload import Problem
+from megatron_dip.workload import Problem, SubMicrobatch
 
-__all__ = ["Batch", "BatchSizes"]
+__all__ = ["Batch", "PlannedBatch"]
 
-BatchSizes = tuple[ItemSizes, ...]
-"""The items of every microbatch of one replica."""
+
+class PlannedBatch(NamedTuple):
+    """What the ranks of one replica run: a plan, and the sizes of the items that it is for."""
+
+    plan: Plan
+    sizes: BatchSizes | None = None
+    """None where nothing but the tokens of items is known, as in a rehearsal."""
+
+    def sizes_of(self, sub: SubMicrobatch) -> tuple[ItemSize, ...]:
+        """Of the items of a sub-microbatch, in their order."""
+        if self.sizes is not None:
+            known = self.sizes[sub.microbatch][sub.module]
+            return tuple(known[item] for item in sub.items)
+        problem = self.plan.problem
+        tokens = [problem.item(sub.module, sub.microbatch, item).tokens for item in sub.items]
+        return tuple(ItemSize(tokens=number, spans=(number,)) for number in tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,8 @@ import pickle
 import struct
 from dataclasses import dataclass
 
-from megatron_dip.costs import ProblemBuilder
+from megatron_dip.costs import BatchSizes, ProblemBuilder
 from megatron_dip.partition import Partition
-from megatron_dip.planner.batch import BatchSizes
 from megatron_dip.planner.rounds import PlannerSettings
 
 __all__ = [

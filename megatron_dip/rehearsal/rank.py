@@ -18,14 +18,14 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+from megatron_dip.costs import Boundary
 from megatron_dip.errors import DipError
 from megatron_dip.partition import Stage
 from megatron_dip.plan import ActionType
+from megatron_dip.planner import PlannedBatch
 from megatron_dip.rehearsal.local_ranks import Done, Failed
 from megatron_dip.rehearsal.results import RankRun, RankTask, RehearsedSpan
 from megatron_dip.runtime import (
-    BoundaryRule,
-    BoundaryRules,
     Channels,
     Executor,
     ForwardCall,
@@ -79,12 +79,11 @@ def _run(task: RankTask) -> list[RankRun]:
         timeout_seconds=task.timeout_seconds,
     )
     channels.connect()
-    rule = BoundaryRule(width=1, dtype=torch.float32)
-    rules = dict.fromkeys(upstream, rule)
     executor = Executor(
         rank=task.rank,
         channels=channels,
-        boundaries=BoundaryRules(inner=rules, outer=rules),
+        boundary=lambda module, *, outer: Boundary("packed", width=1),
+        dtype=torch.float32,
     )
     runs = []
     for _ in range(task.repetitions):
@@ -95,7 +94,7 @@ def _run(task: RankTask) -> list[RankRun]:
         gc.freeze()
         start_us = _common_start_us(recorder)
         clock.start(start_us)
-        executor.run(task.plan, _SleepingRunner(task, clock), recorder)
+        executor.run(PlannedBatch(task.plan), _SleepingRunner(task, clock), recorder)
         runs.append(_rank_run(recorder, start_us))
     return runs
 
@@ -153,12 +152,7 @@ class _SleepingRunner:
         self._clock = clock
 
     def forward(self, call: ForwardCall) -> torch.Tensor:
-        sub = call.sub_microbatch
-        problem = self._task.plan.problem
-        num_values = sum(
-            problem.item(sub.module, sub.microbatch, number).tokens for number in sub.items
-        )
-        output = torch.empty((num_values, 1, 1))
+        output = torch.empty((sum(size.tokens for size in call.sizes), 1, 1))
         self._occupy(call, ActionType.FORWARD)
         return output
 

@@ -1,7 +1,7 @@
 """The executor and what it needs of torch: channels, stage runners, boundaries, measurement."""
 
 from megatron_dip.runtime.agreement import PlanAgreement, connected_groups
-from megatron_dip.runtime.boundary import BoundaryRule, BoundaryRules
+from megatron_dip.runtime.boundary import BoundaryOf
 from megatron_dip.runtime.channels import Channels, create_channel_groups, pipeline_channels
 from megatron_dip.runtime.executor import Executor
 from megatron_dip.runtime.plan_ahead import PlanAhead
@@ -26,8 +26,7 @@ from megatron_dip.runtime.runner import (
 from megatron_dip.runtime.timeline import MeasuredSpan, Recorder, create_recorder
 
 __all__ = [
-    "BoundaryRule",
-    "BoundaryRules",
+    "BoundaryOf",
     "Channels",
     "Executor",
     "ForwardCall",

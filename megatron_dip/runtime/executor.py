@@ -15,7 +15,8 @@ import torch
 from megatron_dip.errors import DataError, DipError, ExecutionError, PlanError
 from megatron_dip.partition import Stage
 from megatron_dip.plan import Action, ActionType, Message, Plan, Work
-from megatron_dip.runtime.boundary import BoundaryRules
+from megatron_dip.planner import PlannedBatch
+from megatron_dip.runtime.boundary import BoundaryOf
 from megatron_dip.runtime.channels import Channels, Receive
 from megatron_dip.runtime.program import Operand, RankProgram, Task, Transfer, rank_program
 from megatron_dip.runtime.runner import ForwardCall, SavedForward, StageInput, StageRunner
@@ -33,13 +34,17 @@ class Executor:
     Args:
         rank: Pipeline rank.
         channels: Transfers to the other ranks.
-        boundaries: Shapes of what is received.
+        boundary: The boundaries of all modules: shapes of what is received.
+        dtype: Of all that is sent and received.
     """
 
-    def __init__(self, *, rank: int, channels: Channels, boundaries: BoundaryRules) -> None:
+    def __init__(
+        self, *, rank: int, channels: Channels, boundary: BoundaryOf, dtype: torch.dtype
+    ) -> None:
         self.rank = rank
         self.channels = channels
-        self.boundaries = boundaries
+        self.dtype = dtype
+        self._boundary = boundary
         self._prepared: tuple[Plan, RankProgram] | None = None
 
     @property
@@ -47,19 +52,20 @@ class Executor:
         """The plan that was run, or prepared to be run, last."""
         return None if self._prepared is None else self._prepared[0]
 
-    def prepare(self, plan: Plan) -> RankProgram:
-        """What this rank does under ``plan``; kept until it is asked for another plan.
+    def prepare(self, batch: PlannedBatch) -> RankProgram:
+        """What this rank does under a plan; kept until it is asked for another plan.
 
         Raises:
             PlanError: The plan is not one for its batch.
+            DataError: The items of a message have no common shape.
         """
-        if self._prepared is None or self._prepared[0] is not plan:
-            self._prepared = (plan, rank_program(plan, self.rank, self.boundaries))
+        if self._prepared is None or self._prepared[0] is not batch.plan:
+            self._prepared = (batch.plan, rank_program(batch, self.rank, self._boundary))
         return self._prepared[1]
 
     def run(
         self,
-        plan: Plan,
+        batch: PlannedBatch,
         runner: StageRunner,
         recorder: Recorder | None = None,
         *,
@@ -68,7 +74,7 @@ class Executor:
         """Execute this rank's actions; returns when all are done and all sends have ended.
 
         Args:
-            plan: What to run; the same on all ranks.
+            batch: What to run; the same on all ranks.
             runner: How stages compute.
             recorder: Where spans of computing and waiting are added.
             forward_only: Run the forwards alone, and keep nothing for backwards.
@@ -81,10 +87,10 @@ class Executor:
         """
         self.channels.check_usable()
         try:
-            steps = self.prepare(plan).steps
+            steps = self.prepare(batch).steps
             if forward_only:
                 steps = tuple(step for step in steps if step[0].type in _FORWARD_TYPES)
-            run = _PlanRun(self, plan, runner, recorder or Recorder(), forward_only)
+            run = _PlanRun(self, batch, runner, recorder or Recorder(), forward_only)
             with torch.set_grad_enabled(not forward_only):
                 self._run_steps(run, steps)
             self.channels.drain()
@@ -112,14 +118,15 @@ class _PlanRun:
     def __init__(
         self,
         executor: Executor,
-        plan: Plan,
+        batch: PlannedBatch,
         runner: StageRunner,
         recorder: Recorder,
         forward_only: bool,
     ) -> None:
         self.rank = executor.rank
         self.channels = executor.channels
-        self.partition = plan.partition
+        self.dtype = executor.dtype
+        self.partition = batch.plan.partition
         self.runner = runner
         self.recorder = recorder
         self.forward_only = forward_only
@@ -129,7 +136,7 @@ class _PlanRun:
         self.tensors: dict[Message, torch.Tensor] = {}
         """Arrived, or made here, and not yet sent or read by all of its readers; a gradient sums
         up here until its last contributor is done."""
-        self.unread = dict(executor.prepare(plan).num_readers)
+        self.unread = dict(executor.prepare(batch).num_readers)
         """Readers to come, of messages that had more than one."""
 
     def handlers(self) -> Mapping[ActionType, Callable[[Action, Any], None]]:
@@ -183,11 +190,12 @@ class _PlanRun:
             # A leaf of its own for every reader, so that their gradients stay apart.
             leaf = self._take(source.message, action).detach()
             leaf.requires_grad_(keeps_graph and source.gradient is not None)
-            inputs.append(StageInput(source.sub_microbatch, leaf))
+            inputs.append(StageInput(source.sub_microbatch, source.sizes, leaf))
         call = ForwardCall(
             work=task.work,
             stage=task.stage,
             sub_microbatch=task.sub_microbatch,
+            sizes=task.sizes,
             inputs=tuple(inputs),
             recompute_layers=task.recompute_layers,
             is_loss=task.is_loss,
@@ -251,17 +259,17 @@ class _PlanRun:
                 f"{list(transfer.shape)}: the metadata of microbatch {message.microbatch} is not "
                 f"that of its data (make the data set's index again)"
             )
-        if tensor.dtype != transfer.dtype:
+        if tensor.dtype != self.dtype:
             raise DataError(
                 f"{message.send} would send {tensor.dtype} but its receiver expects "
-                f"{transfer.dtype} (a stage must put out the type of the run; look for options "
+                f"{self.dtype} (a stage must put out the type of the run; look for options "
                 f"that keep hidden states in 32 bits)"
             )
         self.channels.send(message, transfer.peer, tensor)
 
     def receive(self, action: Action, transfer: Transfer) -> None:
-        message, peer, shape, dtype = transfer
-        self.receives[message] = self.channels.post_receive(message, peer, shape, dtype)
+        message, peer, shape = transfer
+        self.receives[message] = self.channels.post_receive(message, peer, shape, self.dtype)
 
     def _take(self, message: Message, reader: Action) -> torch.Tensor:
         """The tensor of ``message``, waited for if it is still on its way."""

@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_dip.costs import ProblemBuilder
+from megatron_dip.costs import BatchSizes, ProblemBuilder
 from megatron_dip.errors import PlanningError
 from megatron_dip.plan import Plan
-from megatron_dip.planner import Batch, BatchSizes
+from megatron_dip.planner import Batch
 from megatron_dip.runtime.agreement import PlanAgreement
 from megatron_dip.runtime.plan_service import ObtainedPlan, PlanService
 from megatron_dip.workload import Problem

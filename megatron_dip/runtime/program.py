@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
-
+from megatron_dip.costs import ItemSize
 from megatron_dip.errors import PlanError
 from megatron_dip.partition import Stage
-from megatron_dip.plan import Action, ActionType, Message, Plan, Work
-from megatron_dip.runtime.boundary import BoundaryRules, MessageShapes
+from megatron_dip.plan import Action, ActionType, Message, Work
+from megatron_dip.planner import PlannedBatch
+from megatron_dip.runtime.boundary import BoundaryOf, MessageShapes
 from megatron_dip.workload import SubMicrobatch
 
 __all__ = ["Operand", "RankProgram", "Source", "Task", "Transfer", "posted_early", "rank_program"]
@@ -29,6 +29,8 @@ class Source(NamedTuple):
     message: Message
     sub_microbatch: SubMicrobatch
     """The one whose output it is."""
+    sizes: tuple[ItemSize, ...]
+    """Of its items."""
     gradient: Message | None
     """What goes back for it; None where nothing trainable made it."""
 
@@ -39,6 +41,8 @@ class Task(NamedTuple):
     work: Work
     stage: Stage
     sub_microbatch: SubMicrobatch
+    sizes: tuple[ItemSize, ...]
+    """Of its items."""
     sources: tuple[Source, ...]
     outputs: tuple[Message, ...]
     output_grads: tuple[Message, ...]
@@ -56,7 +60,6 @@ class Transfer(NamedTuple):
     peer: int
     """The rank at the other end."""
     shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 Operand = Task | Transfer | Stage
@@ -71,14 +74,16 @@ class RankProgram(NamedTuple):
     """Forwards of this rank that read a message, where it is more than one."""
 
 
-def rank_program(plan: Plan, rank: int, boundaries: BoundaryRules) -> RankProgram:
-    """What ``rank`` does under ``plan``.
+def rank_program(batch: PlannedBatch, rank: int, boundary: BoundaryOf) -> RankProgram:
+    """What ``rank`` does under the plan of ``batch``.
 
     Raises:
         PlanError: An action is of nothing that is in the batch.
+        DataError: The items of a message have no common shape.
     """
+    plan = batch.plan
     graph = plan.graph
-    shapes = MessageShapes(graph, boundaries)
+    shapes = MessageShapes(batch, boundary)
     tasks: dict[Work, Task] = {}
 
     def operand(action: Action) -> Operand:
@@ -86,11 +91,11 @@ def rank_program(plan: Plan, rank: int, boundaries: BoundaryRules) -> RankProgra
             return graph.partition[action.stage]
         if action.peer is not None:
             message = Message.of(action)
-            return Transfer(message, graph.partition[action.peer].rank, *shapes.of(message))
+            return Transfer(message, graph.partition[action.peer].rank, shapes.of(message))
         assert action.microbatch is not None
         work = Work(action.stage, action.microbatch, action.sub)
         if work not in tasks:
-            tasks[work] = _task(plan, work)
+            tasks[work] = _task(batch, work)
         return tasks[work]
 
     steps = tuple((action, operand(action)) for action in posted_early(plan.actions[rank]))
@@ -113,25 +118,30 @@ def posted_early(actions: Iterable[Action]) -> list[Action]:
     return moved
 
 
-def _task(plan: Plan, work: Work) -> Task:
+def _task(batch: PlannedBatch, work: Work) -> Task:
+    plan = batch.plan
     graph = plan.graph
     if work not in graph.numbers:
         raise PlanError(f"{work.action(ActionType.FORWARD)} computes on nothing in this batch")
     outputs = graph.forward_outputs(work)
     has_backward = graph.has_backward(work.stage)
+    sub = graph.sub_microbatch(work)
     return Task(
         work=work,
         stage=graph.partition[work.stage],
-        sub_microbatch=graph.sub_microbatch(work),
+        sub_microbatch=sub,
+        sizes=batch.sizes_of(sub),
         sources=tuple(
             Source(
                 message=message,
-                sub_microbatch=graph.sub_microbatch(
-                    Work(message.source, message.microbatch, message.sub)
-                ),
+                sub_microbatch=read,
+                sizes=batch.sizes_of(read),
                 gradient=message.reverse if graph.has_backward(message.source) else None,
             )
             for message in graph.forward_inputs(work)
+            for read in [
+                graph.sub_microbatch(Work(message.source, message.microbatch, message.sub))
+            ]
         ),
         outputs=outputs,
         output_grads=tuple(message.reverse for message in outputs) if has_backward else (),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_dip.costs import ItemSize
 from megatron_dip.partition import Stage
 from megatron_dip.plan import Work
 from megatron_dip.workload import SubMicrobatch
@@ -30,6 +31,8 @@ class StageInput(NamedTuple):
     """What a stage reads: the output of ``sub_microbatch``'s module as a leaf of the graph."""
 
     sub_microbatch: SubMicrobatch
+    sizes: tuple[ItemSize, ...]
+    """Of its items."""
     tensor: torch.Tensor
 
 
@@ -39,6 +42,8 @@ class ForwardCall(NamedTuple):
     work: Work
     stage: Stage
     sub_microbatch: SubMicrobatch
+    sizes: tuple[ItemSize, ...]
+    """Of its items."""
     inputs: tuple[StageInput, ...]
     """From the previous stage, or, in a module's first stage, from its upstream modules."""
     recompute_layers: tuple[int, ...]

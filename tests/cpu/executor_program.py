@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 from toy_modules import WIDTH, Case, ToyStage, build_stages, plain_loop
 
+from megatron_dip.costs import Boundary
 from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import Plan, Recompute, pack_plan, unpack_plan
-from megatron_dip.planner import make_plan
+from megatron_dip.planner import PlannedBatch, make_plan
 from megatron_dip.runtime import (
-    BoundaryRule,
-    BoundaryRules,
     Channels,
     Executor,
     ModuleRunner,
@@ -171,15 +170,15 @@ def run_case(case: Case, rank: int, num_ranks: int) -> None:
     )
     stages = build_stages(case, partition.stages_on(rank))
     runner = ModuleRunner(stages, case.rows())
-    rules = {name: BoundaryRule(width=WIDTH, dtype=torch.float64) for name in case.upstream}
     executor = Executor(
         rank=rank,
         channels=channels,
-        boundaries=BoundaryRules(inner=rules, outer=rules),
+        boundary=lambda module, *, outer: Boundary("packed", WIDTH),
+        dtype=torch.float64,
     )
-    executor.run(plan, runner, forward_only=True)
+    executor.run(PlannedBatch(plan), runner, forward_only=True)
     forward_losses = dict(runner.losses)
-    executor.run(plan, runner)
+    executor.run(PlannedBatch(plan), runner)
     assert runner.losses == forward_losses, "evaluation and training must see the same loss"
     expected_loss, expected = plain_loop(case, plan.problem, partition)
     if rank == num_ranks - 1:

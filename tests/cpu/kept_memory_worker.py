@@ -121,16 +121,16 @@ class Bench:
         return held
 
     def inputs(self, *, is_first, needs_grad):
-        boundaries = self.factory.boundaries()
         if not is_first:
-            rows = boundaries.inner[self.shape.name].shape(
-                self.size.tokens, len(self.data.items), self.num_text_rows
+            rows = self.factory.boundary(self.shape.name, outer=False).shape(
+                [self.size], outer=False
             )
             return self.random(rows, needs_grad=needs_grad), None
         if not self.num_text_rows:
             return None, None
         above = self.shape.upstream[0]
-        rows = boundaries.outer[above].shape(self.num_text_rows)
+        text = ItemSize(tokens=self.num_text_rows, spans=(self.num_text_rows,))
+        rows = self.factory.boundary(above, outer=True).shape([text], outer=True)
         needs_grad = above in self.model.modules_with_backward()
         return None, self.random(rows, needs_grad=needs_grad)
 

@@ -210,7 +210,6 @@ def language_batch(
         image_rows=image_rows,
         images=tuple(range(len(images))),
         items=(0,),
-        num_loss_tokens=int(loss_mask.sum()),
     )
 
 

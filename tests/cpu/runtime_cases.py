@@ -11,12 +11,11 @@ import torch.distributed as dist
 from runtime_suites import PATIENCE_S
 from toy_modules import WIDTH, Case, build_stages
 
+from megatron_dip.costs import Boundary
 from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import Plan, parse_actions
 from megatron_dip.planner import make_plan
 from megatron_dip.runtime import (
-    BoundaryRule,
-    BoundaryRules,
     Channels,
     Executor,
     ForwardCall,
@@ -89,11 +88,11 @@ def runner_of(rank: int, case: Case = CASE, **options: Any) -> ModuleRunner:
 
 def executor_of(channels: Channels, dtype: torch.dtype = torch.float64) -> Executor:
     """``dtype`` is what receivers expect; the stages put out 64 bits."""
-    rules = {name: BoundaryRule(width=WIDTH, dtype=dtype) for name in UPSTREAM}
     return Executor(
         rank=channels.rank,
         channels=channels,
-        boundaries=BoundaryRules(inner=rules, outer=rules),
+        boundary=lambda module, *, outer: Boundary("packed", WIDTH),
+        dtype=dtype,
     )
 
 

@@ -34,6 +34,7 @@ from runtime_suites import LIMIT_S, PATIENCE_S
 from toy_modules import Case, plain_loop
 
 from megatron_dip.plan import Message, parse_actions
+from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime import Channels, ModuleRunner
 
 # ---- channels -------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def channels_suite() -> None:
 
 
 def run_case(channels: Channels, runner: ModuleRunner, **options: Any) -> None:
-    executor_of(channels, **options).run(plan_of(CASE), runner)
+    executor_of(channels, **options).run(PlannedBatch(plan_of(CASE)), runner)
 
 
 def missing_send() -> list[str]:
@@ -139,7 +140,7 @@ def missing_send() -> list[str]:
     found = []
     for _ in range(2):
         try:
-            executor_of(channels).run(plan, runner_of(rank()))
+            executor_of(channels).run(PlannedBatch(plan), runner_of(rank()))
         except Exception as error:
             found.append(f"{type(error).__name__} from {type(error.__cause__).__name__}: {error}")
     return found
@@ -149,7 +150,7 @@ def forward_only() -> dict[str, Any]:
     """What is left of an evaluation: by the runner and by the channels."""
     channels = new_channels()
     runner = runner_of(rank())
-    executor_of(channels).run(plan_of(CASE), runner, forward_only=True)
+    executor_of(channels).run(PlannedBatch(plan_of(CASE)), runner, forward_only=True)
     parameters = [p for stage in runner._stages.values() for p in stage.parameters()]
     return {
         "gradients": sum(p.grad is not None for p in parameters),
@@ -164,7 +165,7 @@ def leftover() -> None:
     plan = plan_of(CASE)
     kept = [" ".join(str(a) for a in actions if "F" in str(a)) for actions in plan.actions]
     cut = replace(plan, actions=tuple(parse_actions(line) for line in kept))
-    executor_of(new_channels()).run(cut, runner_of(rank()))
+    executor_of(new_channels()).run(PlannedBatch(cut), runner_of(rank()))
 
 
 def raising(error: Exception) -> None:
@@ -223,7 +224,7 @@ def replicas() -> dict[str, Any]:
     channels = new_channels([0, 1])
     runner = runner_of(channels.rank, case, data_parallel_group=data_parallel)
     plan = plan_of(case)
-    executor_of(channels).run(plan, runner)
+    executor_of(channels).run(PlannedBatch(plan), runner)
     runner.finish_reductions()
     expected = [plain_loop(c, c.problem(2), partition_of(c))[1] for c in REPLICAS]
     worst = 0.0

@@ -219,16 +219,20 @@ def test_a_language_sub_batch_shifts_its_image_rows(settings, microbatch):
     assert len(batch.image_rows) == tokens
 
 
-def test_parts_know_the_loss_tokens_of_the_whole(microbatch):
+def test_sizes_say_how_many_rows_are_handed_on_and_how_many_losses_count(microbatch):
+    sizes = microbatch.item_sizes
+    images = [image.num_tokens for image in microbatch.images]
+    assert [size.num_output_rows for size in sizes["vision"]] == images
     parts = [microbatch.sub_batch("language", [item]) for item in range(4)]
-    total = sum(int(part.loss_mask.sum()) for part in parts)
-    assert {part.num_loss_tokens for part in parts} == {total} == {microbatch.num_loss_tokens}
+    losses = [int(part.loss_mask.sum()) for part in parts]
+    assert [size.loss_tokens for size in sizes["language"]] == losses
 
 
 def test_padding_adds_one_span_without_loss_to_each_sequence(settings, microbatch):
     batch = microbatch.padded(settings.seq_length)
     assert batch.num_tokens == 4 * settings.seq_length == sum(batch.span_lengths)
-    assert batch.num_loss_tokens == int(batch.loss_mask.sum()) == microbatch.num_loss_tokens
+    losses = [size.loss_tokens for size in microbatch.item_sizes["language"]]
+    assert int(batch.loss_mask.sum()) == sum(losses)
     assert batch.images == tuple(range(len(microbatch.images)))
     image_id = make(settings).tokenizer.image_id
     assert torch.equal(batch.image_rows, (batch.tokens == image_id).nonzero().flatten())

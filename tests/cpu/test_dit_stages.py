@@ -7,6 +7,7 @@ import pytest
 import torch
 from models_setup import base_config, layers_of, megatron_on_cpu, run_chain
 
+from megatron_dip.costs import Boundary
 from megatron_dip.families.packed.configs import make_dit_config, make_language_config
 from megatron_dip.families.packed.initialization import (
     initialize_parameters,
@@ -16,7 +17,6 @@ from megatron_dip.families.packed.shapes import ROWS_PER_CLIP
 from megatron_dip.families.t2v.batches import Clip, ClipMicrobatch
 from megatron_dip.families.t2v.dit import DitStage, rotary_frequencies
 from megatron_dip.families.t2v.text import TextStage
-from megatron_dip.runtime import BoundaryRule
 
 LAYERS, HIDDEN, VALUES, TEXT_HIDDEN = 4, 48, 8, 32
 GRIDS = ((2, 2, 3), (1, 2, 2), (3, 1, 2))
@@ -163,10 +163,11 @@ def test_the_boundary_has_the_shape_that_receivers_expect(microbatch):
     stages = dit_stages((2,))
     batch = microbatch.sub_batch("dit", (0, 2))
     output = stages[0](None, batch, features_of(TEXTS[0] + TEXTS[2]))
-    rule = BoundaryRule(
-        width=HIDDEN, dtype=output.dtype, carried="text", rows_per_item=ROWS_PER_CLIP
+    sizes = [microbatch.item_sizes["dit"][item] for item in (0, 2)]
+    rule = Boundary("packed", HIDDEN, extra_rows=ROWS_PER_CLIP, carries_context=True)
+    assert (
+        output.shape == rule.shape(sizes, outer=False) == (18 + TEXTS[0] + TEXTS[2] + 14, 1, HIDDEN)
     )
-    assert tuple(output.shape) == rule.shape(18, 2, TEXTS[0] + TEXTS[2])
     with pytest.raises(ValueError, match=r"expected 41: 18 of patches .* 9 of text and 7 for"):
         stages[1](output[:-1], batch)
 

@@ -19,6 +19,7 @@ from models_setup import (
     vision_stages,
 )
 
+from megatron_dip.costs import Boundary, ItemSize
 from megatron_dip.errors import PartitionError, UnsupportedError
 from megatron_dip.families.data.images import patch_coordinates
 from megatron_dip.families.packed.initialization import named_global_parameters
@@ -26,7 +27,6 @@ from megatron_dip.families.packed.layers import block_submodules
 from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
 from megatron_dip.families.packed.vision import interpolated_positions
 from megatron_dip.models.layout import slice_config
-from megatron_dip.runtime import BoundaryRule
 
 # The fused kernels of softmax and norms round differently for other numbers of rows.
 TOLERANCE = 1e-12
@@ -266,22 +266,22 @@ def test_hidden_states_of_another_batch_are_reported(base):
         stage(torch.zeros(40, 1, LANGUAGE_HIDDEN, dtype=torch.float64), language_batch())
 
 
-def rule(width, tokens_per_row=1):
-    """What the executor's ranks apply to know the shape of what they receive."""
-    return BoundaryRule(width=width, dtype=torch.float64, tokens_per_row=tokens_per_row)
-
-
 def test_boundaries_have_the_shapes_that_the_executor_expects(base):
     images, text = vision_batch(), language_batch()
     vision, language = vision_stages(base, (1,)), language_stages(base, (2,))
     num_patches = sum(images.span_lengths)
-    inner = vision[0](None, images)
-    assert inner.shape == rule(32).shape(num_patches)
-    assert vision[1](inner, images).shape == rule(LANGUAGE_HIDDEN, PATCHES_PER_TOKEN).shape(
-        num_patches
+    size = ItemSize(
+        tokens=num_patches,
+        spans=images.span_lengths,
+        output_tokens=num_patches // PATCHES_PER_TOKEN,
     )
+    inner = vision[0](None, images)
+    assert inner.shape == Boundary("packed", 32).shape([size], outer=False)
+    outer = Boundary("packed", LANGUAGE_HIDDEN)
+    assert vision[1](inner, images).shape == outer.shape([size], outer=True)
     inner = language[0](None, text, image_features(text))
-    assert inner.shape == rule(LANGUAGE_HIDDEN).shape(39)
+    size = ItemSize(tokens=39, spans=(39,))
+    assert inner.shape == Boundary("packed", LANGUAGE_HIDDEN).shape([size], outer=False)
     assert language[1](inner, text).shape == (39,)
 
 

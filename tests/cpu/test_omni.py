@@ -220,7 +220,8 @@ def test_rows_of_sequences_are_filled_in_the_order_in_which_they_stand(made: Pat
     batch = dataset.collate_fn([dataset[i] for i in (both[0], mute, both[1])])
     language = batch.sub_batch("language", (2, 0, 1))
     assert language.upstream_items == (("vision", 1), ("audio", 1), ("vision", 0), ("audio", 0))
-    rows = [batch.num_output_rows(*item) for item in language.upstream_items]
+    sizes = batch.item_sizes
+    rows = [sizes[module][item].num_output_rows for module, item in language.upstream_items]
     assert sum(rows) == len(language.image_rows)
     needs = [dict(size.needs) for size in batch.metadata()["language"]]
     nothing = {"vision": (), "audio": ()}

@@ -227,9 +227,10 @@ def _run_module(
             work=Work(stage.stage, sub.microbatch, sub.sub),
             stage=stage,
             sub_microbatch=sub,
+            sizes=(),
             inputs=inputs,
             recompute_layers=(),
             is_loss=is_last,
         )
-        inputs = (StageInput(sub, stages[stage.stage](call, rows_of)),)
+        inputs = (StageInput(sub, (), stages[stage.stage](call, rows_of)),)
     return inputs[0]

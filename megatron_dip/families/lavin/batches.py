@@ -110,7 +110,7 @@ class RoutedBatch(LanguageBatch):
     gate_of_row: Tensor
     """``[T]`` int64: the place in ``modality_rows`` of each row's sample."""
     num_loss_units: int
-    """Of this part of the microbatch; ``num_loss_tokens`` counts those of the whole."""
+    """Of this part of the microbatch."""
 
     def padded_to(self, num_tokens: int) -> "RoutedBatch":
         """The same with one more span without loss, which follows the first sample's gate."""
@@ -162,27 +162,18 @@ class LavinMicrobatch(Microbatch):
             for start, sequence in zip(starts, self.sequences, strict=False)
         )
 
-    @cached_property
-    def num_loss_tokens(self) -> int:
-        """What the loss of the microbatch is divided by: its units."""
-        return sum(sequence.num_loss_units for sequence in self.sequences)
-
-    def num_output_rows(self, module: str, item: int) -> int:
-        """Features of an image, losses of a sequence."""
-        if module == "vision":
-            return self.image_size.num_features
-        return self.sequences[item].num_rows
-
     def metadata(self) -> ItemSizes:
         """Rows of every image, rows of every sequence and the images that it reads."""
         rows = self.image_size.num_rows
+        image = ItemSize(tokens=rows, spans=(rows,), output_tokens=self.image_size.num_features)
         return {
-            "vision": [ItemSize(tokens=rows, spans=(rows,)) for _ in self.images],
+            "vision": [image] * len(self.images),
             "language": [
                 ItemSize(
                     tokens=sequence.num_rows,
                     spans=sequence.span_lengths,
                     needs={"vision": images},
+                    loss_tokens=sequence.num_loss_units,
                 )
                 for sequence, images in zip(self.sequences, self.needs, strict=True)
             ],
@@ -198,7 +189,7 @@ class LavinMicrobatch(Microbatch):
         check_items(module, items, counts)
         if module == "vision":
             return self.clip_batch(items)
-        return _join([self._one_sequence(item) for item in items], self.num_loss_tokens)
+        return _join([self._one_sequence(item) for item in items])
 
     def clip_batch(self, items: Sequence[int]) -> ClipBatch:
         """The given images."""
@@ -223,7 +214,7 @@ class LavinMicrobatch(Microbatch):
         wanted = [image for images in self.needs for image in images]
         return LavinWholeBatch(
             vision=self.clip_batch(range(len(self.images))),
-            language=_join(parts, self.num_loss_tokens),
+            language=_join(parts),
             wanted=None if len(wanted) == len(self.images) else tuple(wanted),
         )
 
@@ -240,7 +231,6 @@ class LavinMicrobatch(Microbatch):
             image_rows=sequence.image_rows,
             images=self.needs[item],
             items=(item,),
-            num_loss_tokens=self.num_loss_tokens,
             modality_rows=places,
             modalities=torch.tensor(sequence.modalities),
             gate_of_row=torch.cat([places, places.repeat_interleave(lengths)]),
@@ -248,7 +238,7 @@ class LavinMicrobatch(Microbatch):
         )
 
 
-def _join(parts: Sequence[RoutedBatch], num_loss_tokens: int) -> RoutedBatch:
+def _join(parts: Sequence[RoutedBatch]) -> RoutedBatch:
     starts = list(accumulate((part.num_tokens for part in parts), initial=0))
     gates = list(accumulate((len(part.modality_rows) for part in parts), initial=0))
 
@@ -267,7 +257,6 @@ def _join(parts: Sequence[RoutedBatch], num_loss_tokens: int) -> RoutedBatch:
         image_rows=joined("image_rows", starts),
         images=tuple(image for part in parts for image in part.images),
         items=tuple(item for part in parts for item in part.items),
-        num_loss_tokens=num_loss_tokens,
         modality_rows=joined("modality_rows", starts),
         modalities=joined("modalities"),
         gate_of_row=joined("gate_of_row", gates),

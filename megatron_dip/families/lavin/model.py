@@ -13,11 +13,11 @@ from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
+from megatron_dip.costs import Boundary
 from megatron_dip.families.base import ModelFamily, SetLengths, StageFactory
 from megatron_dip.families.common import (
     check_vocabulary,
     make_backbone_config,
-    row_rule,
     shared_index,
     skips_bad_samples,
 )
@@ -50,7 +50,6 @@ from megatron_dip.families.lavin.vision import ClipStage, make_clip_config
 from megatron_dip.families.packed.model import StockModel
 from megatron_dip.families.packed.parts import set_learning_rate_factor
 from megatron_dip.families.packed.stage import StageLayers, StageModule
-from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["LavinFamily", "LavinStages", "StockLavin"]
 
@@ -98,22 +97,12 @@ class LavinStages(StageFactory):
         """That of the language tower."""
         return self.language_config
 
-    def boundaries(self) -> BoundaryRules:
-        """Feature rows travel beside the rows of their images, and alone between the towers."""
-        vision, language = self._model.vision, self._model.language
-        features = partial(
-            row_rule,
-            self.language_config,
-            vision.hidden_size,
-            rows_per_item=len(vision.feature_layers),
-        )
-        return BoundaryRules(
-            inner={
-                "vision": features(),
-                "language": row_rule(self.language_config, language.hidden_size),
-            },
-            outer={"vision": features(tokens_per_row=None)},
-        )
+    def boundary(self, module: str, *, outer: bool) -> Boundary:
+        """See :class:`StageFactory`; feature rows travel beside the rows of their images."""
+        plain = super().boundary(module, outer=outer)
+        if module != "vision" or outer:
+            return plain
+        return plain._replace(extra_rows=len(self._model.vision.feature_layers))
 
     def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """See :class:`StageFactory`."""

@@ -104,7 +104,11 @@ class OmniMicrobatch(VlmMicrobatch):
         return {
             "vision": plain["vision"],
             "audio": [
-                ItemSize(tokens=audio.num_tokens, spans=(audio.num_tokens,))
+                ItemSize(
+                    tokens=audio.num_tokens,
+                    spans=(audio.num_tokens,),
+                    output_tokens=audio.num_rows,
+                )
                 for audio in self.audios
             ],
             "language": [
@@ -112,12 +116,6 @@ class OmniMicrobatch(VlmMicrobatch):
                 for number, size in enumerate(plain["language"])
             ],
         }
-
-    def num_output_rows(self, module: str, item: int) -> int:
-        """Rows of features of an image or a clip, losses of a sequence."""
-        if module == "audio":
-            return self.audios[item].num_rows
-        return super().num_output_rows(module, item)
 
     def sub_batch(self, module: str, items: Sequence[int]) -> Any:
         """See :class:`Microbatch`."""

@@ -14,7 +14,6 @@ from megatron.training import get_args
 from megatron_dip.families.base import ModelFamily, SetLengths
 from megatron_dip.families.common import (
     check_vocabulary,
-    row_rule,
     shared_index,
     skips_bad_samples,
     split_index,
@@ -36,7 +35,6 @@ from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
 from megatron_dip.families.vlm.model import VlmStages, measured_image, measured_sequence
 from megatron_dip.integration.chunks import UpstreamRows, order_features
-from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["OmniFamily", "OmniStages", "StockOmni"]
 
@@ -76,15 +74,6 @@ class OmniStages(VlmStages):
             base,
             hidden_size=config.model.language.hidden_size,
             ffn_hidden_size=4 * audio.hidden_size,
-        )
-
-    def boundaries(self) -> BoundaryRules:
-        """As for vision and language; audio joins groups of four tokens likewise."""
-        plain = super().boundaries()
-        inner = row_rule(self._audio_config, self._audio.hidden_size)
-        return BoundaryRules(
-            inner={**plain.inner, "audio": inner},
-            outer={**plain.outer, "audio": plain.outer["vision"]},
         )
 
     def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:

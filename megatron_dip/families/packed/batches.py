@@ -67,11 +67,6 @@ class StageData(Protocol):
 class Microbatch(ABC):
     """One microbatch: items of every module, numbered from 0 within their module."""
 
-    @property
-    @abstractmethod
-    def num_loss_tokens(self) -> int:
-        """Tokens whose loss counts."""
-
     @abstractmethod
     def metadata(self) -> ItemSizes:
         """What planning needs to know; plain numbers, the same on all ranks."""
@@ -88,10 +83,6 @@ class Microbatch(ABC):
         Raises:
             ValueError: No such module, or an item number that the microbatch does not have.
         """
-
-    @abstractmethod
-    def num_output_rows(self, module: str, item: int) -> int:
-        """Rows of an item of a module in what the module hands on to those that read it."""
 
     @abstractmethod
     def whole(self, seq_length: int) -> Any:

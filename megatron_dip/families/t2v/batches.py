@@ -101,11 +101,6 @@ class ClipMicrobatch(Microbatch):
 
     clips: tuple[Clip, ...]
 
-    @property
-    def num_loss_tokens(self) -> int:
-        """Patches of all clips."""
-        return sum(clip.num_patches for clip in self.clips)
-
     def metadata(self) -> ItemSizes:
         """Tokens of every caption, patches of every clip and the caption that it reads."""
         texts = [len(clip.tokens) for clip in self.clips]
@@ -117,15 +112,11 @@ class ClipMicrobatch(Microbatch):
                     spans=(clip.num_patches,),
                     context_tokens=length,
                     needs={"text": (number,)},
+                    loss_tokens=clip.num_patches,
                 )
                 for number, (clip, length) in enumerate(zip(self.clips, texts, strict=True))
             ],
         }
-
-    def num_output_rows(self, module: str, item: int) -> int:
-        """Features of a caption, losses of a clip."""
-        clip = self.clips[item]
-        return len(clip.tokens) if module == "text" else clip.num_patches
 
     def sub_batch(self, module: str, items: Sequence[int]) -> TextBatch | DitBatch:
         """See :class:`Microbatch`."""

@@ -20,7 +20,6 @@ from megatron_dip.families.base import ModelFamily, SetLengths, StageFactory
 from megatron_dip.families.common import (
     check_vocabulary,
     make_backbone_config,
-    row_rule,
     shared_index,
     skips_bad_samples,
     split_index,
@@ -42,7 +41,6 @@ from megatron_dip.families.t2v.config import T2vConfig
 from megatron_dip.families.t2v.dit import DitStage
 from megatron_dip.families.t2v.text import TextStage
 from megatron_dip.families.t2v.videos import ClipLimits
-from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["StockT2v", "T2vFamily", "T2vStages"]
 
@@ -74,19 +72,6 @@ class T2vStages(StageFactory):
     def loss_config(self) -> TransformerConfig:
         """That of the diffusion transformer."""
         return self.dit_config
-
-    def boundaries(self) -> BoundaryRules:
-        """See ``megatron_dip.families.packed.shapes``."""
-        inner = partial(row_rule, self.dit_config)
-        text, dit = self._model.text.hidden_size, self._model.dit.hidden_size
-        return BoundaryRules(
-            inner={
-                "text": inner(text),
-                "dit": inner(dit, carried="text", rows_per_item=ROWS_PER_CLIP),
-            },
-            # Every tensor-parallel rank holds all of the features' rows.
-            outer={"text": inner(text, sharded=False)},
-        )
 
     def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """See :class:`StageFactory`."""

@@ -119,8 +119,6 @@ class LanguageBatch(Movable):
     """The image items whose features, one after another, fill ``image_rows``."""
     items: tuple[int, ...]
     """The numbers of the sequences, in the order of the rows."""
-    num_loss_tokens: int
-    """Of the WHOLE microbatch, also where this is a part of it."""
     media: tuple[tuple[str, int], ...] | None = None
     """Where not only images are read: module and item of all features that fill ``image_rows``."""
     padding: Tensor | None = None
@@ -201,15 +199,15 @@ class VlmMicrobatch(Microbatch):
             for sequence, end in zip(self.sequences, ends, strict=True)
         )
 
-    @cached_property
-    def num_loss_tokens(self) -> int:
-        return sum(int(sequence.loss_mask.sum()) for sequence in self.sequences)
-
     def metadata(self) -> ItemSizes:
         """Patches of every image, tokens of every sequence and the images that it reads."""
         return {
             "vision": [
-                ItemSize(tokens=image.num_patches, spans=(image.num_patches,))
+                ItemSize(
+                    tokens=image.num_patches,
+                    spans=(image.num_patches,),
+                    output_tokens=image.num_tokens,
+                )
                 for image in self.images
             ],
             "language": [
@@ -217,16 +215,11 @@ class VlmMicrobatch(Microbatch):
                     tokens=sequence.num_tokens,
                     spans=sequence.span_lengths,
                     needs={"vision": images},
+                    loss_tokens=int(sequence.loss_mask.sum()),
                 )
                 for sequence, images in zip(self.sequences, self.needs, strict=True)
             ],
         }
-
-    def num_output_rows(self, module: str, item: int) -> int:
-        """Rows of features of an image, losses of a sequence."""
-        if module == "vision":
-            return self.images[item].num_tokens
-        return self.sequences[item].num_tokens
 
     @overload
     def sub_batch(self, module: Literal["vision"], items: Sequence[int]) -> VisionBatch: ...
@@ -287,7 +280,6 @@ class VlmMicrobatch(Microbatch):
             image_rows=sequence.image_positions,
             images=self.needs[item],
             items=(item,),
-            num_loss_tokens=self.num_loss_tokens,
         )
 
     def _join(self, parts: Sequence[LanguageBatch]) -> LanguageBatch:
@@ -305,7 +297,6 @@ class VlmMicrobatch(Microbatch):
             padding=None
             if all(part.padding is None for part in parts)
             else torch.cat([part.is_padding for part in parts]),
-            num_loss_tokens=self.num_loss_tokens,
         )
 
 

@@ -17,7 +17,6 @@ from megatron_dip.families.base import ModelFamily, SetLengths, StageFactory
 from megatron_dip.families.common import (
     check_vocabulary,
     make_backbone_config,
-    row_rule,
     shared_index,
     skips_bad_samples,
     stop_unneeded_dropout,
@@ -34,7 +33,6 @@ from megatron_dip.families.packed.vision import VisionStage
 from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
 from megatron_dip.families.vlm.config import VlmConfig
 from megatron_dip.families.vlm.dataset import VlmDataset
-from megatron_dip.runtime import BoundaryRules
 
 __all__ = ["VlmFamily", "VlmStages", "measured_image", "measured_sequence"]
 
@@ -60,16 +58,6 @@ class VlmStages(StageFactory):
     def loss_config(self) -> TransformerConfig:
         """That of the language module."""
         return self.language_config
-
-    def boundaries(self) -> BoundaryRules:
-        """See ``megatron_dip.families.packed.shapes``."""
-        inner = partial(row_rule, self.language_config)
-        vision, language = self._model.vision.hidden_size, self._model.language.hidden_size
-        return BoundaryRules(
-            inner={"vision": inner(vision), "language": inner(language)},
-            # Every tensor-parallel rank holds all of the features' rows.
-            outer={"vision": inner(language, tokens_per_row=PATCHES_PER_TOKEN, sharded=False)},
-        )
 
     def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """See :class:`StageFactory`."""
@@ -115,7 +103,6 @@ def measured_sequence(num_tokens: int) -> LanguageBatch:
         image_rows=torch.zeros(0, dtype=torch.int64),
         images=(),
         items=(0,),
-        num_loss_tokens=num_tokens,
     )
 
 

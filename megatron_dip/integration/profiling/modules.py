@@ -8,6 +8,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_dip.config import DipConfig
+from megatron_dip.costs import ItemSize
 from megatron_dip.costs.grid import size_grid
 from megatron_dip.costs.profile import MeasuredModule, MeasuredPoint
 from megatron_dip.costs.shapes import ModuleShape
@@ -125,11 +126,9 @@ class _Bench:
         model = config.model_shape()
         end = model.first_with_backward().get(shape.name, shape.num_layers + 1)
         self._has_backward = end < shape.num_layers
-        boundaries = factory.boundaries()
-        self._boundary = boundaries.inner[shape.name]
         self._upstream_tokens = family.measured_upstream_tokens(config, shape.name)
         # One upstream module at most is read where there is something to read.
-        self._upstream = boundaries.outer[shape.upstream[0]] if self._upstream_tokens else None
+        self._upstream = shape.upstream[0] if self._upstream_tokens else None
         self._upstream_has_backward = any(
             name in model.modules_with_backward() for name in shape.upstream
         )
@@ -174,11 +173,13 @@ class _Bench:
         data = self._family.measured_data(self._config, self._shape.name, size).to(self._device)
         inputs = []
         if not stage.pre_process:
-            rows = self._boundary.shape(size, len(data.items), self._upstream_tokens)
-            inputs = [self._random(rows, self._boundary.dtype, self._has_backward)]
+            item = ItemSize(tokens=size, spans=(size,), context_tokens=self._upstream_tokens)
+            inner = self._factory.boundary(self._shape.name, outer=False)
+            inputs = [self._random(inner.shape([item], outer=False), self._has_backward)]
         elif self._upstream is not None:
-            rows = self._upstream.shape(self._upstream_tokens)
-            inputs = [self._random(rows, self._upstream.dtype, self._upstream_has_backward)]
+            item = ItemSize(tokens=self._upstream_tokens, spans=(self._upstream_tokens,))
+            outer = self._factory.boundary(self._upstream, outer=True)
+            inputs = [self._random(outer.shape([item], outer=True), self._upstream_has_backward)]
 
         def call() -> Tensor:
             # A leaf as it stands may be changed in place by the stage's first layer.
@@ -189,7 +190,8 @@ class _Bench:
 
         return self._measure(call, inputs, list(stage.parameters()))
 
-    def _random(self, shape: tuple[int, ...], dtype: torch.dtype, needs_grad: bool) -> Tensor:
+    def _random(self, shape: tuple[int, ...], needs_grad: bool) -> Tensor:
+        dtype = self._factory.loss_config.params_dtype
         return torch.randn(shape, dtype=dtype, device=self._device).requires_grad_(needs_grad)
 
     def attention(self, size: int) -> CallTimes:
