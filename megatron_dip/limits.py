@@ -39,6 +39,7 @@ __all__ = [
     "Time",
     "Tokens",
     "Vocabulary",
+    "Weights",
     "Width",
     "check_range",
 ]
@@ -73,6 +74,8 @@ Factor = Annotated[float, Field(ge=1 / MOST_FACTOR, le=MOST_FACTOR)]
 PositiveNumber = Annotated[float, Field(gt=0, le=1e15)]
 Bytes = Annotated[int, Field(ge=0, le=2**50)]
 """Of one item or layer; the most are a pebibyte."""
+Weights = Annotated[int, Field(ge=0, le=2**45)]
+"""Parameters of a layer, or of what sits at the ends of a module."""
 MemoryLimit = Annotated[int, Field(ge=0, le=2**60)]
 Count = Annotated[int, Field(ge=0, le=_INT32)]
 Positive = Annotated[int, Field(gt=0, le=_INT32)]

@@ -1,6 +1,6 @@
 """Batch problems from the sizes of items: one builder, for analytic and for measured times."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from megatron_dip.costs.layers import entered_share, last_operations
 from megatron_dip.costs.memory import MemoryModel, StoredPart
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.costs.sizes import ItemSize, ItemSizes
+from megatron_dip.costs.weights import ModuleWeights, StageFacts
 from megatron_dip.errors import ProblemError
 from megatron_dip.forms import explain_validation_error
 from megatron_dip.workload import (
@@ -23,7 +24,21 @@ from megatron_dip.workload import (
     TransferCost,
 )
 
-__all__ = ["ProblemBuilder"]
+__all__ = ["ProblemBuilder", "measured_model"]
+
+
+def measured_model(model: ModelShape, stages: Iterable[StageFacts]) -> ModelShape:
+    """``model`` with the weights that its built stages hold, those of all ranks of a pipeline.
+
+    Raises:
+        ConfigError: The stages do not hold each layer of every module once.
+    """
+    held = tuple(stages)
+    modules = []
+    for module in model.modules:
+        weights = ModuleWeights.of_stages(module.name, module.num_layers, held)
+        modules.append(module.model_copy(update={"weights": weights}))
+    return model.model_copy(update={"modules": tuple(modules)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,18 +23,18 @@ Bytes are of activations alone: an item adds no traffic of weights to a kernel t
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from pydantic import Field
 
-from megatron_dip.costs.shapes import NUM_EXPERTS, TIMESTEP_VALUES, ExpertsShape, ModuleShape
+from megatron_dip.costs.generic import generic_after, generic_before, generic_layer
+from megatron_dip.costs.operations import Operation, Sizes
+from megatron_dip.costs.shape_parts import NUM_EXPERTS
+from megatron_dip.costs.shapes import TIMESTEP_VALUES, ExpertsShape, ModuleShape
 from megatron_dip.costs.sizes import ItemSize
-from megatron_dip.costs.trained_parts import LAYERS
 from megatron_dip.forms import Form
 from megatron_dip.limits import Size
 
 __all__ = [
-    "Operation",
     "Parallelism",
     "entered_share",
     "first_operations",
@@ -63,24 +63,6 @@ class Parallelism(Form):
         return self.context * (self.tensor if self.sequence_parallel else 1)
 
 
-class Operation(NamedTuple):
-    """One kernel of a layer on one rank; a phase that it has no part in is zero."""
-
-    name: str
-    forward_flops: float = 0.0
-    input_grad_flops: float = 0.0
-    weight_grad_flops: float = 0.0
-    forward_bytes: float = 0.0
-    input_grad_bytes: float = 0.0
-    weight_grad_bytes: float = 0.0
-    reduced_bytes: float = 0.0
-    """Joined over the tensor-parallel ranks after it, forward and in the input gradient."""
-    ring_bytes: float = 0.0
-    """Sent to the next context-parallel rank beside it, forward; twice that in the gradient."""
-    part: str = LAYERS
-    """The part of its module that its weights belong to; ``adapter`` in a layer is beside them."""
-
-
 ADAPTER = "adapter"
 
 
@@ -100,19 +82,8 @@ def entered_share(module: ModuleShape, operations: Sequence[Operation]) -> float
     return needed / whole if whole else 0.0
 
 
-class _Sizes(NamedTuple):
-    """One item on one rank."""
-
-    rows: float
-    """Tokens in a tensor-parallel region."""
-    rows_between: float
-    """Tokens between the regions."""
-    tensor: int
-    bytes_per_value: int
-
-
-def _sizes(size: ItemSize, parallel: Parallelism, bytes_per_value: int) -> _Sizes:
-    return _Sizes(
+def _sizes(size: ItemSize, parallel: Parallelism, bytes_per_value: int) -> Sizes:
+    return Sizes(
         rows=size.tokens / parallel.context,
         rows_between=size.tokens / parallel.sequence_shards,
         tensor=parallel.tensor,
@@ -122,7 +93,7 @@ def _sizes(size: ItemSize, parallel: Parallelism, bytes_per_value: int) -> _Size
 
 def _linear(
     name: str,
-    sizes: _Sizes,
+    sizes: Sizes,
     inputs: int,
     outputs: int,
     *,
@@ -142,9 +113,7 @@ def _linear(
     return Operation(name, flops, flops, flops, moved, moved, moved, reduced_bytes=reduced_bytes)
 
 
-def _elementwise(
-    name: str, sizes: _Sizes, rows: float, width: float, num_tensors: int
-) -> Operation:
+def _elementwise(name: str, sizes: Sizes, rows: float, width: float, num_tensors: int) -> Operation:
     """Reads and writes ``num_tensors`` rows of ``width`` forward, one more for the gradient."""
     one = sizes.bytes_per_value * rows * width
     return Operation(
@@ -153,7 +122,7 @@ def _elementwise(
 
 
 def _attention(
-    module: ModuleShape, size: ItemSize, parallel: Parallelism, sizes: _Sizes
+    module: ModuleShape, size: ItemSize, parallel: Parallelism, sizes: Sizes
 ) -> Operation:
     shards = parallel.tensor * parallel.context
     share = 0.5 if module.kind == "causal" else 1.0
@@ -178,6 +147,9 @@ def layer_operations(
 ) -> tuple[Operation, ...]:
     """One layer of ``module`` on one item, in the order of its forward."""
     sizes = _sizes(size, parallel, bytes_per_value)
+    if module.kind == "generic":
+        scores = sum(float(span) * span for span in size.spans) / parallel.context
+        return generic_layer(module, scores, sizes, parallel.expert)
     hidden, ffn = module.hidden_size, module.ffn_hidden_size
     joined = bytes_per_value * sizes.rows * hidden
     gate = 2 if module.is_gated else 1
@@ -211,7 +183,7 @@ def layer_operations(
 
 
 def _experts(
-    experts: ExpertsShape, hidden: int, sizes: _Sizes, joined_bytes: float
+    experts: ExpertsShape, hidden: int, sizes: Sizes, joined_bytes: float
 ) -> list[Operation]:
     """The router, whole on every rank; the experts' gated MLPs; the shared one."""
     whole, routed = sizes._replace(tensor=1), experts.top_k * sizes.rows
@@ -245,7 +217,7 @@ def _experts(
     ]
 
 
-def _adapter(module: ModuleShape, sizes: _Sizes) -> list[Operation]:
+def _adapter(module: ModuleShape, sizes: Sizes) -> list[Operation]:
     """The adapter's two products and its router, whole on every tensor-parallel rank.
 
     Both experts are one product of twice the bottleneck's width.  Narrow products are bound by
@@ -269,7 +241,7 @@ def _adapter(module: ModuleShape, sizes: _Sizes) -> list[Operation]:
 
 
 def _cross_attention(
-    module: ModuleShape, size: ItemSize, parallel: Parallelism, sizes: _Sizes
+    module: ModuleShape, size: ItemSize, parallel: Parallelism, sizes: Sizes
 ) -> list[Operation]:
     hidden = module.hidden_size
     rows, context = sizes.rows, float(size.context_tokens)
@@ -299,7 +271,7 @@ def _cross_attention(
     ]
 
 
-def _layer_modulation(module: ModuleShape, size: ItemSize, sizes: _Sizes) -> list[Operation]:
+def _layer_modulation(module: ModuleShape, size: ItemSize, sizes: Sizes) -> list[Operation]:
     """A network in every layer reads one row per clip, whole on every tensor-parallel rank."""
     if module.modulation == "shared":
         return []
@@ -317,6 +289,8 @@ def first_operations(
     """
     sizes = _sizes(size, parallel, bytes_per_value)
     hidden = module.hidden_size
+    if module.kind == "generic":
+        return generic_before(module, sizes)
     if module.kind == "causal":
         # Every rank looks up its share of the vocabulary and adds the others' rows.
         moved = bytes_per_value * sizes.rows * hidden
@@ -353,6 +327,8 @@ def last_operations(
     """What sits after the last layer."""
     sizes = _sizes(size, parallel, bytes_per_value)
     hidden = module.hidden_size
+    if module.kind == "generic":
+        return generic_after(module, size.num_output_rows / parallel.context, sizes)
     norm = _elementwise("final_norm", sizes, sizes.rows_between, hidden, 2)._replace(part="norm")
     if module.kind == "causal":
         if not module.has_head:

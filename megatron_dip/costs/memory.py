@@ -14,11 +14,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatron_dip.costs.generic_kept import GenericKept
 from megatron_dip.costs.kept import Kept, KeptTensors
 from megatron_dip.costs.kernels import Kernels
 from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.shapes import ModuleShape
 from megatron_dip.costs.sizes import ItemSize
+from megatron_dip.costs.weights import PartWeights
 
 __all__ = ["MemoryModel", "StoredPart"]
 
@@ -62,6 +64,9 @@ class MemoryModel:
     def layer_static_bytes(self, module: ModuleShape, *, is_trained: bool | None = None) -> int:
         """One layer; where not said, one that is trained if any layer of the module is."""
         own_trained = module.trains_layers if is_trained is None else is_trained
+        if module.weights is not None:
+            layers = module.weights.layers_like(trained=own_trained)
+            return round(sum(map(self._held_bytes, layers)) / len(layers))
         experts = module.layer_expert_parameters()
         divided = (module.layer_linear_parameters() - experts) / self.parallel.tensor
         own = self._bytes((divided + module.layer_other_parameters(), own_trained))
@@ -73,18 +78,31 @@ class MemoryModel:
 
     def first_static_bytes(self, module: ModuleShape) -> int:
         """What sits before the first layer."""
+        if module.weights is not None:
+            return round(self._held_bytes(module.weights.before))
         shards = self.parallel.tensor if module.kind == "causal" else 1
         own = self._part_bytes(module, module.first_part_parameters(), shards)
         return own + self._adapter_bytes(module, module.neck_parameters())
 
     def last_static_bytes(self, module: ModuleShape) -> int:
         """What sits after the last layer."""
+        if module.weights is not None:
+            return round(self._held_bytes(module.weights.after))
         shards = 1 if module.kind == "dit" else self.parallel.tensor
         return self._part_bytes(module, module.last_part_parameters(), shards)
 
     def _part_bytes(self, module: ModuleShape, weights: Mapping[str, int], shards: int) -> int:
         trained = module.trained.parts
         return self._bytes(*((num / shards, part in trained) for part, num in weights.items()))
+
+    def _held_bytes(self, held: PartWeights) -> float:
+        """As a rank holds them, so that nothing is divided but the optimizer's state."""
+        shards = max(1, self.optimizer_shards // self.parallel.expert)
+        return (
+            held.trained * self.bytes_per_weight(trainable=True)
+            + held.trained_experts * self.bytes_per_weight(trainable=True, shards=shards)
+            + (held.frozen + held.frozen_experts) * self.bytes_per_weight(trainable=False)
+        )
 
     def _bytes(self, *weights: tuple[float, bool]) -> int:
         """Numbers of weights, and whether they are trained."""
@@ -106,12 +124,12 @@ class MemoryModel:
         """
         if part == "linear":
             return self.activation_bytes(module, size)
-        kept = KeptTensors(module, size, self.parallel, self.kernels, is_entered=is_entered)
+        kept = self._kept(module, size, is_entered=is_entered)
         return round(_total(kept.first_extra() if part == "first_extra" else kept.last_extra()))
 
     def activation_bytes(self, module: ModuleShape, size: ItemSize) -> int:
         """Kept per layer from forward to backward for one item, without a plan's recompute."""
-        kept = KeptTensors(module, size, self.parallel, self.kernels)
+        kept = self._kept(module, size)
         stored = _total(kept.layer())
         # Spread over the layers, of which a problem knows the number in no stage.
         once = _total(kept.stage()) / self.layers_per_stage.get(module.name, math.inf)
@@ -120,6 +138,10 @@ class MemoryModel:
         share = self._stored_share(module)
         inputs = _total(kept.recomputed_layer()) * self._kept_inputs(module)
         return round(stored * share + inputs + once)
+
+    def _kept(self, module: ModuleShape, size: ItemSize, *, is_entered: bool = True) -> KeptTensors:
+        kind = GenericKept if module.kind == "generic" else KeptTensors
+        return kind(module, size, self.parallel, self.kernels, is_entered=is_entered)
 
     def _stored_share(self, module: ModuleShape) -> float:
         """The part of a stage's layers that Megatron's full recomputation leaves alone."""

@@ -1,6 +1,6 @@
 """Shapes of the modules of a model: all that the cost of its layers depends on.
 
-A model is a list of modules, upstream modules first.  Three kinds of layer exist:
+A model is a list of modules, upstream modules first.  Four kinds of layer exist:
 
 - ``vit``: full attention over each span, biases, GELU; patch embedding with learned positions
   before the first layer, a final norm and optionally a projector after the last.
@@ -9,6 +9,8 @@ A model is a list of modules, upstream modules first.  Three kinds of layer exis
 - ``dit``: full self-attention over each clip, cross-attention to the upstream module's tokens,
   GELU, AdaLN modulation; patch embedding, caption projection and timestep embedding before the
   first layer, the output layer after the last.
+
+- ``generic``: any layers, known by their widths and, once stages are built, by their weights.
 
 A ``causal`` layer may have experts in place of its MLP.  Tied embeddings are not modelled.
 """
@@ -19,7 +21,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_dip.costs.shape_parts import (
+    AdapterShape,
+    ExpertsShape,
+    GenericLayers,
+    NeckShape,
+    ProjectorShape,
+)
 from megatron_dip.costs.trained_parts import LAYERS, Trainable, TrainedParts, trained_parts
+from megatron_dip.costs.weights import ModuleWeights
 from megatron_dip.errors import ConfigError, shown
 from megatron_dip.forms import Form
 from megatron_dip.limits import Count, InnerWidth, Layers, Positive, Size, Vocabulary, Width
@@ -28,6 +38,7 @@ from megatron_dip.reading import read_yaml
 __all__ = [
     "AdapterShape",
     "ExpertsShape",
+    "GenericLayers",
     "ModelShape",
     "ModuleShape",
     "NeckShape",
@@ -41,74 +52,11 @@ def _linear(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
 
 
-class ProjectorShape(Form):
-    """Two linear layers after a vision tower, on groups of merged tokens."""
-
-    merge: Size = 4
-    """Tokens that become one row."""
-    intermediate_size: InnerWidth
-    output_size: Width
-    """Hidden size of the module that reads the rows."""
-
-
-class AdapterShape(Form):
-    """Routed adapters of two experts in every layer: a narrow layer, two wide ones, a router.
-
-    The module is trainable through them: its layers only pass gradients on, unless
-    ``tunes_layers``.
-    """
-
-    bottleneck: InnerWidth = 8
-    num_groups: Size = 2
-    tunes_layers: bool = False
-
-    def num_parameters(self, hidden_size: int) -> int:
-        """Of one layer."""
-        down = self.bottleneck * hidden_size + self.bottleneck
-        up = hidden_size * (self.bottleneck // self.num_groups) + hidden_size
-        router = NUM_EXPERTS * (hidden_size + 1)
-        return down + NUM_EXPERTS * up + router
-
-
-class ExpertsShape(Form):
-    """Several MLPs in every layer, of which a router picks some for every token."""
-
-    num_experts: Size
-    top_k: Size = 2
-    """Experts that a token goes to."""
-    ffn_hidden_size: InnerWidth
-    """Of one expert."""
-    shared_ffn_hidden_size: InnerWidth | None = None
-    """Of an MLP beside them that all tokens go through."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}")
-        return self
-
-
-class NeckShape(Form):
-    """Two linear layers with biases before the first layer, on rows of the upstream module, and a
-    table with a row per modality (text, image)."""
-
-    input_size: Width
-    intermediate_size: InnerWidth
-
-    def num_parameters(self, hidden_size: int) -> int:
-        """Of neck and table."""
-        inner = self.intermediate_size * (self.input_size + 1)
-        return inner + hidden_size * (self.intermediate_size + 1) + 2 * hidden_size
-
-
-NUM_EXPERTS = 2
-
-
 class ModuleShape(Form):
     """One modality model."""
 
     name: Annotated[str, Field(min_length=1)]
-    kind: Literal["vit", "causal", "dit"]
+    kind: Literal["vit", "causal", "dit", "generic"]
     num_layers: Layers
     hidden_size: Width
     ffn_hidden_size: InnerWidth
@@ -120,9 +68,9 @@ class ModuleShape(Form):
     """Which parts are trained, see ``megatron_dip.costs.trained_parts``; ``part_names`` are those
     that there are."""
     vocab_size: Vocabulary | None = None
-    """Of ``causal`` modules."""
+    """Of ``causal`` modules, and of ``generic`` ones that embed tokens."""
     has_head: bool = True
-    """Of ``causal`` modules: an encoder of text has none."""
+    """Of ``causal`` and ``generic`` modules: an encoder of text has none."""
     qkv_bias: bool = False
     """Of ``causal`` modules."""
     patch_values: Positive | None = None
@@ -145,10 +93,20 @@ class ModuleShape(Form):
     """Of ``dit`` modules: one modulation network for all layers and a table per layer
     (AdaLN-single, arXiv 2310.00426), or one network in every layer (AdaLN-Zero, arXiv 2212.09748).
     """
+    generic: GenericLayers | None = None
+    """Of ``generic`` modules."""
+    weights: ModuleWeights | None = Field(default=None, exclude_if=lambda value: value is None)
+    """As built stages hold them; they then decide what is trained and what a layer takes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
+        if (self.kind == "generic") != (self.generic is not None):
+            raise ValueError("generic is needed by generic modules, and only by them")
+        if self.weights is not None and len(self.weights.layers) != self.num_layers:
+            raise ValueError(
+                f"weights are of {len(self.weights.layers)} layers (expected {self.num_layers})"
+            )
+        if self.kind != "generic" and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
@@ -159,7 +117,7 @@ class ModuleShape(Form):
                 f"num_query_groups {self.query_groups}"
             )
         required = {"vit": "patch_values", "causal": "vocab_size", "dit": "patch_values"}
-        if getattr(self, required[self.kind]) is None:
+        if self.kind in required and getattr(self, required[self.kind]) is None:
             raise ValueError(f"{required[self.kind]} is missing (a {self.kind} module needs it)")
         if (self.kind == "dit") != (self.context_size is not None):
             raise ValueError("context_size is needed by dit modules, and only by them")
@@ -184,18 +142,34 @@ class ModuleShape(Form):
 
     @cached_property
     def trained(self) -> TrainedParts:
-        """What is trained of the module's own weights; adapters and neck are beside them."""
+        """What is trained of the module's own weights; adapters and neck are beside them.
+
+        Of ``generic`` modules as their weights say, else as ``trainable`` does.
+        """
+        if self.generic is not None and self.weights is not None:
+            layers, before, after = (
+                self.weights.trained_layers(),
+                self.weights.before.is_trained,
+                self.weights.after.is_trained,
+            )
+            named = zip(self.part_names, (before, bool(layers), after), strict=True)
+            return TrainedParts(frozenset(name for name, is_in in named if is_in), layers)
         is_tuned = self.adapter is not None and not self.adapter.tunes_layers
         trainable = False if is_tuned else self.trainable
         return trained_parts(trainable, self.part_names, self.num_layers)
 
     def trained_layers(self) -> tuple[range, ...]:
         """Layers with something trained in them: own weights or an adapter."""
+        if self.weights is not None:
+            return self.weights.trained_layers()
         return (range(self.num_layers),) if self.trains_adapters else self.trained.layers
 
     @property
     def trains_any(self) -> bool:
         """Whether anything in the module is trained."""
+        if self.weights is not None:
+            ends = self.weights.before.is_trained or self.weights.after.is_trained
+            return ends or bool(self.weights.trained_layers())
         return bool(self.trained.parts) or self.trains_adapters
 
     @property
@@ -216,12 +190,16 @@ class ModuleShape(Form):
     @property
     def trains_first_extra(self) -> bool:
         """Whether anything before the first layer is trained."""
+        if self.weights is not None:
+            return self.weights.before.is_trained
         has_neck = self.neck is not None and self.trains_adapters
         return has_neck or not self.trained.parts.isdisjoint(self.first_part_parameters())
 
     @property
     def trains_last_extra(self) -> bool:
         """Whether anything after the last layer is trained."""
+        if self.weights is not None:
+            return self.weights.after.is_trained
         return not self.trained.parts.isdisjoint(self.last_part_parameters())
 
     def adapter_parameters(self) -> int:
@@ -239,6 +217,8 @@ class ModuleShape(Form):
     @property
     def output_size(self) -> int:
         """Width of the rows that modules which read this one get."""
+        if self.generic is not None:
+            return self.generic.output_size or self.hidden_size
         return self.projector.output_size if self.projector else self.hidden_size
 
     @property
@@ -262,8 +242,14 @@ class ModuleShape(Form):
         return 7 if self.modulation == "shared" else 1
 
     def layer_linear_parameters(self) -> int:
-        """Weights of the linear layers of one layer: what tensor parallelism divides."""
+        """Weights of the linear layers of one layer: what tensor parallelism divides.
+
+        Of ``generic`` modules those that a token meets.
+        """
         hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        if self.generic is not None:
+            widths = 2 * self.generic.attention_size + self.generic.key_value_size
+            return hidden * (widths + (3 if self.generic.is_gated else 2) * ffn)
         attention = 2 * hidden * hidden + 2 * hidden * self.key_value_size
         cross = 4 * hidden * hidden if self.kind == "dit" else 0
         if self.experts is not None:
@@ -280,6 +266,8 @@ class ModuleShape(Form):
     def layer_other_parameters(self) -> int:
         """Norms, biases, router and modulation of one layer."""
         hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        if self.kind == "generic":
+            return 2 * hidden
         if self.kind == "causal":
             bias = hidden + 2 * self.key_value_size if self.qkv_bias else 0
             router = hidden * self.experts.num_experts if self.experts is not None else 0
@@ -293,6 +281,8 @@ class ModuleShape(Form):
     def first_part_parameters(self) -> dict[str, int]:
         """Parameters of every part before the first layer."""
         hidden = self.hidden_size
+        if self.kind == "generic":
+            return {"before": (self.vocab_size or hidden) * hidden}
         if self.kind == "causal":
             return {"embedding": (self.vocab_size or 0) * hidden}
         embedding = _linear(self.patch_values or 0, hidden) + self.num_positions * hidden
@@ -308,6 +298,10 @@ class ModuleShape(Form):
     def last_part_parameters(self) -> dict[str, int]:
         """Parameters of every part after the last layer."""
         hidden = self.hidden_size
+        if self.generic is not None:
+            has_head = self.vocab_size is not None and self.has_head
+            width = self.vocab_size if has_head else self.generic.output_size
+            return {"after": hidden + (width or 0) * hidden}
         if self.kind == "causal":
             head = {"head": (self.vocab_size or 0) * hidden} if self.has_head else {}
             return {"norm": hidden} | head
@@ -380,6 +374,8 @@ class ModelShape(Form):
 
     @staticmethod
     def _check_edge(where: str, upstream: ModuleShape, module: ModuleShape) -> None:
+        if upstream.generic is not None and upstream.generic.output_size is None:
+            return
         expected, field = module.hidden_size, "hidden_size"
         if module.kind == "dit":
             expected, field = module.context_size or 0, "context_size"

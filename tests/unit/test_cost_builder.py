@@ -199,7 +199,7 @@ def test_a_malformed_cluster_names_the_field(fields, message):
         ({"upstream": ["audio"]}, r"modules.1.upstream: \['audio'\] not among"),
         ({"name": "vision"}, "modules.1.name: 'vision' repeats"),
         ({"hidden_size": 16, "upstream": ["vision"]}, "modules.1.hidden_size: 16, but vision"),
-        ({"kind": "moe"}, "modules.1.kind: Input should be 'vit', 'causal' or 'dit'"),
+        ({"kind": "moe"}, "modules.1.kind: Input should be 'vit', 'causal', 'dit' or 'generic'"),
         ({"num_layers": 0}, "modules.1.num_layers: .*greater than 0"),
     ],
 )
