@@ -14,6 +14,7 @@ import pytest
 import torch
 from launching import free_port
 from megatron.core import parallel_state
+from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -49,6 +50,7 @@ def megatron_on_cpu(tensor_parallel: int = 1) -> Iterator[None]:
             patch.setattr(owner, name, lambda *args, **kwargs: torch.zeros(1, dtype=torch.uint8))
         patch.setattr(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
         patch.setattr(torch.cuda, "manual_seed", lambda seed: None)
+        patch.setattr(fused_softmax, "get_default_causal_mask", _causal_mask)
         patch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
         _start_process_group()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
@@ -61,6 +63,10 @@ def megatron_on_cpu(tensor_parallel: int = 1) -> Iterator[None]:
             tracker.reset()
             parallel_state.destroy_model_parallel()
             torch.distributed.destroy_process_group()
+
+
+def _causal_mask(num_tokens: int) -> Tensor:
+    return torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(diagonal=1)
 
 
 def _start_process_group() -> None:

@@ -26,7 +26,8 @@ from megatron_dip.families.packed.initialization import named_global_parameters
 from megatron_dip.families.packed.layers import block_submodules
 from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
 from megatron_dip.families.packed.vision import interpolated_positions
-from megatron_dip.models.layout import slice_config
+from megatron_dip.models.layout import cut_config
+from megatron_dip.models.staged import Part
 
 # The fused kernels of softmax and norms round differently for other numbers of rows.
 TOLERANCE = 1e-12
@@ -309,11 +310,11 @@ def test_positions_are_those_of_torchs_bilinear_interpolation(grid):
 
 def test_layers_outside_of_the_module_are_refused(base):
     with pytest.raises(PartitionError, match=r"layers \[0, 2\) of a module of 1 layers"):
-        slice_config(base, first_layer=0, num_layers=2, first=True, last=True)
+        cut_config(base, Part("language", 0, 2, first=True, last=True))
 
 
 def test_latent_attention_is_refused_by_name(base):
-    stage_config = slice_config(base, first_layer=0, num_layers=1, first=True, last=True)
+    stage_config = cut_config(base, Part("language", 0, 1, first=True, last=True))
     stage_config.multi_latent_attention = True
     with pytest.raises(UnsupportedError, match="multi_latent_attention"):
         block_submodules(stage_config, num_layers=1, mask_type=AttnMaskType.causal)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_dip.errors import CheckpointError
 from megatron_dip.families.packed.shapes import padded_rows
-from megatron_dip.models.layout import slice_config
+from megatron_dip.models.layout import cut_config
+from megatron_dip.models.staged import Part
 
 __all__ = ["StageLayers", "StageModule", "check_weights", "pad_rows"]
 
@@ -47,7 +48,7 @@ class StageModule(MegatronModule):
         Raises:
             PartitionError: The module does not have these layers.
         """
-        super().__init__(config=slice_config(config, **layers))
+        super().__init__(config=cut_config(config, Part(module="", **layers)))
         self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = self.pg_collection.tp
         self.model_type = ModelType.encoder_or_decoder

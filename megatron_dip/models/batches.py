@@ -1,0 +1,120 @@
+"""Parts of raw batches, and messages put together in the order of their items."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_dip.costs import ItemSize
+from megatron_dip.errors import UnsupportedError
+from megatron_dip.models.staged import Received
+
+__all__ = ["join", "needed", "num_samples", "pick", "take", "take_rows"]
+
+
+def num_samples(batch: Mapping[str, Any]) -> int:
+    """First dimension of the tensors of a raw batch.
+
+    Raises:
+        UnsupportedError: They differ, or there are none: the batch has no plain form.
+    """
+    counts = {
+        name: value.shape[0]
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+    }
+    if len(set(counts.values())) != 1:
+        raise UnsupportedError(
+            f"the tensors of a batch have first dimensions {counts} (expected the number of "
+            "samples in all of them: the model's class must say how its batches are divided)"
+        )
+    return next(iter(counts.values()))
+
+
+def take(batch: Any, items: Sequence[int]) -> Any:
+    """A new dict whose tensors are those of ``batch`` at ``items`` of their first dimension.
+
+    All items in order: the tensors themselves, so that a batch of any form can be handed on whole.
+
+    Raises:
+        UnsupportedError: ``batch`` is no dict, or its tensors are not one row per item.
+    """
+    if not isinstance(batch, Mapping):
+        raise UnsupportedError(
+            f"the data iterator yields {type(batch).__name__} (expected a dict of tensors: the "
+            "model's class must say how its batches are divided)"
+        )
+    first = next((value for value in batch.values() if isinstance(value, torch.Tensor)), None)
+    if first is not None and first.dim() and tuple(items) == tuple(range(first.shape[0])):
+        return dict(batch)
+    num_samples(batch)
+    return {
+        name: take_rows(value, items)
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+        else value
+        for name, value in batch.items()
+    }
+
+
+def take_rows(tensor: torch.Tensor, rows: Sequence[int], dim: int = 0) -> torch.Tensor:
+    """``tensor`` at ``rows`` of dimension ``dim``: a view where they follow each other."""
+    if not rows:
+        return tensor.narrow(dim, 0, 0)
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return tensor.narrow(dim, rows[0], len(rows))
+    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+
+
+def pick(received: Received, items: Sequence[int], dim: int) -> Received:
+    """``received`` with only ``items``, in this order: a stage may read a part of a message.
+
+    Args:
+        received: One message.
+        items: Of those in it.
+        dim: 1 where items are columns of their own (``batched``), 0 where they have rows.
+    """
+    if tuple(items) == received.items:
+        return received
+    at = {item: index for index, item in enumerate(received.items)}
+    chosen = [at[item] for item in items]
+    sizes = tuple(received.sizes[index] for index in chosen)
+    if dim == 1:
+        columns = take_rows(received.tensor, chosen, dim=1)
+        return received._replace(items=tuple(items), sizes=sizes, tensor=columns)
+    starts = [0]
+    for size in received.sizes:
+        starts.append(starts[-1] + size.num_output_rows)
+    rows = [row for index in chosen for row in range(starts[index], starts[index + 1])]
+    tensor = take_rows(received.tensor, rows)
+    return received._replace(items=tuple(items), sizes=sizes, tensor=tensor)
+
+
+def needed(received: Received, sizes: Sequence[ItemSize], dim: int) -> Received:
+    """``received`` with only what items of ``sizes`` read of it.
+
+    Args:
+        received: A message of another module.
+        sizes: Items of the stage that has got it.
+        dim: As of :func:`pick`.
+    """
+    module = received.module
+    if any(module not in size.needs for size in sizes):
+        return received
+    wanted = {item for size in sizes for item in size.needs[module]}
+    return pick(received, [item for item in received.items if item in wanted], dim)
+
+
+def join(received: Sequence[Received], dim: int) -> torch.Tensor:
+    """The items of all messages in ascending order, one after another along ``dim``.
+
+    Args:
+        received: At least one message; all from one module.
+        dim: As of :func:`pick`.
+    """
+    order = sorted(item for one in received for item in one.items)
+    if order == [item for one in received for item in one.items]:
+        tensors = [one.tensor for one in received]
+    else:
+        of_item = {item: pick(one, (item,), dim) for one in received for item in one.items}
+        tensors = [of_item[item].tensor for item in order]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)

@@ -1,0 +1,119 @@
+"""Stages of Megatron's ``GPTModel``: dense and expert layers, latent attention, tied embeddings.
+
+Batches are the dicts of ``pretrain_gpt.py``: ``tokens``, ``labels`` and ``loss_mask`` [samples,
+tokens], and with packed documents ``cu_seqlens`` [samples, tokens + 1].  An item is a sample.
+Layers of multi-token prediction go with the last stage.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dip.costs import Boundary, ItemSize, ItemSizes, ModuleShape
+from megatron_dip.errors import UnsupportedError
+from megatron_dip.models.boundaries import batched
+from megatron_dip.models.layout import cut_config, cut_spec
+from megatron_dip.models.module_shapes import module_shape
+from megatron_dip.models.staged import Part, StagedModel
+
+__all__ = ["StagedGpt", "document_lengths", "micro_batch_size"]
+
+MODULE = "language"
+
+
+class StagedGpt(StagedModel):
+    """A language model of one module."""
+
+    def modules(self) -> tuple[ModuleShape, ...]:
+        """The one module."""
+        given = self.arguments
+        shape = module_shape(MODULE, given["config"], causal=True, vocab_size=given["vocab_size"])
+        return (shape,)
+
+    def stage_arguments(self, part: Part) -> dict[str, Any]:
+        """Config and specs cut, and whether embedding and output layer are there.
+
+        Raises:
+            UnsupportedError: The stage shares its embedding with another one of the same rank.
+        """
+        self._check_tied(part)
+        config = self.arguments["config"]
+        spec = self.arguments["transformer_layer_spec"]
+        return {
+            "config": cut_config(config, part),
+            "transformer_layer_spec": cut_spec(spec, part, config.num_layers),
+            "mtp_block_spec": self.arguments["mtp_block_spec"] if part.last else None,
+            "pre_process": part.first,
+            "post_process": part.last,
+            "vp_stage": None,
+        }
+
+    def _check_tied(self, part: Part) -> None:
+        shares = self.arguments["share_embeddings_and_output_weights"]
+        is_tied = shares or self.arguments["mtp_block_spec"] is not None
+        if is_tied and self.run.num_pipeline_ranks == 1 and not (part.first and part.last):
+            raise UnsupportedError(
+                "several stages of a model with tied embeddings, or with multi-token prediction, "
+                "on one pipeline rank: nothing would add their gradients up (expected one segment, "
+                "more pipeline ranks, or --untie-embeddings-and-output-weights)"
+            )
+
+    def items(self, batch: Mapping[str, Any]) -> ItemSizes:
+        """A sample is an item.
+
+        Raises:
+            UnsupportedError: Several samples with packed documents, which the script makes one of.
+        """
+        num_samples, num_tokens = batch["tokens"].shape
+        losses = batch["loss_mask"].sum(dim=1).int().tolist()
+        spans: Sequence[tuple[int, ...]] = [(num_tokens,)] * num_samples
+        if batch.get("cu_seqlens") is not None:
+            if num_samples > 1:
+                raise UnsupportedError(
+                    f"a microbatch of {num_samples} samples with packed documents: the script makes"
+                    f" one of them (expected --micro-batch-size 1 and longer samples)"
+                )
+            spans = [document_lengths(row, num_tokens) for row in batch["cu_seqlens"]]
+        return {
+            MODULE: tuple(
+                ItemSize(tokens=num_tokens, spans=lengths, loss_tokens=loss)
+                for lengths, loss in zip(spans, losses, strict=True)
+            )
+        }
+
+    def boundary(self, module: str, *, outer: bool) -> Boundary:
+        """Samples side by side."""
+        return batched(self.arguments["config"])
+
+    def calling(self, part: Part, sizes: Sequence[ItemSize]) -> AbstractContextManager[None]:
+        """Tensor-parallel ranks without data allocate for as many samples as the arguments say."""
+        return micro_batch_size(len(sizes)) if self.run.num_tensor_ranks > 1 else nullcontext()
+
+
+def document_lengths(starts: Tensor, num_tokens: int) -> tuple[int, ...]:
+    """Lengths of the documents in a sample from where they start, and of what is behind the last.
+
+    Args:
+        starts: [entries], ascending; the last ones repeat.
+        num_tokens: Of the sample.
+    """
+    positions = [*starts.tolist(), num_tokens]
+    lengths = (end - start for start, end in pairwise(positions))
+    return tuple(length for length in lengths if length > 0)
+
+
+@contextmanager
+def micro_batch_size(num_samples: int) -> Iterator[None]:
+    """While in it, Megatron's arguments say that a microbatch has so many samples."""
+    from megatron.training import get_args
+
+    args = get_args()
+    whole = args.micro_batch_size
+    args.micro_batch_size = num_samples
+    try:
+        yield
+    finally:
+        args.micro_batch_size = whole

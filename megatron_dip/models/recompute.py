@@ -1,0 +1,144 @@
+"""Layers that keep only their input for backward, chosen anew for every forward.
+
+Megatron chooses recomputed layers once, by their count; a plan chooses them for every
+sub-microbatch.  Here the choice holds for one forward of a chunk of any class, so that passes with
+different choices may be in flight at the same time.  A layer is known by its ``layer_number``,
+which Megatron's layers have.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["numbered_layers", "recomputed_layers"]
+
+
+def numbered_layers(chunk: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """The layers of a chunk, in whatever it is wrapped, by their numbers in the module, from 0.
+
+    Layers of multi-token prediction have numbers of their own and are not among them.
+    """
+    found: dict[int, torch.nn.Module] = {}
+    if isinstance(chunk, MultiTokenPredictionBlock):
+        return found
+    for child in chunk.children():
+        number = getattr(child, "layer_number", None)
+        if isinstance(chunk, torch.nn.ModuleList) and isinstance(number, int):
+            found[number - 1] = child
+        else:
+            found |= numbered_layers(child)
+    return found
+
+
+@contextmanager
+def recomputed_layers(chunk: torch.nn.Module, layers: Sequence[int]) -> Iterator[None]:
+    """While in it, forwards of these layers keep only what they are given.
+
+    Args:
+        chunk: One stage.
+        layers: Numbers in the module, from 0.
+
+    Raises:
+        ValueError: A layer that this chunk does not hold.
+    """
+    held = numbered_layers(chunk) if layers else {}
+    if not held.keys() >= set(layers):
+        raise ValueError(
+            f"layers {sorted(set(layers) - held.keys())} to be recomputed are not in this stage, "
+            f"which holds layers {sorted(held)}"
+        )
+    changed = {held[number]: vars(held[number]).get("forward") for number in layers}
+    for layer in changed:
+        layer.forward = _Recomputing(layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, own in changed.items():
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+
+
+class _Recomputing:
+    """The forward of a layer, run once without a graph, and again in backward."""
+
+    def __init__(self, layer: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        self._layer = layer
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        trains = any(parameter.requires_grad for parameter in self._layer.parameters())
+        if not torch.is_grad_enabled() or not (inputs or trains):
+            return self._forward(*args, **kwargs)
+        if not inputs:
+            # Checkpoints build a graph from inputs that need gradients alone, also where it is
+            # the parameters inside that are trained.
+            first = next(
+                index
+                for index, leaf in enumerate(leaves)
+                if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            )
+            leaves[first] = leaves[first].detach().requires_grad_()
+            inputs = [leaves[first]]
+        return _run(self._layer, self._forward, leaves, structure, inputs)
+
+
+def _run(
+    layer: torch.nn.Module,
+    forward: Callable[..., Any],
+    leaves: list[Any],
+    structure: Any,
+    inputs: list[Tensor],
+) -> Any:
+    """Checkpoint ``forward`` between the inputs and those outputs that it makes anew."""
+    given = {id(leaf): index for index, leaf in enumerate(inputs)}
+    places = [given.get(id(leaf)) for leaf in leaves]
+    results: list[Any] = []
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        own = [
+            leaf if place is None else tensors[place]
+            for leaf, place in zip(leaves, places, strict=True)
+        ]
+        args, kwargs = tree_unflatten(own, structure)
+        outputs, form = tree_flatten(forward(*args, **kwargs))
+        unchanged = {id(leaf): index for index, leaf in enumerate(own)}
+        made = [
+            isinstance(one, Tensor) and one.is_floating_point() and id(one) not in unchanged
+            for one in outputs
+        ]
+        if not results:
+            # What is only handed on must be what the caller gave, not a copy of a checkpoint's.
+            results.extend((form, made, [unchanged.get(id(one)) for one in outputs], outputs))
+        return tuple(one for one, is_made in zip(outputs, made, strict=True) if is_made)
+
+    made_outputs = iter(_checkpoint(layer, run, inputs))
+    form, made, handed_on, outputs = results
+    results[3] = None
+    found = [
+        next(made_outputs) if is_made else (one if index is None else leaves[index])
+        for one, is_made, index in zip(outputs, made, handed_on, strict=True)
+    ]
+    return tree_unflatten(found, form)
+
+
+def _checkpoint(
+    layer: torch.nn.Module, run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]
+) -> tuple[Tensor, ...]:
+    config: Any = getattr(layer, "config", None)
+    if getattr(config, "fp8", None) or getattr(config, "fp4", None):
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        group = layer.pg_collection.tp  # type: ignore[union-attr]
+        outputs = te_checkpoint(run, False, get_cuda_rng_tracker, group, *inputs)
+    else:
+        outputs = checkpoint(run, False, *inputs)
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
