@@ -45,6 +45,7 @@ def enable() -> None:
     from megatron_dip.integration.cpu_mode.arguments import wrap_argument_parsing
     from megatron_dip.integration.cpu_mode.cuda_functions import replace_cuda_functions
     from megatron_dip.integration.cpu_mode.devices import redirect_devices
+    from megatron_dip.integration.cpu_mode.local_layers import complete_local_layers
     from megatron_dip.integration.cpu_mode.megatron_patches import import_and_patch_megatron
     from megatron_dip.integration.cpu_mode.process_groups import redirect_process_groups
     from megatron_dip.integration.cpu_mode.random_numbers import split_generators
@@ -54,6 +55,7 @@ def enable() -> None:
     split_generators()
     redirect_process_groups()
     import_and_patch_megatron()
+    complete_local_layers()
     wrap_argument_parsing()
 
 
