@@ -12,6 +12,7 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
+from megatron_dip.families.arguments import add_arguments
 from megatron_dip.families.iterators import data_sets, get_batch
 from megatron_dip.families.provider import build_model
 
@@ -39,7 +40,7 @@ def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
 
 def main(forward_step=forward_step):  # type: ignore[no-untyped-def]
     """Train the model of the configuration."""
-    args = parse_and_validate_args()
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
     pretrain(
         pretrain_cfg_container_from_args(args),
         data_sets,

@@ -10,11 +10,11 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
-from megatron_dip.config import DipConfig
 from megatron_dip.costs.grid import size_grid
 from megatron_dip.costs.profile import Profile
 from megatron_dip.errors import ConfigError
 from megatron_dip.families.configs import load_config
+from megatron_dip.families.forms import FamilyConfig
 
 __all__ = ["measure_layers"]
 
@@ -89,7 +89,7 @@ def measure_layers(
     write_file(output, lambda: output.write_text(made.model_dump_json(indent=1) + "\n"))
 
 
-def _check_measurable(config: DipConfig) -> None:
+def _check_measurable(config: FamilyConfig) -> None:
     for module in config.model_shape().modules:
         if module.experts is not None:
             raise ConfigError(

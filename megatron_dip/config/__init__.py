@@ -1,11 +1,12 @@
-"""The YAML configuration of a run: its schedule, how it is planned, and a form for its model.
+"""The YAML configuration of a schedule: the cut, the planner, its costs, planning beside training.
 
-``--dip-config FILE`` reads one; see ``configs/vlm_tiny.yaml`` for a commented example.
+``--dip-config FILE`` reads one; see ``configs/vlm_tiny.yaml`` for a commented example, in which a
+script of ``examples/`` finds its model and data, too.
 """
 
-from megatron_dip.config.base import (
+from megatron_dip.config.load import load_dip_config, resolve_schedule
+from megatron_dip.config.schedule import (
     CostConfig,
-    DataForm,
     DipConfig,
     ModuleSchedule,
     PlanningConfig,
@@ -15,10 +16,11 @@ from megatron_dip.config.base import (
 
 __all__ = [
     "CostConfig",
-    "DataForm",
     "DipConfig",
     "ModuleSchedule",
     "PlanningConfig",
     "ScheduleConfig",
     "build_partition",
+    "load_dip_config",
+    "resolve_schedule",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.base import CostConfig, DipConfig, build_partition
+from megatron_dip.config import CostConfig, ScheduleConfig
 from megatron_dip.costs.analytic import AnalyticTimes, LayerTimes
 from megatron_dip.costs.builder import ProblemBuilder
 from megatron_dip.costs.devices import Device, device_preset
@@ -18,6 +18,7 @@ from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
 from megatron_dip.limits import MemoryLimit, Positive, Ranks, Size, Time
+from megatron_dip.partition import Partition
 from megatron_dip.reading import read_yaml
 from megatron_dip.workload import TransferCost
 
@@ -199,8 +200,11 @@ def _check_experts(module: ModuleShape, expert: int, *, has_profile: bool) -> No
 
 
 def config_builder(
-    config: DipConfig,
+    schedule: ScheduleConfig,
+    model: ModelShape,
+    partition: Partition,
     *,
+    num_ranks: int,
     kernels: Kernels,
     num_tensor_ranks: int = 1,
     num_expert_ranks: int = 1,
@@ -210,30 +214,30 @@ def config_builder(
     """Problems of a run: at the times of ``schedule.costs.profile``, or at constant rates.
 
     Args:
+        partition: How ``model`` is cut among the ``num_ranks`` pipeline ranks.
         kernels: What the run says of its layers.
         optimizer_shards: Ranks that share one optimizer state.
 
     Raises:
         ConfigError: The profile cannot be read, or was measured at other shapes or precision.
     """
-    schedule = config.schedule
     parallel = Parallelism(
         tensor=num_tensor_ranks, expert=num_expert_ranks, sequence_parallel=sequence_parallel
     )
-    for module in config.model_shape().modules:
+    for module in model.modules:
         has_profile = schedule.costs.profile is not None
         _check_experts(module, num_expert_ranks, has_profile=has_profile)
     memory = MemoryModel(
         parallel=parallel,
         kernels=kernels,
-        layers_per_stage=_layers_per_stage(config),
+        layers_per_stage=_layers_per_stage(model, partition),
         optimizer_shards=optimizer_shards,
     )
     times: LayerTimes
     if schedule.costs.profile is not None:
         profile = load_profile(schedule.costs.profile)
         _check_precision(profile, kernels.is_fp32)
-        times = ProfiledTimes.for_model(profile, config.model_shape(), parallel)
+        times = ProfiledTimes.for_model(profile, model, parallel)
     else:
         times = AnalyticTimes(
             device=_config_device(schedule.costs, schedule.costs.flops_per_us),
@@ -248,10 +252,10 @@ def config_builder(
             ring_link_bytes_per_us=math.inf,
         )
     return ProblemBuilder(
-        model=config.model_shape(),
+        model=model,
         times=times,
         memory=memory,
-        num_ranks=schedule.num_ranks,
+        num_ranks=num_ranks,
         memory_limit_bytes=int(schedule.memory_limit_gib * _GIB),
         transfer=TransferCost(
             latency_us=schedule.costs.transfer_latency_us,
@@ -260,12 +264,11 @@ def config_builder(
     )
 
 
-def _layers_per_stage(config: DipConfig) -> dict[str, float]:
-    partition = build_partition(config)
+def _layers_per_stage(model: ModelShape, partition: Partition) -> dict[str, float]:
     found: dict[str, float] = {}
-    for name, total in config.num_layers().items():
-        stages = [stage for stage in partition.chains[name] if stage.num_layers]
-        found[name] = total / max(1, len(stages))
+    for module in model.modules:
+        stages = [stage for stage in partition.chains[module.name] if stage.num_layers]
+        found[module.name] = module.num_layers / max(1, len(stages))
     return found
 
 

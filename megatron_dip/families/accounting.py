@@ -17,10 +17,10 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import training
 
-from megatron_dip.config import DipConfig
 from megatron_dip.costs import ItemSizes, ProblemBuilder
 from megatron_dip.costs.flops import batch_flops
 from megatron_dip.costs.work import static_bytes
+from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.packed.batches import Microbatch
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.planner.baselines.flat_chain import FlatChain, StaticCut
@@ -59,7 +59,7 @@ class BatchAccounting:
     mean of their operations: they differ from step to step.
     """
 
-    def __init__(self, config: DipConfig, memory_of: MemoryOf) -> None:
+    def __init__(self, config: FamilyConfig, memory_of: MemoryOf) -> None:
         self._model = config.model_shape()
         self._memory_of = memory_of
         self._last: list[ItemSizes] = []

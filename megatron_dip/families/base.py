@@ -8,9 +8,8 @@ from typing import Any, Protocol, Unpack
 from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.config import DipConfig
 from megatron_dip.costs import Boundary, Parallelism, shape_boundary
-from megatron_dip.families.forms import TransformerForm
+from megatron_dip.families.forms import FamilyConfig, TransformerForm
 from megatron_dip.families.packed.batches import Microbatch, StageData
 from megatron_dip.families.packed.initialization import initialize_parameters
 from megatron_dip.families.packed.model import StockModel
@@ -46,7 +45,7 @@ class StageFactory(ABC):
 
     stock_type: type[StockModel] = StockModel
 
-    def __init__(self, config: DipConfig, seed: int) -> None:
+    def __init__(self, config: FamilyConfig, seed: int) -> None:
         self.shape = config.model_shape()
         self.forms: Mapping[str, TransformerForm] = config.module_forms()
         self._seed = seed
@@ -100,7 +99,7 @@ class SampleSet(Protocol):
     def __getitem__(self, i: int, /) -> Any: ...
 
 
-class ModelFamily[ConfigT: DipConfig](ABC):
+class ModelFamily[ConfigT: FamilyConfig](ABC):
     """A kind of model with its configuration, stages and data."""
 
     @abstractmethod

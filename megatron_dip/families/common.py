@@ -8,13 +8,12 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
-from megatron_dip.config.base import DataForm
 from megatron_dip.costs.shapes import ExpertsShape
 from megatron_dip.errors import ConfigError, DataError
 from megatron_dip.families.base import SetLengths
 from megatron_dip.families.data.index import CheckedSamples, split_samples
 from megatron_dip.families.data.tokenizer import load_tokenizer
-from megatron_dip.families.forms import LanguageConfig, TransformerForm
+from megatron_dip.families.forms import DataForm, LanguageConfig, TransformerForm
 from megatron_dip.families.packed.configs import make_language_config
 from megatron_dip.integration.same_inputs import check_same_index
 

@@ -4,28 +4,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from megatron_dip.config.base import DipConfig, build_partition
+from megatron_dip.config.load import resolve_paths, resolve_schedule
 from megatron_dip.errors import ConfigError, shown
+from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.lavin.config import LavinConfig
 from megatron_dip.families.omni.config import OmniConfig
 from megatron_dip.families.t2v.config import T2vConfig
 from megatron_dip.families.vlm.config import VlmConfig
-from megatron_dip.forms import Form
 from megatron_dip.reading import read_yaml
 
 __all__ = ["DEFAULT_FAMILY", "FAMILIES", "load_config"]
 
 DEFAULT_FAMILY = "vlm"
-FAMILIES: Mapping[str, type[DipConfig]] = MappingProxyType(
+FAMILIES: Mapping[str, type[FamilyConfig]] = MappingProxyType(
     {"vlm": VlmConfig, "t2v": T2vConfig, "omni": OmniConfig, "lavin": LavinConfig}
 )
 """The form of every family, by the name that ``family`` gives in a configuration.
 
-What builds and feeds the models is in ``integration/families``, under the same names.
+What builds and feeds the models is beside them.
 """
 
 
-def load_config(path: str | Path) -> DipConfig:
+def load_config(path: str | Path) -> FamilyConfig:
     """The configuration in a YAML file; relative paths in it start at the file's folder.
 
     Raises:
@@ -39,21 +39,12 @@ def load_config(path: str | Path) -> DipConfig:
         raise ConfigError(f"{path}: family: {shown(family)} (expected one of {sorted(FAMILIES)})")
     config = FAMILIES[family].parse(data, ConfigError, str(path))
     folder = path.resolve().parent
-    data_form = _resolved(config.data, folder)
-    costs = _resolved(config.schedule.costs, folder)
-    schedule = _resolved(config.schedule, folder).model_copy(update={"costs": costs})
-    resolved = config.model_copy(update={"data": data_form, "schedule": schedule})
-    if schedule.partition is not None:
-        # Only now is it known where the file is.
-        build_partition(resolved)
+    resolved = config.model_copy(
+        update={
+            "data": resolve_paths(config.data, folder),
+            "schedule": resolve_schedule(config.schedule, folder),
+        }
+    )
+    if config.schedule.partition is not None and config.schedule.num_ranks is not None:
+        resolved.partition(config.schedule.num_ranks)
     return resolved
-
-
-def _resolved[FormT: Form](form: FormT, folder: Path) -> FormT:
-    """``form`` with its relative paths starting at ``folder``."""
-    paths = {
-        name: folder / value
-        for name, value in form
-        if isinstance(value, Path) and not value.is_absolute()
-    }
-    return form.model_copy(update=paths)

@@ -5,8 +5,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from megatron_dip.config.base import DataForm
 from megatron_dip.errors import ConfigError, shown
+from megatron_dip.families.forms import DataForm
 from megatron_dip.families.token_forms import TurnForm
 from megatron_dip.reading import read_json, read_text
 from megatron_dip.text_form import OUR_TEXT_FORM, TextForm, TurnMarkup

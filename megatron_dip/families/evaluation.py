@@ -6,6 +6,7 @@ Single flags are refused in ``flags``; everything else about them is Megatron's 
 """
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_dip.errors import UnsupportedError
@@ -16,7 +17,7 @@ __all__ = ["check_data_arguments", "complete_evaluation", "complete_full_validat
 _DEFAULT_EVAL_INTERVAL = 1000
 
 
-def check_data_arguments(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+def check_data_arguments(args: argparse.Namespace, explicit: Mapping[str, Any]) -> None:
     """Refuse what the data of ``--dip-config`` cannot be combined with, before Megatron starts.
 
     Args:
@@ -60,7 +61,7 @@ def _check_length(args: argparse.Namespace) -> None:
         )
 
 
-def _check_full_validation(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+def _check_full_validation(args: argparse.Namespace, explicit: Mapping[str, Any]) -> None:
     for flag, destination in (
         ("--eval-iters", "eval_iters"),
         ("--eval-micro-batch-size", "eval_micro_batch_size"),
@@ -74,7 +75,7 @@ def _check_full_validation(args: argparse.Namespace, explicit: dict[str, Any]) -
             )
 
 
-def complete_evaluation(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+def complete_evaluation(args: argparse.Namespace, explicit: Mapping[str, Any]) -> None:
     """No evaluation unless the command line asks for one.
 
     Megatron's own defaults (100 iterations, no interval) fail where it counts samples.

@@ -1,11 +1,14 @@
-"""Forms of the modules that several families are made of."""
+"""Forms of the modules that several families are made of, and of a family's whole file."""
 
-from typing import ClassVar, Self, TypedDict
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Self, TypedDict
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from megatron_dip.config.base import MegatronArguments, Positive, PositiveNumber
-from megatron_dip.costs.shapes import ExpertsShape, ModuleShape, ProjectorShape
+from megatron_dip.config import DipConfig, build_partition
+from megatron_dip.costs.shapes import ExpertsShape, ModelShape, ModuleShape, ProjectorShape
 from megatron_dip.costs.trained_parts import (
     LAYERS,
     Trainable,
@@ -13,17 +16,36 @@ from megatron_dip.costs.trained_parts import (
     by_part,
     trained_parts,
 )
+from megatron_dip.families.token_forms import TokensForm
 from megatron_dip.forms import Form
-from megatron_dip.limits import InnerWidth, Layers, Patch, Size, Tokens, Vocabulary, Width
+from megatron_dip.limits import (
+    InnerWidth,
+    Layers,
+    Patch,
+    Positive,
+    PositiveNumber,
+    Size,
+    Tokens,
+    Vocabulary,
+    Width,
+)
+from megatron_dip.partition import Partition
+from megatron_dip.text_form import OUR_TEXT_FORM, SpecialTokens, TextForm
 
 __all__ = [
     "BackboneConfig",
+    "DataForm",
+    "FamilyConfig",
     "LanguageConfig",
+    "MegatronArguments",
     "TextConfig",
     "TransformerForm",
     "TransformerSizes",
     "VisionConfig",
 ]
+
+MegatronArguments = dict[str, int | float | str | bool | None]
+"""Arguments of Megatron by their names in ``args``."""
 
 
 class TransformerSizes(TypedDict):
@@ -171,7 +193,7 @@ class LanguageConfig(TransformerForm):
         )
 
     def megatron_arguments(self) -> MegatronArguments:
-        """Megatron's arguments for a model whose last module this is, see :class:`DipConfig`."""
+        """Megatron's arguments for a model whose last module this is, see :class:`FamilyConfig`."""
         return self.norm_arguments() | {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -223,3 +245,103 @@ class BackboneConfig(LanguageConfig):
             "moe_ffn_hidden_size": self.experts.ffn_hidden_size,
             "moe_shared_expert_intermediate_size": self.experts.shared_ffn_hidden_size,
         }
+
+
+class DataForm(Form):
+    """What the data sets of all families have in common."""
+
+    used_tokens: ClassVar[frozenset[str]] = frozenset({"pad", "bos", "eos"})
+    """Special tokens that the family writes."""
+
+    path: Path
+    """JSON list of samples."""
+    tokenizer: Path
+    """A tokenizer file of the ``tokenizers`` library."""
+    tokens: TokensForm | None = None
+    """What it calls its special tokens; those of this package's own where not given."""
+    cache_folder: Path | None = None
+    """Where the index of the data set is kept; beside the data where not given."""
+    skip_bad_samples: bool = False
+    """Go on without samples that cannot be used, and count them; also --skip-bad-samples."""
+    valid_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the samples that is kept for validation."""
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        stated = self.tokens.model_fields_set if self.tokens is not None else frozenset[str]()
+        unread = sorted(stated - self.used_tokens)
+        if unread:
+            raise ValueError(
+                f"tokens.{unread[0]} is not written by this family (expected only "
+                f"{', '.join(sorted(self.used_tokens))})"
+            )
+        return self
+
+    @property
+    def needed_tokens(self) -> frozenset[str]:
+        """Special tokens that the tokenizer must have, unless the configuration says null."""
+        return frozenset({"bos", "eos"})
+
+    def _special_tokens(self) -> SpecialTokens:
+        return (self.tokens or TokensForm()).special_tokens(self.needed_tokens)
+
+    def text_form(self) -> TextForm:
+        """How texts are written for the tokenizer.
+
+        Raises:
+            ConfigError: A file that it names cannot be used.
+        """
+        if self.tokens is None:
+            return OUR_TEXT_FORM
+        return TextForm(tokens=self._special_tokens())
+
+    def implied_files(self) -> Mapping[str, Path]:
+        """Files that are read although no key names them, by what they are."""
+        return {}
+
+
+class FamilyConfig(DipConfig, ABC):
+    """A whole configuration file; every family of models has a subclass with its own forms.
+
+    A subclass declares ``family`` (a literal, its name), ``model`` and a narrower ``data``.
+    """
+
+    data: DataForm
+
+    @abstractmethod
+    def model_shape(self) -> ModelShape:
+        """The modules with all that their cost depends on; the one with the loss is the last."""
+
+    @abstractmethod
+    def megatron_arguments(self) -> MegatronArguments:
+        """Megatron's arguments that the configuration states, by their names in ``args``.
+
+        Those who write the model in YAML need not repeat it on the command line.
+        """
+
+    @abstractmethod
+    def module_forms(self) -> Mapping[str, TransformerForm]:
+        """What the configuration says of every module, by its name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        shape = self.model_shape()
+        if not any(module.trains_any for module in shape.modules):
+            names = [module.name for module in shape.modules]
+            raise ValueError(
+                f"model: nothing is trained, {' and '.join(names)} are frozen (expected something "
+                f"to train: say which parts under model.{names[-1]}.trainable)"
+            )
+        num_ranks = self.schedule.num_ranks
+        # Where the file of a partition is, only the reader of this file knows.
+        if num_ranks is not None and self.schedule.partition is None:
+            self.partition(num_ranks)
+        return self
+
+    def num_layers(self) -> Mapping[str, int]:
+        """Layers per module, upstream modules first."""
+        return {module.name: module.num_layers for module in self.model_shape().modules}
+
+    def partition(self, num_ranks: int) -> Partition:
+        """See :func:`build_partition`."""
+        return build_partition(self.schedule, self.num_layers(), num_ranks)

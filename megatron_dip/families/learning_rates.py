@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron.training import training
 
-from megatron_dip.config import DipConfig
 from megatron_dip.errors import UnsupportedError
+from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.packed.parts import learning_rate_factor
 
 __all__ = ["add_factor_overrides", "factors_of", "use_learning_rate_factors"]
@@ -22,7 +22,7 @@ __all__ = ["add_factor_overrides", "factors_of", "use_learning_rate_factors"]
 _HOOKED = "get_megatron_optimizer_config"
 
 
-def factors_of(config: DipConfig) -> tuple[float, ...]:
+def factors_of(config: FamilyConfig) -> tuple[float, ...]:
     """The factors other than 1 of parts that are trained, ascending."""
     shapes = config.model_shape()
     found: set[float] = set()
@@ -34,7 +34,7 @@ def factors_of(config: DipConfig) -> tuple[float, ...]:
     return tuple(sorted(found - {1.0}))
 
 
-def use_learning_rate_factors(args: argparse.Namespace, config: DipConfig) -> None:
+def use_learning_rate_factors(args: argparse.Namespace, config: FamilyConfig) -> None:
     """Have the optimizer of this run made with the factors of ``config``.
 
     Raises:

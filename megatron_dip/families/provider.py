@@ -70,6 +70,7 @@ def build_model(
         device = torch.device("cuda", torch.cuda.current_device())
         pipeline = DipPipeline(
             dip_config,
+            factory.shape,
             base,
             factory.boundary,
             args.dip_timeout_seconds,
@@ -78,7 +79,7 @@ def build_model(
         )
         use_accounting(BatchAccounting(dip_config, planned_memory(pipeline)))
         return _build_chunks(factory, pipeline)
-    builder = run_builder(dip_config, base)
+    builder = run_builder(dip_config, factory.shape, base)
     use_accounting(BatchAccounting(dip_config, stock_memory(builder, factory.loss_config)))
     return factory.stock_model(
         pre_process=pre_process,
@@ -103,7 +104,7 @@ def _build_chunks(factory: StageFactory, pipeline: DipPipeline) -> ChunkList:
     first rank and the head in the last chunk of the last rank.
     """
     stages = pipeline.partition.stages_on(pipeline.rank)
-    outermost = pipeline.config.model_shape().modules[-1].name
+    outermost = pipeline.model.modules[-1].name
     entry = pipeline.partition.first_stage(outermost)
     ordered = sorted(stages, key=lambda stage: (stage != entry, stage.module == outermost))
     return ChunkList(_build_chunk(factory, pipeline, stage) for stage in ordered)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megatron_dip.config import DipConfig
 from megatron_dip.families.base import ModelFamily, SampleSet, SetLengths, StageFactory
+from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.lavin.config import LavinConfig
 from megatron_dip.families.lavin.model import LavinFamily
 from megatron_dip.families.omni.config import OmniConfig
@@ -16,9 +16,9 @@ from megatron_dip.families.vlm.model import VlmFamily
 __all__ = ["ModelFamily", "SampleSet", "SetLengths", "StageFactory", "family_of"]
 
 
-def family_of(config: DipConfig) -> ModelFamily[Any]:
+def family_of(config: FamilyConfig) -> ModelFamily[Any]:
     """The family whose form ``config`` has."""
-    families: dict[type[DipConfig], ModelFamily[Any]] = {
+    families: dict[type[FamilyConfig], ModelFamily[Any]] = {
         VlmConfig: VlmFamily(),
         T2vConfig: T2vFamily(),
         OmniConfig: OmniFamily(),

@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron.training import checkpointing
 
-from megatron_dip.config import DipConfig
 from megatron_dip.errors import ConfigError, shown
+from megatron_dip.families.forms import FamilyConfig
 
 __all__ = ["describe_trained", "remember_trained"]
 
@@ -19,7 +19,7 @@ _NAME = "dip_trained"
 _HOOKED = "_load_base_checkpoint"
 
 
-def describe_trained(config: DipConfig) -> dict[str, str]:
+def describe_trained(config: FamilyConfig) -> dict[str, str]:
     """Per module, what of it is trained and how fast; equal where optimizers fit each other."""
     found = {}
     for module in config.model_shape().modules:
@@ -33,7 +33,7 @@ def describe_trained(config: DipConfig) -> dict[str, str]:
     return found
 
 
-def remember_trained(args: argparse.Namespace, config: DipConfig) -> None:
+def remember_trained(args: argparse.Namespace, config: FamilyConfig) -> None:
     """Have this run's checkpoints say what ``config`` trains, and those that it loads be asked."""
     setattr(args, _NAME, describe_trained(config))
     load = getattr(checkpointing, _HOOKED)

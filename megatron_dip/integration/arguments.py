@@ -7,25 +7,20 @@ Megatron pickles them into checkpoints.
 
 import argparse
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-from megatron_dip.config import DipConfig
+from megatron_dip.config import DipConfig, load_dip_config
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError, shown
-from megatron_dip.families.configs import load_config
-from megatron_dip.families.evaluation import (
-    check_data_arguments,
-    complete_evaluation,
-    complete_full_validation,
-)
-from megatron_dip.families.flags import OWN_GROUP, ParserFlags, StatedFlag, check_flags
-from megatron_dip.integration.expert_rules import check_expert_arguments
 from megatron_dip.integration.flag_rules import SCHEDULE_RULES
+from megatron_dip.integration.parser_flags import OWN_GROUP, ParserFlags, StatedFlag
 from megatron_dip.integration.rules import check_rules
+from megatron_dip.integration.same_inputs import Input, check_same_inputs, form_inputs
 from megatron_dip.integration.versions import build_helpers_where_they_can_be_built
 
 __all__ = [
     "ArgumentValidation",
+    "ScriptPart",
     "add_arguments",
     "check_schedule_arguments",
     "refusal_of_megatron",
@@ -50,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             "--dip-config",
             metavar="FILE",
             default=None,
-            help="YAML file with model, schedule and data; sets Megatron's model arguments too.",
+            help="YAML file with the schedule and its planning; scripts may read more of it.",
         )
         group.add_argument(
             "--dip-timeout-seconds",
@@ -87,12 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             default=None,
             help="Keep the newest N timelines and their plans (default: all).",
         )
-        group.add_argument(
-            "--skip-bad-samples",
-            action="store_true",
-            help="Leave out samples that cannot be used, and count them; "
-            "also data.skip_bad_samples of --dip-config.",
-        )
     _install_validation(parser)
     # Here, because this is what the hooks and a patched tree both call before Megatron starts.
     build_helpers_where_they_can_be_built()
@@ -105,10 +94,6 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
     Raises:
         UnsupportedError: Names the flag and the remedy.
     """
-    if getattr(args, "dip_config", None) is None:
-        raise UnsupportedError(
-            "--dip-schedule needs a model and a schedule: name their file with --dip-config FILE"
-        )
     check_rules(args, SCHEDULE_RULES, "with --dip-schedule")
     saves_shards = getattr(args, "use_distributed_optimizer", False) and args.save is not None
     if saves_shards and not args.dist_ckpt_optim_fully_reshardable:
@@ -120,60 +105,105 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
         )
 
 
+class ScriptPart(Protocol):
+    """What a script reads of the file of ``--dip-config``, and makes of Megatron's arguments by it.
+
+    Megatron lets a script add flags (``extra_args_provider``): there it says that it has a part, by
+    :meth:`ArgumentValidation.read_by`.
+    """
+
+    @property
+    def keys(self) -> Collection[str]:
+        """Of the file, at its top."""
+        ...
+
+    def check_parsed(self, args: argparse.Namespace, stated: Sequence[StatedFlag]) -> None:
+        """Look at ``args`` as soon as the command line is read.
+
+        Some of what is refused would change what Megatron does before it validates.
+
+        Args:
+            stated: Flags of Megatron that the command line states, or a script by a default.
+        """
+
+    def prepare(
+        self,
+        args: argparse.Namespace,
+        explicit: Mapping[str, Any],
+        defaults: Sequence[StatedFlag],
+    ) -> None:
+        """Complete ``args`` before Megatron's validation; only called with ``--dip-config``.
+
+        Args:
+            explicit: What the command line states, by destination.
+            defaults: What the script sets where the command line says nothing.
+        """
+
+    def finish(self, args: argparse.Namespace) -> None:
+        """Complete ``args`` after Megatron's validation; only called with ``--dip-config``."""
+
+    def inputs(self, path: str) -> Iterator[tuple[str, Input]]:
+        """All that the file ``path`` gives to a rank, the schedule included, by name."""
+        ...
+
+
 class ArgumentValidation:
     """Stands for Megatron's ``validate_args``: applies ``--dip-config`` and our rules before it."""
 
     def __init__(self, validate_args: Callable[..., Any]) -> None:
         self._validate_args = validate_args
         self.flags: ParserFlags | None = None
+        self.script: ScriptPart | None = None
         self._explicit: dict[str, Any] = {}
         self._parsed = argparse.Namespace()
         self.validated: argparse.Namespace | None = None
         """The arguments that went through it last."""
         self._compared: argparse.Namespace | None = None
 
+    def watch(self, parser: argparse.ArgumentParser) -> None:
+        """Be told of what ``parser``, Megatron's, reads; of the newest one only.
+
+        Megatron makes another one later, without the script's flags (``ft_integration``).
+        """
+        if self.flags is None or self.flags.parser is not parser:
+            self.flags = ParserFlags(parser, self.note_parsed)
+
+    def read_by(self, script: ScriptPart) -> None:
+        """Let ``script`` have its part in the arguments from now on."""
+        self.script = script
+
     def note_parsed(self, args: argparse.Namespace, words: Sequence[str] | None) -> None:
         """Check what a command line states as soon as it is read.
 
-        Some of what is refused would change what Megatron does before it validates.
-
         Raises:
             ConfigError: The file of ``--dip-config`` cannot be used, or a flag contradicts it.
-            UnsupportedError: A flag that would change nothing, see ``check_flags``.
+            UnsupportedError: A flag that the script refuses.
         """
         assert self.flags is not None
         self._explicit = self.flags.explicit(words)
         self._parsed = argparse.Namespace(**vars(args))
-        path = args.dip_config
-        if path is not None:
-            stated = self.flags.stated(args, self._explicit, words)
-            check_flags(args, stated, path, load_config(path))
-        elif args.skip_bad_samples:
-            raise UnsupportedError(
-                "--skip-bad-samples is for the data of --dip-config FILE, which was not given"
-            )
+        if args.dip_config is not None:
+            self._load(args.dip_config)
+        if self.script is not None:
+            self.script.check_parsed(args, self.flags.stated(args, self._explicit, words))
 
     def __call__(self, args: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Any:
         """As ``validate_args``; see there.
 
         Raises:
             ConfigError: The file of ``--dip-config`` cannot be used, or contradicts a flag; or
-                Megatron's own validation fails in a run with that file.
+                Megatron's own validation fails in a run with that file or with a plan.
             UnsupportedError: See ``check_schedule_arguments``.
         """
         defaults = defaults or {}
-        config_path = getattr(args, "dip_config", None)
-        if config_path is not None:
-            config = load_config(config_path)
-            _apply_config(args, config_path, config, self._explicit)
-            check_flags(args, _defaults_of_script(args, defaults), config_path, config)
-            check_expert_arguments(args, config_path, config)
-            complete_evaluation(args, self._explicit)
-            check_data_arguments(args, self._explicit)
-            if getattr(args, "dip_schedule", False):
-                _check_num_ranks(args, config)
+        path = getattr(args, "dip_config", None)
+        script = None if path is None else self.script
+        if script is not None:
+            script.prepare(args, self._explicit, _defaults_of_script(args, defaults))
+        if path is not None and getattr(args, "dip_schedule", False):
+            _check_num_ranks(args, self._load(path))
         self.validated = args
-        if config_path is None:
+        if not _is_ours(args):
             return self._validate(args, defaults)
         try:
             result = self._validate(args, defaults)
@@ -181,8 +211,12 @@ class ArgumentValidation:
             if isinstance(error, DipError):
                 raise
             raise refusal_of_megatron(error) from error
-        complete_full_validation(args)
+        if script is not None:
+            script.finish(args)
         return result
+
+    def _load(self, path: str) -> DipConfig:
+        return load_dip_config(path, self.script.keys if self.script is not None else ())
 
     def _validate(self, args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
         if not getattr(args, "dip_schedule", False):
@@ -197,7 +231,7 @@ class ArgumentValidation:
             args.decoder_first_pipeline_num_layers = None
 
     def compare_ranks(self) -> None:
-        """Refuse ranks that were given different inputs, once per run of the models here.
+        """Refuse ranks that were given different inputs, once per run with our arguments.
 
         To be called when torch.distributed is there, and before what only ranks of one mind can do.
 
@@ -206,14 +240,28 @@ class ArgumentValidation:
             ChannelError: Another rank does not get as far.
         """
         args = self.validated
-        if args is None or args is self._compared or getattr(args, "dip_config", None) is None:
+        if args is None or args is self._compared or not _is_ours(args):
             return
-        from megatron_dip.integration.same_inputs import check_same_inputs
-
         assert self.flags is not None
         self._compared = args
         # As they were read: what Megatron derives from them would only say the same again.
-        check_same_inputs(self._parsed, [action.dest for action in self.flags.parser._actions])
+        check_same_inputs(
+            self._parsed,
+            [action.dest for action in self.flags.parser._actions],
+            self._config_inputs(args.dip_config),
+        )
+
+    def _config_inputs(self, path: str | None) -> Iterator[tuple[str, Input]]:
+        if path is None:
+            return iter(())
+        if self.script is not None:
+            return self.script.inputs(path)
+        return form_inputs(self._load(path))
+
+
+def _is_ours(args: argparse.Namespace) -> bool:
+    """Whether a run asks for something of this package that all of its ranks must agree on."""
+    return bool(getattr(args, "dip_config", None) or getattr(args, "dip_schedule", False))
 
 
 def validation_of(args: argparse.Namespace) -> ArgumentValidation | None:
@@ -248,26 +296,11 @@ def _install_validation(parser: argparse.ArgumentParser) -> None:
 
     if not isinstance(arguments.validate_args, ArgumentValidation):
         arguments.validate_args = ArgumentValidation(arguments.validate_args)
-    validation = arguments.validate_args
-    if validation.flags is None or validation.flags.parser is not parser:
-        validation.flags = ParserFlags(parser, validation.note_parsed)
-
-
-def _apply_config(
-    args: argparse.Namespace, path: str, config: DipConfig, explicit: dict[str, Any]
-) -> None:
-    for destination, value in config.megatron_arguments().items():
-        if destination in explicit and explicit[destination] != value:
-            flag = "--" + destination.replace("_", "-")
-            raise ConfigError(
-                f"{flag} {explicit[destination]} contradicts {path}, where it is {value}: "
-                f"leave the flag out or change the file"
-            )
-        setattr(args, destination, value)
+    arguments.validate_args.watch(parser)
 
 
 def _check_num_ranks(args: argparse.Namespace, config: DipConfig) -> None:
-    if config.schedule.num_ranks != args.pipeline_model_parallel_size:
+    if config.schedule.num_ranks not in (None, args.pipeline_model_parallel_size):
         raise ConfigError(
             f"schedule.num_ranks is {config.schedule.num_ranks} but the launch has "
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} (make them equal)"

@@ -1,74 +1,31 @@
-"""Which of Megatron's options for experts work with the models here, and under plans."""
+"""What plans ask of Megatron's options for experts."""
 
 import argparse
 from typing import Any
 
-from megatron_dip.config import DipConfig, build_partition
-from megatron_dip.costs.shapes import ModuleShape
-from megatron_dip.errors import ConfigError, UnsupportedError
-from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
+from megatron_dip.costs.shapes import ModelShape, ModuleShape
+from megatron_dip.errors import UnsupportedError
+from megatron_dip.partition import Partition
 
-__all__ = ["check_expert_arguments"]
-
-_MODEL_RULES = (
-    Rule(
-        flag="--moe-token-dispatcher-type",
-        destination="moe_token_dispatcher_type",
-        allowed=("allgather", "alltoall"),
-        remedy="use 'alltoall'",
-    ),
-)
-_BALANCING = ("aux_loss", "none")
+__all__ = ["check_expert_plans", "one_by_one"]
 
 
-def check_expert_arguments(args: argparse.Namespace, path: str, config: DipConfig) -> None:
-    """Refuse options for experts that do not work with the model of ``config``, read from ``path``.
+def check_expert_plans(args: argparse.Namespace, model: ModelShape, partition: Partition) -> None:
+    """Refuse options for experts that do not work with plans of ``model`` under ``partition``.
 
     Raises:
-        ConfigError: The command line asks for experts, the configuration does not.
         UnsupportedError: Names the flag, its value and the remedy.
     """
-    if getattr(args, "num_experts", None) is None:
-        return
-    if "num_experts" not in config.megatron_arguments():
-        raise ConfigError(
-            f"--num-experts {args.num_experts} but the model of {path} has none: state them there "
-            f"(model.language.experts, of families vlm and omni), or {LEAVE_OUT}"
-        )
-    check_rules(args, _MODEL_RULES, "with this model")
-    balancing = _one_by_one(args, "moe_router_load_balancing_type", "aux_loss")
-    wrong = [name for name in balancing if name not in _BALANCING]
-    if wrong:
-        raise UnsupportedError(
-            f"--moe-router-load-balancing-type {wrong[0]} does not work with this model: use "
-            f"'aux_loss' or 'none'; others depend on how sequences are packed, on the order of "
-            f"microbatches or on other replicas"
-        )
-    _check_scale(args)
-    if getattr(args, "dip_schedule", False):
-        for module in config.model_shape().modules:
-            if module.experts is not None:
-                _check_not_split(args, config, module)
-                _check_shared(args, config, module)
+    for module in model.modules:
+        if module.experts is not None:
+            _check_not_split(args, module, partition)
+            _check_shared(args, module, model)
 
 
-def _check_scale(args: argparse.Namespace) -> None:
-    """With rows masked, Megatron takes the tokens of all tensor-parallel ranks for those of one,
-    and weighs the auxiliary loss by their number: too much by a factor of the ranks."""
-    coefficient = sum(_one_by_one(args, "moe_aux_loss_coeff", 0.0))
-    size = getattr(args, "tensor_model_parallel_size", 1)
-    if coefficient and size > 1 and getattr(args, "calculate_per_token_loss", False):
-        raise UnsupportedError(
-            f"--moe-aux-loss-coeff {coefficient:g} does not work with --calculate-per-token-loss "
-            f"and --tensor-model-parallel-size {size}: leave --calculate-per-token-loss out; "
-            f"Megatron would weigh the auxiliary loss {size} times"
-        )
-
-
-def _check_not_split(args: argparse.Namespace, config: DipConfig, module: ModuleShape) -> None:
+def _check_not_split(args: argparse.Namespace, module: ModuleShape, partition: Partition) -> None:
     """An auxiliary loss is a mean or a product of means over a microbatch, not a sum over it."""
-    tokens = build_partition(config).sub_microbatch_tokens.get(module.name)
-    coefficient = sum(_one_by_one(args, "moe_aux_loss_coeff", 0.0))
+    tokens = partition.sub_microbatch_tokens.get(module.name)
+    coefficient = sum(one_by_one(args, "moe_aux_loss_coeff", 0.0))
     z_coefficient = getattr(args, "moe_z_loss_coeff", None)
     if tokens is None or not (coefficient or z_coefficient):
         return
@@ -82,7 +39,7 @@ def _check_not_split(args: argparse.Namespace, config: DipConfig, module: Module
     )
 
 
-def _check_shared(args: argparse.Namespace, config: DipConfig, module: ModuleShape) -> None:
+def _check_shared(args: argparse.Namespace, module: ModuleShape, model: ModelShape) -> None:
     """Replicas that share experts exchange different numbers of tokens, in every backward too."""
     size = getattr(args, "expert_model_parallel_size", 1)
     if size == 1:
@@ -94,7 +51,7 @@ def _check_shared(args: argparse.Namespace, config: DipConfig, module: ModuleSha
             f"--expert-model-parallel-size {size} and --dip-schedule: use 'alltoall'; the replicas "
             f"have different numbers of tokens"
         )
-    backward = config.model_shape().modules_with_backward()
+    backward = model.modules_with_backward()
     starts_trained = module.trains_first_extra or any(
         0 in layers for layers in module.trained.layers
     )
@@ -107,7 +64,7 @@ def _check_shared(args: argparse.Namespace, config: DipConfig, module: ModuleSha
         )
 
 
-def _one_by_one(args: argparse.Namespace, name: str, default: Any) -> list[Any]:
+def one_by_one(args: argparse.Namespace, name: str, default: Any) -> list[Any]:
     """The values of an option that takes one or several."""
     value = getattr(args, name, default)
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,7 +1,6 @@
 """Flags of Megatron that only its own schedule can honour."""
 
-from megatron_dip.families.flags.groups import LEAVE_OUT
-from megatron_dip.integration.rules import Rule
+from megatron_dip.integration.rules import LEAVE_OUT, Rule
 
 __all__ = ["SCHEDULE_RULES"]
 

@@ -12,8 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from megatron_dip.config import DipConfig, build_partition
-from megatron_dip.costs import ProblemBuilder, config_builder
+from megatron_dip.costs import ModelShape, ProblemBuilder, config_builder
 from megatron_dip.integration import cpu_mode
+from megatron_dip.integration.expert_rules import check_expert_plans
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
 from megatron_dip.integration.kernels import kernels_of
 from megatron_dip.integration.trace import agree_on_run, write_record
@@ -35,7 +36,7 @@ from megatron_dip.runtime import (
     pipeline_channels,
 )
 
-__all__ = ["DipPipeline", "run_builder"]
+__all__ = ["DipPipeline", "partition_of", "run_builder"]
 
 # Above what training has (0), so that a planner gets what training leaves of a shared core.
 _PLANNER_NICE = 10
@@ -48,6 +49,7 @@ class DipPipeline:
 
     Args:
         config: The run's configuration.
+        model: The modules, upstream ones first.
         transformer_config: Megatron's configuration of the run.
         boundary: The boundaries of all modules: shapes of what is received.
         timeout_seconds: Limit of every wait of the executor.
@@ -58,6 +60,7 @@ class DipPipeline:
     def __init__(
         self,
         config: DipConfig,
+        model: ModelShape,
         transformer_config: TransformerConfig,
         boundary: BoundaryOf,
         timeout_seconds: float,
@@ -65,15 +68,16 @@ class DipPipeline:
         planner_cores: Sequence[int] = (),
     ) -> None:
         agree_on_run()
-        self.config = config
-        self.partition: Partition = build_partition(config)
+        self.config, self.model = config, model
+        self.partition: Partition = partition_of(config, model)
+        check_expert_plans(get_args(), model, self.partition)
         path = config.schedule.plan
         # On all ranks, so that all of them refuse a plan that does not fit.
         self._fixed_plan = load_joint_plan(path, self.partition) if path is not None else None
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
-        self._problems = run_builder(config, transformer_config)
+        self._problems = run_builder(config, model, transformer_config)
         own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
-        upstream = {module.name: module.upstream for module in config.model_shape().modules}
+        upstream = {module.name: module.upstream for module in model.modules}
         channels = pipeline_channels(self.partition, upstream)
         pipelines = _gather_distinct(own_pipeline)
         groups = create_channel_groups(channels, pipelines, timeout_seconds)
@@ -153,10 +157,22 @@ class DipPipeline:
         )
 
 
-def run_builder(config: DipConfig, transformer_config: TransformerConfig) -> ProblemBuilder:
+def partition_of(config: DipConfig, model: ModelShape) -> Partition:
+    """How ``model`` is cut among the pipeline ranks of this launch."""
+    num_layers = {module.name: module.num_layers for module in model.modules}
+    num_ranks = mpu.get_pipeline_model_parallel_world_size()
+    return build_partition(config.schedule, num_layers, num_ranks)
+
+
+def run_builder(
+    config: DipConfig, model: ModelShape, transformer_config: TransformerConfig
+) -> ProblemBuilder:
     """What makes the problems of this run: its model at its precision and parallel sizes."""
     return config_builder(
-        config,
+        config.schedule,
+        model,
+        partition_of(config, model),
+        num_ranks=mpu.get_pipeline_model_parallel_world_size(),
         kernels=kernels_of(transformer_config, on_cpu=cpu_mode.is_enabled()),
         num_tensor_ranks=mpu.get_tensor_model_parallel_world_size(),
         num_expert_ranks=mpu.get_expert_model_parallel_world_size(),

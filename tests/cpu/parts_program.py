@@ -23,6 +23,7 @@ from megatron.training.initialize import initialize_megatron
 from parts_cases import CASES, NUM_ITERATIONS, RATE, PartsCase
 
 from megatron_dip.errors import ConfigError
+from megatron_dip.families.arguments import add_arguments
 from megatron_dip.families.iterators import data_sets
 from megatron_dip.families.lavin.adapter_files import stages_of
 from megatron_dip.families.packed.initialization import named_global_parameters
@@ -147,7 +148,7 @@ def refusal(folder: Path, load: Path) -> str:
 
 def main() -> None:
     """Run all cases; a line of JSON for each of them and schedule."""
-    parse_and_validate_args()
+    parse_and_validate_args(extra_args_provider=add_arguments)
     initialize_megatron()
     folder = Path(get_args().dip_config).parent
     for case in CASES:

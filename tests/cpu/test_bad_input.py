@@ -208,10 +208,7 @@ _ENDING = """
 import os, signal, sys, time
 sys.path.append("EXAMPLES")
 import pretrain_vlm as example
-from megatron.core.enums import ModelType
-from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training import get_args
 
 def forward_step(data_iterator, model):
     if os.environ["RANK"] == "1" and get_args().curr_iteration >= 1:
@@ -219,9 +216,7 @@ def forward_step(data_iterator, model):
     return example.forward_step(data_iterator, model)
 
 if __name__ == "__main__":
-    args = parse_and_validate_args()
-    pretrain(pretrain_cfg_container_from_args(args), example.data_sets,
-             ModelType.encoder_or_decoder, forward_step, model_provider=example.build_model)
+    example.main(forward_step)
 """
 
 

@@ -11,15 +11,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import arguments as megatron_arguments
 from megatron.training.arguments import core_transformer_config_from_args
 
+from megatron_dip.config import load_dip_config
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError
+from megatron_dip.families import arguments as model_arguments
 from megatron_dip.families.configs import load_config
-from megatron_dip.families.flags import GROUPS, ParserFlags, Verdict, check_flags, group_of
+from megatron_dip.families.flags import GROUPS, Verdict, check_flags, group_of
 from megatron_dip.families.flags.page import put_between, tables
 from megatron_dip.families.packed import configs
 from megatron_dip.families.packed.configs import make_language_config, make_vision_config
 from megatron_dip.integration import arguments
 from megatron_dip.integration.arguments import ArgumentValidation
 from megatron_dip.integration.cpu_mode.arguments import CPU_DEFAULTS
+from megatron_dip.integration.parser_flags import ParserFlags
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VLM = str(CONFIGS / "vlm_tiny.yaml")
@@ -34,13 +37,15 @@ class Reader:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, validate_args: Any) -> None:
         self.validation = ArgumentValidation(validate_args)
         # A walk of the parser reads the same two files hundreds of times.
-        monkeypatch.setattr(arguments, "load_config", cache(load_config))
+        monkeypatch.setattr(model_arguments, "load_config", cache(load_config))
+        monkeypatch.setattr(arguments, "load_dip_config", cache(load_dip_config))
         monkeypatch.setattr(megatron_arguments, "validate_args", self.validation)
         self.parser = argparse.ArgumentParser(allow_abbrev=False)
         megatron_arguments.add_megatron_arguments(self.parser)
         self.actions = tuple(self.parser._actions)
         self.parser.set_defaults(**CPU_DEFAULTS)
         arguments.add_arguments(self.parser)
+        model_arguments.add_arguments(self.parser)
 
     def read(self, *words: str, config: str = VLM) -> argparse.Namespace:
         length = [] if "--train-iters" in words else ["--train-iters", "2"]

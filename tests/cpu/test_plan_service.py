@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from tiny_vlm import write_config
 
-from megatron_dip.config import build_partition
 from megatron_dip.costs import ItemSize, ItemSizes, Kernels, ProblemBuilder, config_builder
 from megatron_dip.errors import PlanningError
 from megatron_dip.families.configs import load_config
@@ -35,12 +34,20 @@ PATIENCE_SECONDS = 240.0
 LIMITS = ProcessLimits(memory_bytes=4 * 2**30, nice=0)
 
 
+def run_of(folder: Path, num_segments: int = 1) -> tuple[ProblemBuilder, Partition]:
+    path = write_config(folder / "config.yaml", folder, num_ranks=2, num_segments=num_segments)
+    config = load_config(path)
+    partition = config.partition(2)
+    kernels = Kernels(is_fp32=True)
+    model = config.model_shape()
+    made = config_builder(config.schedule, model, partition, num_ranks=2, kernels=kernels)
+    return made, partition
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[ProblemBuilder, Partition]:
     folder = tmp_path_factory.mktemp("config")
-    config = load_config(write_config(folder / "config.yaml", folder, num_ranks=2, num_segments=2))
-    builder = config_builder(config, kernels=Kernels(is_fp32=True))
-    partition = build_partition(config)
+    builder, partition = run_of(folder, num_segments=2)
     # Before anything is waited for, what is not compiled yet is.
     make_plan(builder.build(sizes(0)), partition, evaluations=EVALUATIONS)
     return builder, partition
@@ -349,10 +356,7 @@ import test_plan_service as cases
 from pathlib import Path
 
 folder = Path(sys.argv[1])
-config = cases.load_config(cases.write_config(folder / "config.yaml", folder, num_ranks=2))
-kernels = cases.Kernels(is_fp32=True)
-run = (cases.config_builder(config, kernels=kernels), cases.build_partition(config))
-with cases.planning(run, workers=2, evaluations=10**7) as one:
+with cases.planning(cases.run_of(folder), workers=2, evaluations=10**7) as one:
     one.until_ready()
     for number in range(4):
         one.service.request(one.batch(number))

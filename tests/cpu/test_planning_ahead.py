@@ -23,20 +23,14 @@ import os, sys, time
 from pathlib import Path
 sys.path.append("EXAMPLES")
 import pretrain_vlm as example
-from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
-from megatron_dip.data import VlmMicrobatch
+from megatron.training import get_args
+from megatron_dip.families.vlm.batches import VlmMicrobatch
 
 CHANGES
 
 if __name__ == "__main__":
-    args = parse_and_validate_args()
-    pretrain(pretrain_cfg_container_from_args(args), example.data_sets,
-             ModelType.encoder_or_decoder, example.forward_step,
-             model_provider=example.build_model)
+    example.main(example.forward_step)
 """
 
 # Has training wait in every forward step until ``holds(service)``, on the plan owner.  A wait polls

@@ -1,5 +1,7 @@
 """Measured profiles: from a configuration to the times that plans are made from."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -7,7 +9,7 @@ from tiny_vlm import write_config
 from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
-from megatron_dip.costs import ItemSize, Kernels, config_builder, load_profile
+from megatron_dip.costs import ItemSize, Kernels, ProblemBuilder, config_builder, load_profile
 from megatron_dip.errors import ConfigError
 from megatron_dip.families.configs import load_config
 from megatron_dip.runtime.measure import StoredBytes, measure_call
@@ -38,7 +40,7 @@ def test_a_profile_of_every_module_is_measured_and_planned_from(tmp_path):
     data = yaml.safe_load(config.read_text())
     data["schedule"]["costs"] = {"profile": "p.json"}
     config.write_text(yaml.safe_dump(data))
-    builder = config_builder(load_config(config), kernels=Kernels(is_fp32=True))
+    builder = builder_of(config, Kernels(is_fp32=True))
     size = ItemSize(tokens=48, spans=(48,))
     item = builder.build([{"vision": [size], "language": [size]}]).items("vision", 0)[0]
     vision = profile.modules["vision"]
@@ -49,7 +51,20 @@ def test_a_profile_of_every_module_is_measured_and_planned_from(tmp_path):
     assert item.forward_us == pytest.approx(linear - vision.overhead_us + core)
     assert item.activation_bytes == at_48.activation_bytes
     with pytest.raises(ConfigError, match="precision is fp32, but the run is in bf16"):
-        config_builder(load_config(config), kernels=Kernels())
+        builder_of(config, Kernels())
+
+
+def builder_of(path: Path, kernels: Kernels) -> ProblemBuilder:
+    config = load_config(path)
+    num_ranks = config.schedule.num_ranks
+    assert num_ranks is not None
+    return config_builder(
+        config.schedule,
+        config.model_shape(),
+        config.partition(num_ranks),
+        num_ranks=num_ranks,
+        kernels=kernels,
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ from tiny_vlm import make_tiny_data, write_config
 from torch.distributed import HashStore
 
 from megatron_dip.errors import ChannelError, ConfigError
-from megatron_dip.families.configs import load_config
+from megatron_dip.families.arguments import ModelArguments
 from megatron_dip.integration.same_inputs import Input, collect, compare_inputs
 from megatron_dip.integration.same_inputs.collect import (
     argument_inputs,
     code_inputs,
-    config_inputs,
     environment_inputs,
     file_input,
 )
@@ -78,7 +77,7 @@ def test_a_rank_that_never_comes_ends_the_wait(rank: int, missing: int):
 
 
 def inputs_of(path: Path) -> dict[str, Input]:
-    return dict(config_inputs(load_config(path)))
+    return dict(ModelArguments().inputs(str(path)))
 
 
 def changed(one: dict[str, Input], other: dict[str, Input]) -> list[str]:

@@ -1,16 +1,15 @@
 """Our arguments and the rules about Megatron's, without Megatron."""
 
 import argparse
-import sys
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from validated_runs import ValidatedRuns
 
 from megatron_dip.errors import ConfigError, UnsupportedError
-from megatron_dip.families.flags import ParserFlags
 from megatron_dip.integration import arguments
-from megatron_dip.integration.arguments import ArgumentValidation, check_schedule_arguments
+from megatron_dip.integration.arguments import check_schedule_arguments
 from megatron_dip.integration.cpu_mode.arguments import check_cpu_arguments
 
 
@@ -25,7 +24,6 @@ def schedule_args(**values: Any) -> argparse.Namespace:
         ({"overlap_param_gather": True}, "--overlap-param-gather does"),
         ({"use_gloo_process_groups": False}, "--disable-gloo-process-groups does"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
-        ({"dip_config": None}, "--dip-schedule needs a model"),
     ],
 )
 def test_what_contradicts_the_schedule_is_refused_by_its_flag(
@@ -59,83 +57,23 @@ def test_what_needs_cuda_is_refused_by_its_flag(values: dict[str, Any], flag: st
 
 
 @pytest.fixture
-def validated(monkeypatch: pytest.MonkeyPatch) -> Any:
+def validated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A function from a command line to the arguments that Megatron's own validation sees.
 
-    The file of ``--dip-config`` states 10 layers, the type of the tokenizer and a schedule for 4
-    ranks.
+    The file ``a.yaml`` of the folder states a schedule for 4 ranks.
     """
-    stated = {"num_layers": 10, "tokenizer_type": "NullTokenizer"}
-    config = SimpleNamespace(
-        schedule=SimpleNamespace(num_ranks=4),
-        megatron_arguments=lambda: stated,
-        model_shape=lambda: SimpleNamespace(modules=()),
-    )
-    monkeypatch.setattr(arguments, "load_config", lambda path: config)
-    seen: dict[str, Any] = {}
-    validation = ArgumentValidation(lambda args, defaults: seen.update(vars(args)))
-
-    def install(parser: argparse.ArgumentParser) -> None:
-        if validation.flags is None or validation.flags.parser is not parser:
-            validation.flags = ParserFlags(parser, validation.note_parsed)
-
-    monkeypatch.setattr(arguments, "_install_validation", install)
-
-    def run(*command_line: str) -> tuple[dict[str, Any], argparse.Namespace]:
-        monkeypatch.setattr(sys, "argv", ["script.py", *command_line])
-        parser = argparse.ArgumentParser(allow_abbrev=False)
-        parser.add_argument("--num-layers", type=int, default=None)
-        parser.add_argument("--tokenizer-type", default="SentencePiece")
-        parser.add_argument("--pipeline-model-parallel-size", type=int, default=4)
-        parser.add_argument("--eval-iters", type=int, default=100)
-        parser.add_argument("--eval-interval", type=int, default=None)
-        parser.add_argument("--skip-train", action="store_true")
-        parser.add_argument("--train-iters", type=int, default=5)
-        parser.add_argument("--train-samples", type=int, default=None)
-        parser.add_argument("--global-batch-size", type=int, default=None)
-        parser.add_argument("--full-validation", action="store_true")
-        parser.add_argument("--phase-transition-iterations", default=None)
-        parser.add_argument("--decoder-first-pipeline-num-layers", type=int, default=None)
-        arguments.add_arguments(arguments.add_arguments(parser))
-        seen.clear()
-        args = parser.parse_args()
-        validation(args, {})
-        return dict(seen), args
-
-    return run
-
-
-def test_the_configuration_sets_what_the_command_line_leaves_open(validated: Any) -> None:
-    seen, _ = validated("--dip-config", "a.yaml")
-    assert seen["num_layers"] == 10
-    assert seen["tokenizer_type"] == "NullTokenizer"
-
-
-def test_a_flag_that_agrees_with_the_configuration_is_accepted(validated: Any) -> None:
-    seen, _ = validated("--dip-config", "a.yaml", "--num-layers", "10")
-    assert seen["num_layers"] == 10
-
-
-def test_a_flag_that_contradicts_the_configuration_is_refused_with_both_values(
-    validated: Any,
-) -> None:
-    with pytest.raises(ConfigError, match=r"--num-layers 12.*a\.yaml.*10"):
-        validated("--dip-config", "a.yaml", "--num-layers", "12")
-
-
-def test_a_flag_that_states_the_default_still_contradicts_the_configuration(
-    validated: Any,
-) -> None:
-    with pytest.raises(ConfigError, match="SentencePiece"):
-        validated("--dip-config", "a.yaml", "--tokenizer-type", "SentencePiece")
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("schedule: {num_ranks: 4}")
+    return ValidatedRuns(monkeypatch)
 
 
 def test_layers_need_not_divide_by_pipeline_ranks_under_the_schedule_alone(validated: Any) -> None:
-    seen, after = validated("--dip-config", "a.yaml", "--dip-schedule")
+    flags = ("--dip-config", "a.yaml", "--num-layers", "10")
+    seen, after = validated(*flags, "--dip-schedule")
     assert seen["decoder_first_pipeline_num_layers"] is not None
     assert after.decoder_first_pipeline_num_layers is None
     # Megatron's own schedule needs it, and Megatron says so.
-    seen, _ = validated("--dip-config", "a.yaml")
+    seen, _ = validated(*flags)
     assert seen["decoder_first_pipeline_num_layers"] is None
 
 
@@ -153,25 +91,6 @@ def test_a_schedule_for_another_number_of_ranks_is_refused(validated: Any) -> No
     validated(*flags)
     with pytest.raises(ConfigError, match=r"num_ranks is 4 .*--pipeline-model-parallel-size 2"):
         validated(*flags, "--dip-schedule")
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("", (0, 1000)),
-        ("--eval-iters 3", (3, 1000)),
-        ("--eval-interval 5", (100, 5)),
-        ("--eval-iters 3 --eval-interval 5", (3, 5)),
-    ],
-)
-def test_a_run_is_evaluated_only_if_its_command_line_says_so(
-    validated: Any, flags: str, expected: tuple[int, int]
-) -> None:
-    """Megatron's own defaults, 100 iterations and no interval, fail where it counts samples."""
-    seen, _ = validated("--dip-config", "a.yaml", *flags.split())
-    assert (seen["eval_iters"], seen["eval_interval"]) == expected
-    unchanged, _ = validated(*flags.split())
-    assert unchanged["eval_interval"] in (None, 5)
 
 
 def test_without_our_arguments_nothing_changes(validated: Any) -> None:
@@ -195,3 +114,14 @@ def test_a_distributed_optimizer_is_saved_so_that_other_partitions_can_load_it()
         arguments.check_schedule_arguments(args)
     args.dist_ckpt_optim_fully_reshardable = True
     arguments.check_schedule_arguments(args)
+
+
+def test_a_plan_needs_no_file(validated: Any) -> None:
+    _, args = validated("--dip-schedule")
+    assert args.dip_schedule and args.dip_config is None
+
+
+def test_what_nobody_reads_in_the_file_is_refused_with_who_would(validated: Any) -> None:
+    Path("b.yaml").write_text("schedule: {}\nmodel: {}\ndata: {}")
+    with pytest.raises(ConfigError, match=r"b\.yaml: nobody reads data, model .*examples/"):
+        validated("--dip-config", "b.yaml")

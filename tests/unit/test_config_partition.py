@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dip.config import build_partition
 from megatron_dip.errors import ConfigError, PartitionError
 from megatron_dip.families.configs import load_config
 from megatron_dip.partition import Partition, partition_from_layers
@@ -32,11 +31,11 @@ def tiny_cut(num_vision_layers: int = 18) -> Partition:
 
 def test_a_named_partition_is_used_with_its_sizes(tmp_path):
     config = load_config(write_config(tmp_path, tiny_cut()))
-    assert build_partition(config) == tiny_cut()
+    assert config.partition(2) == tiny_cut()
 
 
 def test_a_stated_cut_carries_its_sizes_too():
-    assert build_partition(load_config(EXAMPLE)).sub_microbatch_tokens == {"vision": 1024}
+    assert load_config(EXAMPLE).partition(2).sub_microbatch_tokens == {"vision": 1024}
 
 
 def test_speeds_of_modules_may_stand_beside_a_named_partition(tmp_path):
@@ -74,4 +73,4 @@ def test_a_rank_without_a_stage_is_refused_in_a_file_and_where_layers_are_stated
         load_config(path)
     data["schedule"]["modules"]["vision"]["layers"] = [[8, 2, 8]]
     path.write_text(yaml.safe_dump(data))
-    assert len(build_partition(load_config(path)).stages_on(1)) == 1
+    assert len(load_config(path).partition(3).stages_on(1)) == 1

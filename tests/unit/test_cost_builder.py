@@ -93,8 +93,13 @@ def test_the_tiny_configuration_gives_operations_over_its_rate():
         "vision": [ItemSize(tokens=64, spans=(64,)), ItemSize(tokens=100, spans=(100,))],
         "language": [ItemSize(tokens=500, spans=(200, 300), needs={"vision": (0, 1)})],
     }
+    config = load_config(ROOT / "configs" / "vlm_tiny.yaml")
     made = config_builder(
-        load_config(ROOT / "configs" / "vlm_tiny.yaml"), kernels=Kernels(is_fp32=True)
+        config.schedule,
+        config.model_shape(),
+        config.partition(2),
+        num_ranks=2,
+        kernels=Kernels(is_fp32=True),
     )
     problem = made.build([sizes])
     image, sequence = problem.item("vision", 0, 1), problem.item("language", 0, 0)

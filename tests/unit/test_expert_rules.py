@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dip.config import DipConfig
 from megatron_dip.errors import ConfigError, UnsupportedError
 from megatron_dip.families.configs import load_config
-from megatron_dip.integration.expert_rules import check_expert_arguments
+from megatron_dip.families.expert_rules import check_expert_arguments
+from megatron_dip.families.forms import FamilyConfig
+from megatron_dip.integration.expert_rules import check_expert_plans
 
 EXPERTS = {"num_experts": 4, "ffn_hidden_size": 32}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -22,7 +23,7 @@ def config_of(
     experts: dict[str, int] | None = EXPERTS,
     tokens: int | None = None,
     **more: Any,
-) -> DipConfig:
+) -> FamilyConfig:
     """The tiny model with experts; ``tokens`` splits its language module."""
     data = yaml.safe_load((CONFIGS / "vlm_tiny.yaml").read_text())
     data["model"]["language"] |= {"experts": experts} | more
@@ -34,9 +35,12 @@ def config_of(
     return load_config(path)
 
 
-def check(config: DipConfig, **values: Any) -> None:
+def check(config: FamilyConfig, **values: Any) -> None:
     given = {"dip_schedule": True, "num_experts": 4, "moe_token_dispatcher_type": "alltoall"}
-    check_expert_arguments(argparse.Namespace(**(given | values)), "a.yaml", config)
+    args = argparse.Namespace(**(given | values))
+    check_expert_arguments(args, "a.yaml", config)
+    if args.dip_schedule and args.num_experts is not None:
+        check_expert_plans(args, config.model_shape(), config.partition(2))
 
 
 @pytest.mark.parametrize(

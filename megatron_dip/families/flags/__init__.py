@@ -2,15 +2,11 @@
 
 from megatron_dip.families.flags.check import check_flags
 from megatron_dip.families.flags.groups import FlagGroup, Verdict
-from megatron_dip.families.flags.stated import OWN_GROUP, ParserFlags, StatedFlag
 from megatron_dip.families.flags.table import GROUPS, group_of
 
 __all__ = [
     "GROUPS",
-    "OWN_GROUP",
     "FlagGroup",
-    "ParserFlags",
-    "StatedFlag",
     "Verdict",
     "check_flags",
     "group_of",

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from megatron_dip.config import DipConfig
 from megatron_dip.errors import ConfigError, UnsupportedError
 from megatron_dip.families.flags.groups import LEAVE_OUT, FlagGroup, Verdict
-from megatron_dip.families.flags.stated import StatedFlag
 from megatron_dip.families.flags.table import group_of
+from megatron_dip.families.forms import FamilyConfig
+from megatron_dip.integration.parser_flags import StatedFlag
 
 __all__ = ["check_flags"]
 
@@ -21,7 +21,7 @@ _PERSISTENT_WORKER = ("async_save", "use_persistent_ckpt_worker")
 
 
 def check_flags(
-    args: argparse.Namespace, stated: Sequence[StatedFlag], path: str, config: DipConfig
+    args: argparse.Namespace, stated: Sequence[StatedFlag], path: str, config: FamilyConfig
 ) -> None:
     """Refuse every flag of Megatron that would train as if it had not been stated.
 
@@ -38,7 +38,7 @@ def check_flags(
     _check_values(args, {flag.destination: flag for flag in stated}, config)
 
 
-def _check_flag(flag: StatedFlag, path: str, config: DipConfig) -> None:
+def _check_flag(flag: StatedFlag, path: str, config: FamilyConfig) -> None:
     group = group_of(flag.destination)
     if group is None:
         raise UnsupportedError(
@@ -67,12 +67,12 @@ def _asks_for_nothing(flag: StatedFlag, group: FlagGroup) -> bool:
     return flag.value in group.harmless.get(flag.destination, ())
 
 
-def _has_experts(config: DipConfig) -> bool:
+def _has_experts(config: FamilyConfig) -> bool:
     return any(module.experts is not None for module in config.model_shape().modules)
 
 
 def _check_values(
-    args: argparse.Namespace, stated: Mapping[str, StatedFlag], config: DipConfig
+    args: argparse.Namespace, stated: Mapping[str, StatedFlag], config: FamilyConfig
 ) -> None:
     """What depends on the value of a flag, on two of them, or on the modules of the model."""
     modules = config.model_shape().modules
@@ -125,7 +125,7 @@ def _check_fusions(stated: Mapping[str, StatedFlag]) -> None:
         )
 
 
-def _check_dropout(stated: Mapping[str, StatedFlag], config: DipConfig) -> None:
+def _check_dropout(stated: Mapping[str, StatedFlag], config: FamilyConfig) -> None:
     """A diffusion transformer has no dropout, and what is frozen does not draw."""
     modules = config.model_shape().modules
     has_none = all(module.kind == "dit" or not module.trainable for module in modules)

@@ -16,6 +16,7 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
+from megatron_dip.families.arguments import add_arguments
 from megatron_dip.families.lavin.checkpoint import load_adapters, save_adapters
 from megatron_dip.families.packed.model import StockModel
 from megatron_dip.families.packed.stage import StageModule
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """For Megatron's ``extra_args_provider``."""
+    """Megatron's ``extra_args_provider``: those of all scripts here, and files of adapters."""
+    add_arguments(parser)
     group = parser.add_argument_group(title="adapters")
     group.add_argument(
         "--load-adapters",

@@ -9,15 +9,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.base import (
+from megatron_dip.costs.shapes import AdapterShape, ModelShape, ModuleShape, NeckShape
+from megatron_dip.families.forms import (
     DataForm,
-    DipConfig,
+    FamilyConfig,
+    LanguageConfig,
     MegatronArguments,
     Positive,
     PositiveNumber,
+    TransformerForm,
 )
-from megatron_dip.costs.shapes import AdapterShape, ModelShape, ModuleShape, NeckShape
-from megatron_dip.families.forms import LanguageConfig, TransformerForm
 from megatron_dip.forms import Form
 from megatron_dip.limits import InnerWidth, Patch, Size
 
@@ -182,7 +183,7 @@ class PublishedOptimizer(Form):
         }
 
 
-class LavinConfig(DipConfig):
+class LavinConfig(FamilyConfig):
     """LaVIN, its schedule and its data."""
 
     family: Literal["lavin"] = "lavin"
@@ -233,11 +234,11 @@ class LavinConfig(DipConfig):
         )
 
     def module_forms(self) -> dict[str, TransformerForm]:
-        """See :class:`DipConfig`."""
+        """See :class:`FamilyConfig`."""
         return {"vision": self.model.vision, "language": self.model.language}
 
     def megatron_arguments(self) -> MegatronArguments:
-        """See :class:`DipConfig`; the towers have no dropout, adapters their own."""
+        """See :class:`FamilyConfig`; the towers have no dropout, adapters their own."""
         arguments = self.model.language.megatron_arguments()
         arguments |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
         return arguments | (self.optimizer.megatron_arguments() if self.optimizer else {})

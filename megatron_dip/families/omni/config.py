@@ -3,10 +3,16 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from megatron_dip.config.base import DipConfig, MegatronArguments, Positive
 from megatron_dip.costs.shapes import ModelShape, ModuleShape, ProjectorShape
 from megatron_dip.families.conversation_forms import ConversationForm
-from megatron_dip.families.forms import BackboneConfig, TransformerForm, VisionConfig
+from megatron_dip.families.forms import (
+    BackboneConfig,
+    FamilyConfig,
+    MegatronArguments,
+    Positive,
+    TransformerForm,
+    VisionConfig,
+)
 from megatron_dip.forms import Form
 from megatron_dip.limits import Size, Tokens
 
@@ -59,7 +65,7 @@ class OmniDataConfig(ConversationForm):
     """Samples per second of all audio files."""
 
 
-class OmniConfig(DipConfig):
+class OmniConfig(FamilyConfig):
     """A model that sees and hears, its schedule and its data."""
 
     family: Literal["omni"]
@@ -79,7 +85,7 @@ class OmniConfig(DipConfig):
         )
 
     def module_forms(self) -> dict[str, TransformerForm]:
-        """See :class:`DipConfig`."""
+        """See :class:`FamilyConfig`."""
         return {
             "vision": self.model.vision,
             "audio": self.model.audio,
@@ -87,5 +93,5 @@ class OmniConfig(DipConfig):
         }
 
     def megatron_arguments(self) -> MegatronArguments:
-        """See :class:`DipConfig`."""
+        """See :class:`FamilyConfig`."""
         return self.model.language.megatron_arguments()

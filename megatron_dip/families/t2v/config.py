@@ -5,9 +5,14 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from megatron_dip.config.base import DataForm, DipConfig, MegatronArguments
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
-from megatron_dip.families.forms import TextConfig, TransformerForm
+from megatron_dip.families.forms import (
+    DataForm,
+    FamilyConfig,
+    MegatronArguments,
+    TextConfig,
+    TransformerForm,
+)
 from megatron_dip.forms import Form
 from megatron_dip.limits import MOST_TOKENS, Size, Tokens
 
@@ -75,7 +80,7 @@ class T2vDataConfig(DataForm):
         return max(sizes, default=self.max_frames * self.max_frame_tokens)
 
 
-class T2vConfig(DipConfig):
+class T2vConfig(FamilyConfig):
     """A text-to-video model, its schedule and its data."""
 
     family: Literal["t2v"]
@@ -102,11 +107,11 @@ class T2vConfig(DipConfig):
         )
 
     def module_forms(self) -> dict[str, TransformerForm]:
-        """See :class:`DipConfig`."""
+        """See :class:`FamilyConfig`."""
         return {"text": self.model.text, "dit": self.model.dit}
 
     def megatron_arguments(self) -> MegatronArguments:
-        """See :class:`DipConfig`.
+        """See :class:`FamilyConfig`.
 
         ``seq_length`` has room for what crosses a boundary of Megatron's own schedule for a clip:
         its patches, its text and its time.

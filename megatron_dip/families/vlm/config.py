@@ -5,10 +5,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config.base import DipConfig, MegatronArguments
 from megatron_dip.costs.shapes import ModelShape
 from megatron_dip.families.conversation_forms import ConversationForm
-from megatron_dip.families.forms import BackboneConfig, TransformerForm, VisionConfig
+from megatron_dip.families.forms import (
+    BackboneConfig,
+    FamilyConfig,
+    MegatronArguments,
+    TransformerForm,
+    VisionConfig,
+)
 from megatron_dip.forms import Form
 from megatron_dip.limits import Tokens
 
@@ -53,7 +58,7 @@ class VlmDataConfig(ConversationForm):
         return self
 
 
-class VlmConfig(DipConfig):
+class VlmConfig(FamilyConfig):
     """A vision-language model, its schedule and its data."""
 
     family: Literal["vlm"] = "vlm"
@@ -72,9 +77,9 @@ class VlmConfig(DipConfig):
         )
 
     def module_forms(self) -> dict[str, TransformerForm]:
-        """See :class:`DipConfig`."""
+        """See :class:`FamilyConfig`."""
         return {"vision": self.model.vision, "language": self.model.language}
 
     def megatron_arguments(self) -> MegatronArguments:
-        """See :class:`DipConfig`."""
+        """See :class:`FamilyConfig`."""
         return self.model.language.megatron_arguments()

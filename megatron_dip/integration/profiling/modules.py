@@ -7,13 +7,13 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_dip.config import DipConfig
 from megatron_dip.costs import ItemSize
 from megatron_dip.costs.grid import size_grid
 from megatron_dip.costs.profile import MeasuredModule, MeasuredPoint
 from megatron_dip.costs.shapes import ModuleShape
 from megatron_dip.errors import ConfigError
 from megatron_dip.families.base import ModelFamily, StageFactory
+from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.packed.attention import span_params
 from megatron_dip.families.packed.stage import StageModule
 from megatron_dip.runtime.measure import CallTimes, measure_call
@@ -35,7 +35,7 @@ class MeasureOptions(NamedTuple):
     seconds_per_point: float
 
 
-def num_measurements(config: DipConfig, family: ModelFamily[Any], num_points: int) -> int:
+def num_measurements(config: FamilyConfig, family: ModelFamily[Any], num_points: int) -> int:
     """Sizes that are measured, over all curves of all modules."""
     return sum(
         _NUM_ROUNDS * _NUM_CURVES * len(_grid(family, config, module.name, num_points))
@@ -45,7 +45,7 @@ def num_measurements(config: DipConfig, family: ModelFamily[Any], num_points: in
 
 def measure_module(
     shape: ModuleShape,
-    config: DipConfig,
+    config: FamilyConfig,
     family: ModelFamily[Any],
     factory: StageFactory,
     options: MeasureOptions,
@@ -103,7 +103,7 @@ def measure_module(
 
 
 def _grid(
-    family: ModelFamily[Any], config: DipConfig, module: str, num_points: int
+    family: ModelFamily[Any], config: FamilyConfig, module: str, num_points: int
 ) -> tuple[int, ...]:
     tokens = family.item_tokens(config, module)
     return size_grid(tokens.start, tokens.stop - 1, num_points, tokens.step)
@@ -115,7 +115,7 @@ class _Bench:
     def __init__(
         self,
         shape: ModuleShape,
-        config: DipConfig,
+        config: FamilyConfig,
         family: ModelFamily[Any],
         factory: StageFactory,
         options: MeasureOptions,

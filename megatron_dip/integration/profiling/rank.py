@@ -6,11 +6,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_dip.config import DipConfig
 from megatron_dip.costs.layers import Parallelism
 from megatron_dip.costs.profile import Profile
 from megatron_dip.errors import ConfigError, DipError
 from megatron_dip.families.configs import load_config
+from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.integration.profiling.processes import ProfileTask
 from megatron_dip.rehearsal.local_ranks import Done, Failed, Progress
 
@@ -68,7 +68,7 @@ def _measure(task: ProfileTask, messages: Connection) -> Profile:
     )
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=task.tensor_parallel)
     model_parallel_cuda_manual_seed(task.seed)
-    config: DipConfig = load_config(task.config)
+    config: FamilyConfig = load_config(task.config)
     family = family_of(config)
     factory = family.stage_factory(config, _base_config(task), task.seed)
     total = num_measurements(config, family, task.num_points)

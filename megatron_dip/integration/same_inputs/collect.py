@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 import megatron_dip
-from megatron_dip.config import DipConfig
 from megatron_dip.errors import CheckpointError
+from megatron_dip.forms import Form
 from megatron_dip.integration.same_inputs.compare import Input
 from megatron_dip.reading import read_text
 
-__all__ = ["argument_inputs", "code_inputs", "config_inputs", "environment_inputs", "file_input"]
+__all__ = ["argument_inputs", "code_inputs", "environment_inputs", "file_input", "form_inputs"]
 
 _OF_A_RANK = frozenset(
     {
@@ -77,12 +77,20 @@ def argument_inputs(
             yield label, Input(repr(value), repr(value))
 
 
-def config_inputs(config: DipConfig) -> Iterator[tuple[str, Input]]:
-    """Every key of the file of ``--dip-config``; where it names a file, what is in that."""
-    yield "family", Input(type(config).__name__, type(config).__name__)
-    yield from _fields("", config)
-    for name, path in config.data.implied_files().items():
-        yield name, file_input(path)
+def form_inputs(form: Form, prefix: str = "") -> Iterator[tuple[str, Input]]:
+    """Every key of a form that was read from a file; where it names a file, what is in that."""
+    for name, value in form:
+        key = f"{prefix}{name}"
+        if isinstance(value, Form):
+            yield from form_inputs(value, f"{key}.")
+        elif isinstance(value, dict) and value and isinstance(next(iter(value.values())), Form):
+            for inner, part in value.items():
+                yield from form_inputs(part, f"{key}.{inner}.")
+        elif isinstance(value, Path):
+            if not name.endswith("_folder"):
+                yield key, file_input(value)
+        else:
+            yield key, Input(repr(value), repr(value))
 
 
 def code_inputs() -> Iterator[tuple[str, Input]]:
@@ -132,25 +140,6 @@ def file_input(path: Path) -> Input:
 def _digested(digest: Any, place: str) -> Input:
     text = digest.hexdigest()
     return Input(text, f"{place} (sha256 {text[:_NUM_DIGITS]})")
-
-
-def _fields(prefix: str, form: Any) -> Iterator[tuple[str, Input]]:
-    for name, value in form:
-        key = f"{prefix}{name}"
-        if hasattr(type(value), "model_fields"):
-            yield from _fields(f"{key}.", value)
-        elif (
-            isinstance(value, dict)
-            and value
-            and hasattr(type(next(iter(value.values()))), "model_fields")
-        ):
-            for inner, part in value.items():
-                yield from _fields(f"{key}.{inner}.", part)
-        elif isinstance(value, Path):
-            if not name.endswith("_folder"):
-                yield key, file_input(value)
-        else:
-            yield key, Input(repr(value), repr(value))
 
 
 def _checkpoint_input(folder: Path) -> Input:

@@ -2,17 +2,15 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_dip.families.configs import load_config
 from megatron_dip.integration.same_inputs.collect import (
     argument_inputs,
     code_inputs,
-    config_inputs,
     environment_inputs,
     file_input,
 )
@@ -21,18 +19,24 @@ from megatron_dip.integration.same_inputs.compare import Input, compare_inputs
 __all__ = ["check_same_index", "check_same_inputs"]
 
 
-def check_same_inputs(args: argparse.Namespace, destinations: Sequence[str]) -> None:
+def check_same_inputs(
+    args: argparse.Namespace,
+    destinations: Sequence[str],
+    config_inputs: Iterable[tuple[str, Input]],
+) -> None:
     """Compare what all ranks were given; the same call on all, once torch.distributed is there.
 
     Args:
-        args: As the command line was read; with ``--dip-config``.
+        args: As the command line was read.
         destinations: Of the command line's flags.
+        config_inputs: What the file of ``--dip-config`` gives.
 
     Raises:
         ConfigError: Names what differs, and where.
         ChannelError: Another rank did not get as far within ``--dip-timeout-seconds``.
     """
-    _compare("inputs", dict(_inputs(args, destinations)), args.dip_timeout_seconds)
+    inputs = dict(_inputs(args, destinations)) | dict(config_inputs)
+    _compare("inputs", inputs, args.dip_timeout_seconds)
 
 
 def check_same_index(path: Path, timeout_seconds: float) -> None:
@@ -42,7 +46,6 @@ def check_same_index(path: Path, timeout_seconds: float) -> None:
 
 def _inputs(args: argparse.Namespace, destinations: Sequence[str]) -> Iterator[tuple[str, Input]]:
     yield from code_inputs()
-    yield from config_inputs(load_config(args.dip_config))
     yield from argument_inputs(args, destinations)
     yield from environment_inputs(os.environ)
 

@@ -1,0 +1,180 @@
+"""What a configuration says of the schedule, whatever the model is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_dip.errors import ConfigError
+from megatron_dip.forms import Form
+from megatron_dip.limits import (
+    MOST_EVALUATIONS,
+    MOST_PLANNERS,
+    Layer,
+    Layers,
+    Positive,
+    Ranks,
+    Rate,
+    Time,
+)
+from megatron_dip.partition import (
+    Partition,
+    cut_evenly,
+    load_partition,
+    partition_from_layers,
+)
+
+__all__ = [
+    "CostConfig",
+    "DipConfig",
+    "ModuleSchedule",
+    "PlanningConfig",
+    "ScheduleConfig",
+    "build_partition",
+]
+
+
+class ModuleSchedule(Form):
+    """How one module is cut, and its share of a microbatch split."""
+
+    num_segments: Layers = 1
+    layers: tuple[tuple[Layer, ...], ...] | None = None
+    """Layers per segment and rank; cut evenly where not given."""
+    sub_microbatch_tokens: Positive | None = None
+    """Most tokens in a sub-microbatch; a microbatch is not split where not given."""
+    flops_per_us: Rate | None = None
+    """What one rank achieves on this module; ``costs.flops_per_us`` where not given."""
+
+
+_CUT_FIELDS = {"num_segments", "layers", "sub_microbatch_tokens"}
+
+
+class CostConfig(Form):
+    """Rates of the machine that the planner assumes; only their proportions shape a schedule."""
+
+    profile: Path | None = None
+    """Measured times of layers, as ``megatron-dip profile`` writes them; the rates of operations
+    below are then not used."""
+    flops_per_us: Rate = 4.0e8
+    """Floating-point operations per microsecond that one rank achieves."""
+    layer_overhead_us: Time = 60.0
+    transfer_latency_us: Time = 20.0
+    transfer_bytes_per_us: Rate = 40000.0
+    feedback: bool = True
+    """Correct times by what steps measure, per stage. Plans then follow the machine, and two runs
+    on the same data may plan differently; the log tells the error of predictions either way."""
+
+
+class ScheduleConfig(Form):
+    """What ``--dip-schedule`` runs."""
+
+    num_ranks: Ranks | None = None
+    """Pipeline ranks the cut is made for; where given, --pipeline-model-parallel-size must be
+    equal."""
+    planner: Literal["dual_queue", "one_f_one_b"] = "dual_queue"
+    evaluations: Annotated[int, Field(ge=0, le=MOST_EVALUATIONS)] = 64
+    """Orders of a batch that the dual queue tries before it takes the best; 0 tries one."""
+    partition: Path | None = None
+    """A cut as ``megatron-dip partition`` writes it; modules then state none."""
+    modules: dict[str, ModuleSchedule] = Field(default={})
+    """By module of the model; one that is not named, and is in no ``partition``, is cut evenly into
+    one segment."""
+    plan: Path | None = None
+    """One plan for all batches, of several problems as ``megatron-dip plan`` makes it: every batch
+    runs what it has of it, in its order."""
+    memory_limit_gib: Annotated[float, Field(gt=0, le=2**30)] = 80.0
+    """Per rank, weights included."""
+    costs: CostConfig = CostConfig()
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Self:
+        unread = sorted({"planner", "evaluations"} & self.model_fields_set)
+        if self.plan is not None and unread:
+            raise ValueError(
+                f"states {unread} beside plan (expected one of them: with a plan for all batches "
+                f"none is made)"
+            )
+        return self
+
+
+class PlanningConfig(Form):
+    """How plans are made beside training."""
+
+    look_ahead: Annotated[int, Field(ge=1, le=16)] = 2
+    """Batches that are held while one trains; with fewer than 2 training waits for every plan."""
+    workers: Annotated[int, Field(gt=0, le=MOST_PLANNERS)] = 1
+    """Planner processes of every pipeline."""
+    wait_limit_ms: Annotated[float, Field(ge=0, le=1e9)] = 1000.0
+    """The longest that training waits for a plan that is late, before it takes a lesser one."""
+    search_limit_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """The longest that a batch is searched; most of the measured time of a step if not given."""
+    worker_memory_gib: Annotated[float, Field(ge=0.5, le=2**20)] = 4.0
+    """The most that a planner process may hold; with less than half a GiB it cannot start."""
+
+
+class DipConfig(Form):
+    """What ``--dip-schedule`` reads of the file of ``--dip-config``; all of it may be left out.
+
+    A script may read more of the file, see :func:`megatron_dip.config.load.load_dip_config`.
+    """
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    planning: PlanningConfig = PlanningConfig()
+
+    @model_validator(mode="after")
+    def _check_cut(self) -> Self:
+        if self.schedule.partition is None:
+            return self
+        for name, module in self.schedule.modules.items():
+            stated = sorted(_CUT_FIELDS & module.model_fields_set)
+            if stated:
+                raise ValueError(
+                    f"schedule.modules.{name} states {stated} beside schedule.partition (expected "
+                    f"the cut in one place: remove one of them)"
+                )
+        return self
+
+
+def build_partition(
+    schedule: ScheduleConfig, num_layers: Mapping[str, int], num_ranks: int
+) -> Partition:
+    """The partition that ``schedule`` describes or names; even where it says nothing.
+
+    Args:
+        num_layers: Layers per module, upstream modules first.
+        num_ranks: Pipeline ranks.
+
+    Raises:
+        PartitionError: Layer counts do not fit the module or the number of ranks, or a rank has no
+            stage.
+        ConfigError: A module that the model does not have, or segments and layers of one that
+            contradict one another.
+    """
+    unknown = sorted(set(schedule.modules) - set(num_layers))
+    if unknown:
+        raise ConfigError(
+            f"schedule.modules names {sorted(schedule.modules)} (expected some of "
+            f"{sorted(num_layers)}: the modules of the model)"
+        )
+    if schedule.partition is not None:
+        loaded = load_partition(schedule.partition)
+        loaded.check_layers(num_layers, num_ranks)
+        loaded.check_ranks(num_ranks)
+        return loaded
+    layers, sizes = {}, {}
+    for name, count in num_layers.items():
+        module = schedule.modules.get(name, ModuleSchedule())
+        cut = module.layers or cut_evenly(count, module.num_segments, num_ranks)
+        total = sum(sum(segment) for segment in cut)
+        if total != count or len(cut) != module.num_segments:
+            raise ConfigError(
+                f"schedule.modules.{name}.layers: {len(cut)} segments with {total} layers "
+                f"(expected num_segments {module.num_segments} with {count} layers)"
+            )
+        layers[name] = cut
+        if module.sub_microbatch_tokens is not None:
+            sizes[name] = module.sub_microbatch_tokens
+    made = partition_from_layers(layers, num_ranks)
+    made.check_ranks(num_ranks)
+    return made.model_copy(update={"sub_microbatch_tokens": sizes})
