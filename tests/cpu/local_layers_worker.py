@@ -6,6 +6,7 @@ Usage: ``megatron_dip.launch --cpu local_layers_worker.py``, in one process.
 import torch
 from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -56,6 +57,21 @@ def check_packed_sequences() -> None:
     print("packed sequences attend to themselves")
 
 
+def check_positions_in_packed_sequences() -> None:
+    """Of two sequences; what stands behind them is left as it is."""
+    tokens = torch.randn(7, NUM_HEADS, WIDTH)
+    angles = torch.randn(4, 1, 1, WIDTH)
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+    group = parallel_state.get_context_parallel_group()
+    found = apply_rotary_pos_emb(tokens, angles, config(), cu_seqlens=bounds, cp_group=group)
+    for start, end in ((0, 2), (2, 5)):
+        one = tokens[start:end, None]
+        rotated = apply_rotary_pos_emb(one, angles[: end - start], config(), cp_group=group)
+        torch.testing.assert_close(found[start:end, None], rotated)
+    assert torch.equal(found[5:], tokens[5:])
+    print("positions end with the packed sequences")
+
+
 def check_padded_batch() -> None:
     parts = draw(5, 2)
     packing = PackedSeqParams(qkv_format="sbhd")
@@ -91,6 +107,7 @@ if __name__ == "__main__":
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     check_packed_sequences()
+    check_positions_in_packed_sequences()
     check_padded_batch()
     check_width_of_values()
     check_norms()

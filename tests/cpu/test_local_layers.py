@@ -18,6 +18,7 @@ def output(tmp_path_factory):
     "line",
     [
         "packed sequences attend to themselves",
+        "positions end with the packed sequences",
         "a padded batch is causal",
         "values have their own width",
         "CLIP is built without Transformer Engine",

@@ -19,6 +19,7 @@ def complete_local_layers() -> None:
     _give_norms_of_torch()
     _let_values_have_their_own_width()
     _attend_within_packed_sequences()
+    _leave_what_follows_packed_sequences()
 
 
 def _give_norms_of_torch() -> None:
@@ -105,6 +106,20 @@ def _attend_within_packed_sequences() -> None:
         return torch.cat([*outputs, rest])
 
     DotProductAttention.forward = forward_packed
+
+
+def _leave_what_follows_packed_sequences() -> None:
+    """Tokens after the last sequence have no position; Megatron's own code counts none of them."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    rotate = rope_utils._apply_rotary_pos_emb_thd
+
+    @functools.wraps(rotate)
+    def rotate_sequences(tokens: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        end = int(cu_seqlens[-1])
+        return torch.cat([rotate(tokens[:end], cu_seqlens, *args, **kwargs), tokens[end:]])
+
+    rope_utils._apply_rotary_pos_emb_thd = rotate_sequences
 
 
 def _causal_mask(length: int) -> Tensor:
