@@ -6,10 +6,19 @@ from typing import Any
 import torch
 
 from megatron_dip.costs import ItemSize
-from megatron_dip.errors import UnsupportedError
+from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.models.staged import Received
 
-__all__ = ["join", "needed", "num_samples", "pick", "take", "take_rows"]
+__all__ = [
+    "items_in_places",
+    "join",
+    "needed",
+    "num_samples",
+    "pick",
+    "take",
+    "take_rows",
+    "take_samples",
+]
 
 
 def num_samples(batch: Mapping[str, Any]) -> int:
@@ -63,6 +72,62 @@ def take_rows(tensor: torch.Tensor, rows: Sequence[int], dim: int = 0) -> torch.
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return tensor.narrow(dim, rows[0], len(rows))
     return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+
+
+def take_samples(
+    batch: Mapping[str, Any], names: Sequence[str], items: Sequence[int], num_samples: int
+) -> dict[str, torch.Tensor]:
+    """Those of the tensors ``names`` that a batch has, at ``items``.
+
+    Args:
+        batch: A raw batch.
+        names: Of tensors [samples, ...], or [axes, samples, tokens] of positions with several axes.
+            One of another size belongs to all samples and is left out.
+        items: Samples.
+        num_samples: Of the whole batch.
+    """
+    taken = {}
+    for name in names:
+        tensor = batch.get(name)
+        if isinstance(tensor, torch.Tensor):
+            dim = 1 if name == "position_ids" and tensor.dim() == 3 else 0
+            if tensor.shape[dim] == num_samples:
+                taken[name] = take_rows(tensor, items, dim)
+    return taken
+
+
+def items_in_places(
+    module: str, rows: Sequence[int], places: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The items that fill the places of each sample, in their order.
+
+    Args:
+        module: Whose items they are.
+        rows: Of each item.
+        places: Of each sample: tokens that rows replace.
+
+    Raises:
+        DataError: An item is left over, is missing, or lies in two samples.
+    """
+    found: list[tuple[int, ...]] = []
+    item = 0
+    for number, wanted in enumerate(places):
+        first, filled = item, 0
+        while filled < wanted and item < len(rows):
+            filled += rows[item]
+            item += 1
+        if filled != wanted:
+            raise DataError(
+                f"module {module}: sample {number} of a microbatch has {wanted} places, and items "
+                f"{list(range(first, item))} have {filled} rows (expected as many)"
+            )
+        found.append(tuple(range(first, item)))
+    if item != len(rows):
+        raise DataError(
+            f"module {module}: {len(rows)} items in a microbatch, and places for the first {item} "
+            f"(expected places for all)"
+        )
+    return found
 
 
 def pick(received: Received, items: Sequence[int], dim: int) -> Received:
