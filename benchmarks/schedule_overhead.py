@@ -29,10 +29,10 @@ from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import schedules
 
-from megatron_dip.costs import Boundary
+from megatron_dip.costs import BatchSizes, Boundary, ItemSize
 from megatron_dip.partition import uniform_partition
-from megatron_dip.plan import Plan, pack_plan, unpack_plan
-from megatron_dip.planner import PlannedBatch, make_plan
+from megatron_dip.plan import Plan
+from megatron_dip.planner import PlannedBatch, make_plan, pack_plan, unpack_plan
 from megatron_dip.runtime import (
     Channels,
     Executor,
@@ -229,10 +229,11 @@ def main() -> None:
             forward_only=False,
         )
 
-    batch, packed = PlannedBatch(plan), pack_plan(plan)
+    sizes: BatchSizes = ({"language": [ItemSize(tokens=ROWS, spans=(ROWS,))]},) * NUM_MICROBATCHES
+    batch, packed = PlannedBatch(plan, sizes), pack_plan(plan, [sizes])
 
     def prepare_plan() -> None:
-        executor.prepare(PlannedBatch(unpack_plan(packed, plan.problem, plan.partition)))
+        executor.prepare(unpack_plan(packed, lambda _: plan.problem, plan.partition, own=sizes))
 
     def run_executor() -> None:
         executor.run(batch, runner)

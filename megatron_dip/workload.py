@@ -5,8 +5,6 @@ of every microbatch with their costs, and the limits of the machine.  It holds n
 Times are microseconds per layer and item; bytes are per layer and item.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -356,17 +354,6 @@ class Problem(Form):
                         if not item[name]:
                             del item[name]
         return digest_of(data)
-
-    def batch_digest(self) -> str:
-        """SHA-256 of the items without their costs: equal where two ranks read the same batch."""
-        items = [
-            [
-                (name, [(item.item, item.tokens, item.needs) for item in microbatch[name]])
-                for name in sorted(microbatch)
-            ]
-            for microbatch in self.microbatches
-        ]
-        return hashlib.sha256(json.dumps(items, separators=(",", ":")).encode()).hexdigest()
 
 
 def topological_order(modules: tuple[Module, ...]) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from megatron_dip.costs import BatchSizes
 from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.families.accounting import note_microbatch
 from megatron_dip.families.packed.batches import Microbatch
@@ -72,23 +71,20 @@ def forward_backward_dip(
     data_end_us = recorder.now_us()
     if not forward_only:
         pipeline.plans.note_step()
-    sizes = tuple(microbatch.item_sizes for microbatch in microbatches)
-    plan = pipeline.plans.plan(sizes)
+    planned = pipeline.plans.plan(tuple(microbatch.item_sizes for microbatch in microbatches))
     recorder.record("plan", data_end_us, is_wait=not pipeline.is_plan_owner)
     plan_end_us = recorder.now_us()
     runner = _runner(
         model,
         forward_step_func,
         microbatches,
-        sizes,
+        planned,
         forward_only=forward_only,
         first_microbatch=schedules.check_first_val_step(first_val_step, forward_only, True),
         collect_non_loss_data=collect_non_loss_data,
     )
-    with _without_gradient_sync(model), _boundaries_in_16_bits(model, plan):
-        pipeline.executor.run(
-            PlannedBatch(plan, sizes), runner, recorder, forward_only=forward_only
-        )
+    with _without_gradient_sync(model), _boundaries_in_16_bits(model, planned.plan):
+        pipeline.executor.run(planned, runner, recorder, forward_only=forward_only)
     ahead.go_on(recorder)
     if not forward_only:
         _finalize(model, config, runner, bool(force_all_reduce))
@@ -96,7 +92,7 @@ def forward_backward_dip(
         config.timers("forward-backward").stop()
     if not forward_only:
         times = (start_us, data_end_us, plan_end_us)
-        _follow(pipeline, plan, recorder, times, runner.stored.peak if runner.stored else 0)
+        _follow(pipeline, planned.plan, recorder, times, runner.stored.peak if runner.stored else 0)
     return runner.reports.in_order()
 
 
@@ -127,7 +123,7 @@ def _runner(
     model: Sequence[torch.nn.Module],
     forward_step: Any,
     microbatches: Sequence[Microbatch],
-    sizes: BatchSizes,
+    planned: PlannedBatch,
     *,
     forward_only: bool,
     first_microbatch: bool,
@@ -138,7 +134,7 @@ def _runner(
         config=get_model_config(model[0]),
         forward_step=forward_step,
         microbatches=microbatches,
-        sizes=sizes,
+        planned=planned,
         context_parallel_size=mpu.get_context_parallel_world_size(),
         reduces_early=_reduces_early(model) and not forward_only,
         first_microbatch=first_microbatch,
@@ -169,10 +165,9 @@ class _Ahead:
         """
         start_us = recorder.now_us()
         source, pipeline = self._source, self._pipeline
-        coming = source.coming(self._num_microbatches) if source else []
-        plan = pipeline.plans.offer(coming)
-        if plan is not None:
-            pipeline.executor.prepare(PlannedBatch(plan, coming[0]))
+        planned = pipeline.plans.offer(source.coming(self._num_microbatches) if source else ())
+        if planned is not None:
+            pipeline.executor.prepare(planned)
         self._read()
         recorder.record("look ahead", start_us)
 

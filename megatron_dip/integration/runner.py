@@ -14,11 +14,11 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_dip.costs import BatchSizes
 from megatron_dip.families.packed.batches import Microbatch, StageData
 from megatron_dip.integration.chunks import StageBatch, UpstreamRows
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
 from megatron_dip.partition import Stage
+from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime import ForwardCall, SavedForward, backward_inputs, backward_weights
 from megatron_dip.runtime.measure import StoredBytes
 from megatron_dip.workload import SubMicrobatch
@@ -34,7 +34,7 @@ class MegatronRunner:
         config: The configuration shared by the chunks.
         forward_step: The script's own.
         microbatches: The data of this iteration.
-        sizes: Of its items.
+        planned: What is run of it, with the sizes of its items.
         context_parallel_size: Ranks over which Megatron averages a two-part loss.
         reduces_early: Whether a stage's gradients are reduced while others still compute.
         first_microbatch: False where cached fp8 weights stay valid (validation after its first).
@@ -50,7 +50,7 @@ class MegatronRunner:
         config: TransformerConfig,
         forward_step: Callable[..., Any],
         microbatches: Sequence[Microbatch],
-        sizes: BatchSizes,
+        planned: PlannedBatch,
         context_parallel_size: int,
         reduces_early: bool,
         first_microbatch: bool = True,
@@ -61,7 +61,7 @@ class MegatronRunner:
         self._config = config
         self._forward_step = forward_step
         self._microbatches = tuple(microbatches)
-        self._sizes = sizes
+        self._planned = planned
         self._context_parallel_size = context_parallel_size
         self._reduces_early = reduces_early
         self._collect_non_loss_data = collect_non_loss_data
@@ -144,11 +144,11 @@ class MegatronRunner:
     def _forward_step_of(self, call: ForwardCall) -> Callable[..., Any]:
         if not call.is_loss:
             return self._forward_step
-        whole = self._sizes[call.work.microbatch][call.sub_microbatch.module]
+        sub = call.sub_microbatch
         return weighted_forward_step(
             self._forward_step,
             part_tokens=sum(size.loss_tokens for size in call.sizes),
-            whole_tokens=sum(size.loss_tokens for size in whole),
+            whole_tokens=self._planned.num_loss_tokens(sub.module, sub.microbatch),
             per_token=self._config.calculate_per_token_loss,
         )
 

@@ -1,9 +1,8 @@
-"""Plans: actions, dependencies, lowering, validation, and the forms in which plans travel."""
+"""Plans: actions, dependencies, lowering, validation, and the forms in files."""
 
 from megatron_dip.plan.actions import Action, ActionType, format_actions, parse_actions
 from megatron_dip.plan.graph import Message, PipelineGraph, Work
 from megatron_dip.plan.plan import Estimate, Plan, Recompute, load_plan, parse_plan, save_plan
-from megatron_dip.plan.wire import pack_plan, plan_digest, unpack_plan
 
 __all__ = [
     "Action",
@@ -16,10 +15,7 @@ __all__ = [
     "Work",
     "format_actions",
     "load_plan",
-    "pack_plan",
     "parse_actions",
     "parse_plan",
-    "plan_digest",
     "save_plan",
-    "unpack_plan",
 ]

@@ -2,7 +2,7 @@
 
 A plan file is self-contained: it embeds its problem and partition, so that it can be validated,
 simulated, drawn and rehearsed alone.  What travels to the ranks during training is the compact
-form of :mod:`megatron_dip.plan.wire`.
+form of :mod:`megatron_dip.planner.wire`.
 """
 
 import json

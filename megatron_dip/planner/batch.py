@@ -1,34 +1,17 @@
-"""Batches to be planned, of all replicas that share a plan, and planned ones, of one replica."""
+"""A batch to be planned: the items of all replicas that share its plan, and what they cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
-from megatron_dip.costs import BatchSizes, ItemSize, ProblemBuilder
+from megatron_dip.costs import BatchSizes, ProblemBuilder
 from megatron_dip.errors import PlanError
-from megatron_dip.plan import Plan, pack_plan
+from megatron_dip.plan import Plan
 from megatron_dip.planner.joint import joint_problem
-from megatron_dip.workload import Problem, SubMicrobatch
+from megatron_dip.planner.wire import pack_plan, sizes_digest
+from megatron_dip.workload import Problem
 
-__all__ = ["Batch", "PlannedBatch"]
-
-
-class PlannedBatch(NamedTuple):
-    """What the ranks of one replica run: a plan, and the sizes of the items that it is for."""
-
-    plan: Plan
-    sizes: BatchSizes | None = None
-    """None where nothing but the tokens of items is known, as in a rehearsal."""
-
-    def sizes_of(self, sub: SubMicrobatch) -> tuple[ItemSize, ...]:
-        """Of the items of a sub-microbatch, in their order."""
-        if self.sizes is not None:
-            known = self.sizes[sub.microbatch][sub.module]
-            return tuple(known[item] for item in sub.items)
-        problem = self.plan.problem
-        tokens = [problem.item(sub.module, sub.microbatch, item).tokens for item in sub.items]
-        return tuple(ItemSize(tokens=number, spans=(number,)) for number in tokens)
+__all__ = ["Batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +19,13 @@ class Batch:
     """What one plan is made for."""
 
     replicas: tuple[BatchSizes, ...]
-    digests: tuple[str, ...]
-    """Per replica, of its items: the same on all ranks that read the same data."""
     builder: ProblemBuilder
     """The costs."""
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Per replica, of its items: what the batch is known by."""
+        return tuple(map(sizes_digest, self.replicas))
 
     @cached_property
     def problem(self) -> Problem:
@@ -59,7 +45,7 @@ class Batch:
 
     def pack(self, plan: Plan) -> bytes:
         """A plan for this batch, to be sent to the ranks of all replicas."""
-        return pack_plan(plan, self.digests)
+        return pack_plan(plan, self.replicas)
 
 
 def _check_alike(problems: Sequence[Problem], module: str) -> None:

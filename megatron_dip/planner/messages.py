@@ -42,8 +42,6 @@ class Request:
     number: int
     replicas: tuple[BatchSizes, ...]
     """Those that share the plan."""
-    digests: tuple[str, ...]
-    """Of their batches."""
     limit_ms: float
 
 
@@ -65,7 +63,7 @@ class Planned:
 
     number: int
     packed: bytes
-    """As :func:`megatron_dip.plan.pack_plan` makes it; empty where it is the one sent before."""
+    """As :func:`megatron_dip.planner.pack_plan` makes it; empty where it is the one sent before."""
     is_last: bool
     is_searched: bool
     """As in :class:`megatron_dip.planner.RoundPlan`."""

@@ -70,9 +70,7 @@ class _Worker:
         self._warnings.texts.clear()
         sent: Plan | None = None
         try:
-            batch = Batch(
-                replicas=request.replicas, digests=request.digests, builder=self._setup.builder
-            )
+            batch = Batch(replicas=request.replicas, builder=self._setup.builder)
             for found in plan_in_rounds(
                 batch.problem, self._setup.partition, self._setup.settings, request.limit_ms
             ):

@@ -5,32 +5,39 @@ them); each replica then runs the plan restricted to what its own batch has.
 
 At the end of a step the owner offers the plan of the next one, if there is one: the broadcast runs
 while gradients are reduced and the optimizer steps.  At the start of a step all ranks gather the
-digests of what they have for their batch, and what follows depends on these alone, so that no rank
-decides by itself what to run.  A rank whose data, configuration or plan differs makes all ranks
-raise the same error before the first action of the step.
+digests of the plans that they could run: with data, those for their own batch; without, all that
+they were offered.  What follows depends on these alone, so that no rank decides by itself what to
+run: the owner's first one if all could run it; else the owner sends one, and they gather once more.
+A rank whose data, configuration or plan differs makes all ranks raise the same error before the
+first action of the step.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_dip.costs import BatchSizes
 from megatron_dip.errors import ChannelError, PlanDigestError, PlanningError
 from megatron_dip.partition import Partition
-from megatron_dip.plan import Plan, plan_digest, unpack_plan
-from megatron_dip.planner import restrict_plan
+from megatron_dip.planner import Build, PlannedBatch, plan_digest, unpack_plan
 from megatron_dip.runtime.channels import transfer_failure_reason
-from megatron_dip.workload import Problem
 
 __all__ = ["PlanAgreement", "connected_groups"]
+
+logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
 _LENGTH_BYTES = 8
 _FIRST_CAPACITY_BYTES = 1 << 15
 # One for the next training step and one for the next evaluation are in use at most.
 _OFFERS_KEPT = 4
+_MOST_RUNNABLE = _OFFERS_KEPT + 1
+"""The offers, and the plan that was run last."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,22 +45,26 @@ class _Received:
     """A plan as it arrived, and what it is for this rank."""
 
     packed: bytes
-    replica: int | None
-    """The one that this rank belongs to where the plan is for several."""
-    problem: Problem | None = None
-    plan: Plan | None = None
+    own: BatchSizes | None = None
+    """The batch of this rank that it was last compared with; None where that has no data."""
+    planned: PlannedBatch | None = None
     difference: str = ""
-    """Why it is none for the batch of this rank."""
+    """Why it cannot be run for that batch."""
 
-    def is_for(self, problem: Problem, partition: Partition) -> bool:
-        """Whether it is a plan for this batch; unpacks it."""
-        if self.plan is None or self.problem is not problem:
-            self.plan, self.difference = _unpack(self.packed, problem, partition, self.replica)
-            self.problem = problem
-        return self.plan is not None
-
+    @property
     def digest(self) -> bytes:
         return bytes.fromhex(plan_digest(self.packed))
+
+    def is_for(
+        self, own: BatchSizes | None, build: Build, partition: Partition, replica: int
+    ) -> bool:
+        """Whether it can be run for this batch; unpacks it."""
+        if self.own is not own or (self.planned is None and not self.difference):
+            self.own = own
+            self.planned, self.difference = _unpack(
+                self.packed, build, partition, replica=replica, own=own
+            )
+        return self.planned is not None
 
 
 class PlanAgreement:
@@ -78,7 +89,7 @@ class PlanAgreement:
         self._partition = partition
         self._group = group
         self._leaders = tuple(leaders)
-        self._replica = replica if len(leaders) > 1 else None
+        self._replica = replica
         self._capacity_bytes = _FIRST_CAPACITY_BYTES
         self._offer: tuple[dist.Work, torch.Tensor] | None = None
         self._offered: list[_Received] = []
@@ -94,7 +105,7 @@ class PlanAgreement:
         return dist.get_rank(self._group) in self._leaders
 
     def gather[T](self, batches: Sequence[T]) -> list[tuple[T, ...]]:
-        """What all replicas say of their batches; only what leaders give is read.
+        """What all replicas say of their batches; a call of leaders, which others may leave out.
 
         Returns:
             On the owner, for every batch that all replicas have, the share of each; else nothing.
@@ -102,15 +113,19 @@ class PlanAgreement:
         Raises:
             ChannelError: A rank has died, or does not answer within the group's time limit.
         """
-        if len(self._leaders) == 1:
-            return [(batch,) for batch in batches] if self.is_owner else []
-        own = list(batches) if self.is_leader else None
-        gathered: list[Any] | None = [None] * self._group.size() if self.is_owner else None
-        with _Explained():
-            dist.gather_object(own, gathered, dst=self._owner, group=self._group)
-        if gathered is None:
+        if not self.is_leader:
             return []
-        return list(zip(*(gathered[leader] for leader in self._leaders), strict=False))
+        if not self.is_owner:
+            with _Explained():
+                dist.send_object_list([list(batches)], group=self._group, group_dst=0)
+            return []
+        told = [list(batches)]
+        for leader in self._leaders[1:]:
+            received: list[Any] = [None]
+            with _Explained():
+                dist.recv_object_list(received, group=self._group, group_src=leader)
+            told.append(received[0])
+        return list(zip(*told, strict=False))
 
     def offer(self, packed: bytes) -> None:
         """Start the broadcast of the owner's plan for a later batch; at the end of every step.
@@ -133,25 +148,33 @@ class PlanAgreement:
         assert work is not None
         self._offer = (work, message)
 
-    def prepare(self, problem: Problem) -> Plan | None:
-        """Unpack what was offered for ``problem``, if it has arrived; sends nothing.
+    def prepare(self, own: BatchSizes | None, build: Build) -> PlannedBatch | None:
+        """Unpack what was offered for a batch, if it has arrived; sends nothing.
+
+        Args:
+            own: As for :meth:`agree`; without data the plan that was offered last is unpacked.
+            build: As for :meth:`agree`.
 
         Returns:
             The plan that :meth:`agree` will find, unless another rank has none.
         """
         if self._offer is not None and self._offer[0].is_completed():
             self._collect()
-        return next(
-            (one.plan for one in self._offered if one.is_for(problem, self._partition)), None
-        )
+        newest_first = self._offered if own is not None else reversed(self._offered)
+        usable = (one for one in newest_first if self._is_for(one, own, build))
+        found = next(usable, None)
+        return None if found is None else found.planned
 
-    def agree(self, problem: Problem, make: Callable[[], bytes]) -> Plan:
-        """The owner's plan for ``problem``, the same on all ranks.
+    def agree(
+        self, own: BatchSizes | None, build: Build, make: Callable[[], bytes]
+    ) -> PlannedBatch:
+        """The owner's plan for its next batch, the same on all ranks.
 
-        The very same problem again, as when a step is run a second time, has the very same plan.
+        The very same batch again, as when a step is run a second time, has the very same plan.
 
         Args:
-            problem: The batch as this rank sees it.
+            own: The batch as this rank sees it; None where it has no data, and takes the owner's.
+            build: Makes the problem of a batch.
             make: Called by the owner alone, where no plan was offered: a packed plan.
 
         Raises:
@@ -160,28 +183,34 @@ class PlanAgreement:
             ChannelError: A rank has died, or does not answer within the group's time limit.
         """
         self._collect()
-        received = self._find(problem)
-        digests = self._gather(received)
-        if not any(digests[0]):
-            received = self._broadcast(make)
-            received.is_for(problem, self._partition)
-            digests = self._gather(received)
-        self._compare(digests, received)
-        assert received is not None and received.plan is not None
+        runnable = self._runnable(own, build)
+        rows = self._gather(runnable)
+        if rows[0] and all(rows[0][0] in row for row in rows):
+            received = next(one for one in runnable if one.digest == rows[0][0])
+        else:
+            if self.is_owner and runnable:
+                logger.warning("a plan that was offered does not suit all ranks: it is sent again")
+            received = self._broadcast((lambda: runnable[0].packed) if runnable else make)
+            self._is_for(received, own, build)
+            self._compare(self._gather([received] if received.planned else []), received)
+        assert received.planned is not None
         self._last = received
-        self._offered = [other for other in self._offered if other is not received]
-        return received.plan
+        self._offered = [one for one in self._offered if one.digest != received.digest]
+        return received.planned
 
     @property
     def _owner(self) -> int:
         return int(dist.get_global_rank(self._group, 0))
 
-    def _find(self, problem: Problem) -> _Received | None:
-        """The plan for ``problem`` among those that are known here."""
-        if self._last is not None and self._last.problem is problem:
-            return self._last
-        known = [*self._offered, *([self._last] if self._last else [])]
-        return next((one for one in known if one.is_for(problem, self._partition)), None)
+    def _is_for(self, received: _Received, own: BatchSizes | None, build: Build) -> bool:
+        return received.is_for(own, build, self._partition, self._replica)
+
+    def _runnable(self, own: BatchSizes | None, build: Build) -> list[_Received]:
+        """The plans that are known here and could be run, the one to be preferred first."""
+        last = [self._last] if self._last is not None else []
+        if own is not None and last and last[0].own is own:
+            return last
+        return [one for one in (*self._offered, *last) if self._is_for(one, own, build)]
 
     def _collect(self) -> None:
         """Take in what was offered."""
@@ -196,9 +225,7 @@ class PlanAgreement:
             self._capacity_bytes = 2 * length
         elif length:
             packed = message[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes()
-            self._offered = [*self._offered, _Received(packed=packed, replica=self._replica)][
-                -_OFFERS_KEPT:
-            ]
+            self._offered = [*self._offered, _Received(packed=packed)][-_OFFERS_KEPT:]
 
     def _broadcast(self, make: Callable[[], bytes]) -> _Received:
         """The owner's plan, which nobody has yet."""
@@ -223,31 +250,27 @@ class PlanAgreement:
         if int(header[1]):
             reason = packed.decode()
             raise PlanningError(f"the plan owner could not plan this batch: {reason}") from mistake
-        return _Received(packed=packed, replica=self._replica)
+        return _Received(packed=packed)
 
-    def _gather(self, received: _Received | None) -> list[bytes]:
-        """Per rank the digest of its plan; zeros where it has none for its batch."""
-        is_usable = received is not None and received.plan is not None
-        own = received.digest() if is_usable and received else bytes(_DIGEST_BYTES)
-        gathered = torch.empty(self._group.size() * _DIGEST_BYTES, dtype=torch.uint8)
+    def _gather(self, runnable: Sequence[_Received]) -> list[list[bytes]]:
+        """Per rank the digests of the plans that it could run."""
+        own = b"".join(one.digest for one in runnable)
+        row = own.ljust(_MOST_RUNNABLE * _DIGEST_BYTES, b"\0")
+        gathered = torch.empty(self._group.size() * len(row), dtype=torch.uint8)
         with _Explained():
-            dist.all_gather_into_tensor(gathered, _bytes_tensor(own), group=self._group)
-        return [row.numpy().tobytes() for row in gathered.split(_DIGEST_BYTES)]
+            dist.all_gather_into_tensor(gathered, _bytes_tensor(row), group=self._group)
+        return [_digests(part.numpy().tobytes()) for part in gathered.split(len(row))]
 
-    def _compare(self, digests: list[bytes], received: _Received | None) -> None:
-        """Raise the same error on every rank unless all have the owner's plan."""
-        differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    def _compare(self, rows: Sequence[Sequence[bytes]], received: _Received) -> None:
+        """Raise the same error on every rank unless all could run the owner's plan."""
+        expected = next(iter(rows[0]), None)
+        differing = [rank for rank, row in enumerate(rows) if expected not in row]
         if not differing:
             return
         # All ranks know of it now, so that all take part in this second, slow exchange.
-        if received is None:
-            known = [one.difference for one in self._offered if one.difference]
-            own = known[-1] if known else "it was offered none for its batch"
-        else:
-            own = received.difference
         differences: list[str] = [""] * self._group.size()
         with _Explained():
-            dist.all_gather_object(differences, own, group=self._group)
+            dist.all_gather_object(differences, received.difference, group=self._group)
         reason = differences[differing[0]] or "its bytes differ from the owner's"
         ranks = [dist.get_global_rank(self._group, rank) for rank in differing]
         raise PlanDigestError(
@@ -286,18 +309,21 @@ class _Explained:
 
 
 def _unpack(
-    packed: bytes, problem: Problem, partition: Partition, replica: int | None
-) -> tuple[Plan | None, str]:
+    packed: bytes, build: Build, partition: Partition, **options: Any
+) -> tuple[PlannedBatch | None, str]:
     """The plan for this rank's batch, or why it cannot be had."""
     try:
-        if replica is None:
-            return unpack_plan(packed, problem, partition), ""
-        return restrict_plan(unpack_plan(packed, problem, partition, replica), problem), ""
+        return unpack_plan(packed, build, partition, **options), ""
     except PlanDigestError as error:
         return None, str(error)
     # Damaged bytes fail in any of the steps from bytes to actions.
     except Exception as error:
         return None, f"the plan arrived damaged ({type(error).__name__}: {error})"
+
+
+def _digests(row: bytes) -> list[bytes]:
+    """Those in a row, which is filled up with zeros."""
+    return [bytes(part) for part in batched(row, _DIGEST_BYTES) if any(part)]
 
 
 def _bytes_tensor(content: bytes) -> torch.Tensor:

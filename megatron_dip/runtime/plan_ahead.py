@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from megatron_dip.costs import BatchSizes, ProblemBuilder
 from megatron_dip.errors import PlanningError
-from megatron_dip.plan import Plan
-from megatron_dip.planner import Batch
+from megatron_dip.planner import Batch, PlannedBatch
 from megatron_dip.runtime.agreement import PlanAgreement
 from megatron_dip.runtime.plan_service import ObtainedPlan, PlanService
 from megatron_dip.workload import Problem
@@ -32,6 +31,9 @@ class _Known:
 
 class PlanAhead:
     """What one rank does to have a plan when a step begins.
+
+    A rank that has data asks for plans of its own batches; one that has none gets what the others
+    run, with the sizes of its items.  The leaders of replicas have data.
 
     Args:
         builder: Of problems, with the costs of the day.
@@ -64,7 +66,7 @@ class PlanAhead:
             self.service.note_step()
 
     def request(self, coming: Sequence[BatchSizes]) -> None:
-        """Have the batches planned that come next, in this order; on all ranks."""
+        """Have the batches planned that come next, in this order; on all ranks with data."""
         known = [self._find(sizes) for sizes in coming]
         self._gather([one for one in known if not one.is_gathered])
         if self.service is None:
@@ -73,8 +75,11 @@ class PlanAhead:
             if one.batch is not None and one.batch.digests not in self._offered:
                 self.service.request(one.batch)
 
-    def offer(self, coming: Sequence[BatchSizes]) -> Plan | None:
+    def offer(self, coming: Sequence[BatchSizes] | None) -> PlannedBatch | None:
         """At the end of every step, on all ranks: pass on the plan of the next batch, if any.
+
+        Args:
+            coming: The batches that come next, as far as they are known; None without data.
 
         Returns:
             It, where it is here already: most likely what will be run next.
@@ -87,20 +92,28 @@ class PlanAhead:
                 packed = obtained.packed
                 self._offered[following.batch.digests] = obtained
         self._agreement.offer(packed)
-        return None if following is None else self._agreement.prepare(following.problem)
+        if following is None and coming is not None:
+            return None
+        own = None if following is None else following.sizes
+        return self._agreement.prepare(own, self._build)
 
-    def plan(self, sizes: BatchSizes) -> Plan:
-        """The plan for a batch, the same on all ranks.
+    def plan(self, sizes: BatchSizes | None) -> PlannedBatch:
+        """The plan for the next batch, the same on all ranks.
+
+        Args:
+            sizes: Of its items; None without data.
 
         Raises:
             PlanDigestError: As :meth:`PlanAgreement.agree`, and
             PlanningError: so, and
             ChannelError: so.
         """
+        self.last_obtained = None
+        if sizes is None:
+            return self._agreement.agree(None, self._build, _nothing)
         known = self._find(sizes)
         if not known.is_gathered:
             self._gather([known])
-        self.last_obtained = None
         if known.batch is not None:
             self.last_obtained = self._offered.pop(known.batch.digests, None)
 
@@ -113,7 +126,10 @@ class PlanAhead:
             self.last_obtained = self.service.obtain(known.batch)
             return self.last_obtained.packed
 
-        return self._agreement.agree(known.problem, obtain)
+        return self._agreement.agree(known.sizes, self._build, obtain)
+
+    def _build(self, sizes: BatchSizes) -> Problem:
+        return self._find(sizes).problem
 
     def _find(self, sizes: BatchSizes) -> _Known:
         """The same object for the same data, which is how a step that is run again is known."""
@@ -128,13 +144,14 @@ class PlanAhead:
 
     def _gather(self, batches: Sequence[_Known]) -> None:
         """Tell the owner of batches, so that those of all replicas can be planned together."""
-        told = []
-        if self._agreement.is_leader:
-            told = [(known.sizes, known.problem.batch_digest()) for known in batches]
-        for known, shares in zip(batches, self._agreement.gather(told), strict=False):
-            replicas, digests = zip(*shares, strict=True)
-            known.batch = Batch(replicas=replicas, digests=digests, builder=self._builder())
+        told = self._agreement.gather([known.sizes for known in batches])
+        for known, replicas in zip(batches, told, strict=False):
+            known.batch = Batch(replicas=replicas, builder=self._builder())
             if len(replicas) == 1:
                 vars(known.batch)["problem"] = known.problem
         for known in batches:
             known.is_gathered = True
+
+
+def _nothing() -> bytes:
+    raise PlanningError("the rank that makes plans has no data (expected it to read the batches)")

@@ -160,7 +160,6 @@ class PlanService:
             Request(
                 number=job.number,
                 replicas=batch.replicas,
-                digests=batch.digests,
                 limit_ms=self._search_limit_ms(),
             )
         )

@@ -1,6 +1,8 @@
 """One rank of the executor's equality test: toy modules under a plan against a plain loop.
 
-Started by ``test_executor.py``; all cases of one number of ranks run in one process group.
+Started by ``test_executor.py``; all cases of one number of ranks run in one process group.  As in
+training, only the first and the last rank of a pipeline have data: the others learn from the plan
+what crosses their boundaries.
 """
 
 import os
@@ -13,12 +15,13 @@ from toy_modules import WIDTH, Case, ToyStage, build_stages, plain_loop
 
 from megatron_dip.costs import Boundary
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import Plan, Recompute, pack_plan, unpack_plan
-from megatron_dip.planner import PlannedBatch, make_plan
+from megatron_dip.plan import Plan, Recompute
+from megatron_dip.planner import make_plan, pack_plan
 from megatron_dip.runtime import (
     Channels,
     Executor,
     ModuleRunner,
+    PlanAgreement,
     create_channel_groups,
     pipeline_channels,
 )
@@ -132,7 +135,7 @@ CASES: dict[int, list[Case]] = {
 }
 
 
-def plan_of(case: Case, num_ranks: int, partition: Partition) -> Plan:
+def packed_plan(case: Case, num_ranks: int, partition: Partition) -> bytes:
     problem = case.problem(num_ranks)
     plan = make_plan(
         problem,
@@ -143,8 +146,7 @@ def plan_of(case: Case, num_ranks: int, partition: Partition) -> Plan:
     )
     if case.recompute:
         plan = replace(plan, recompute=recompute_everything(plan))
-    # As in training: the plan travels in its compact form.
-    return unpack_plan(pack_plan(plan), problem, partition)
+    return pack_plan(plan, [case.sizes()])
 
 
 def recompute_everything(plan: Plan) -> tuple[Recompute, ...]:
@@ -156,11 +158,24 @@ def recompute_everything(plan: Plan) -> tuple[Recompute, ...]:
     )
 
 
-def run_case(case: Case, rank: int, num_ranks: int) -> None:
+def run_case(case: Case, num_ranks: int, num_tensor_ranks: int = 1) -> None:
+    """Pipelines of ``num_ranks``: ranks of a tensor-parallel group run the same, each in its own,
+    and only the first of them has data."""
     partition = partition_from_layers(case.cut, num_ranks)
-    plan = plan_of(case, num_ranks, partition)
-    pipeline = list(range(num_ranks))
-    groups = create_channel_groups(pipeline_channels(partition, case.upstream), [pipeline], 30.0)
+    rank, tensor_rank = divmod(dist.get_rank(), num_tensor_ranks)
+    pipelines = [
+        [number * num_tensor_ranks + peer for number in range(num_ranks)]
+        for peer in range(num_tensor_ranks)
+    ]
+    has_data = rank in (0, num_ranks - 1) and tensor_rank == 0
+    agreement = PlanAgreement(partition, dist.group.WORLD)
+    planned = agreement.agree(
+        case.sizes() if has_data else None,
+        lambda sizes: case.problem(num_ranks),
+        lambda: packed_plan(case, num_ranks, partition),
+    )
+    plan, pipeline = planned.plan, pipelines[tensor_rank]
+    groups = create_channel_groups(pipeline_channels(partition, case.upstream), pipelines, 30.0)
     channels = Channels(
         rank=rank,
         pipeline=pipeline,
@@ -169,16 +184,17 @@ def run_case(case: Case, rank: int, num_ranks: int) -> None:
         timeout_seconds=30.0,
     )
     stages = build_stages(case, partition.stages_on(rank))
-    runner = ModuleRunner(stages, case.rows())
+    # First stages read rows, and are on the first rank.
+    runner = ModuleRunner(stages, case.rows() if rank == 0 else {})
     executor = Executor(
         rank=rank,
         channels=channels,
         boundary=lambda module, *, outer: Boundary("packed", WIDTH),
         dtype=torch.float64,
     )
-    executor.run(PlannedBatch(plan), runner, forward_only=True)
+    executor.run(planned, runner, forward_only=True)
     forward_losses = dict(runner.losses)
-    executor.run(PlannedBatch(plan), runner)
+    executor.run(planned, runner)
     assert runner.losses == forward_losses, "evaluation and training must see the same loss"
     expected_loss, expected = plain_loop(case, plan.problem, partition)
     if rank == num_ranks - 1:
@@ -207,10 +223,12 @@ def largest_error(
 
 
 def main() -> None:
-    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    num_processes = int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for case in CASES[num_ranks]:
-        run_case(case, rank, num_ranks)
+    for case in CASES[num_processes]:
+        run_case(case, num_processes)
+    if num_processes == 4:
+        run_case(CASES[2][1], num_ranks=2, num_tensor_ranks=2)
     dist.destroy_process_group()
 
 

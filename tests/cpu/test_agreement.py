@@ -35,6 +35,25 @@ def test_a_plan_that_was_offered_is_kept_while_an_evaluation_comes_between(cases
     assert num_made == 2 and evaluation != training and other.result[1] == owner.result[1]
 
 
+def test_a_rank_without_data_runs_what_the_others_run_with_the_sizes_of_its_items(
+    cases: Cases,
+) -> None:
+    owner, other = cases["without data"]
+    assert owner is not None and owner.outcome == "ok" and other is not None
+    num_made, texts, was_prepared = owner.result
+    assert other.result == [1, texts, was_prepared] and was_prepared
+    # One is made ahead; of the others all but the step that is run again.
+    evaluation, training, again, text_only, later = texts
+    assert num_made == 4 and training == again == later
+    assert len({evaluation, training, text_only}) == 3
+
+
+def test_a_plan_that_arrived_damaged_is_sent_again(cases: Cases) -> None:
+    owner, other = cases["offered with damage"]
+    assert owner is not None and owner.outcome == "ok" and other is not None
+    assert owner.result == other.result == cases["same everywhere"][0].result
+
+
 def test_replicas_that_share_a_plan_run_what_their_own_batches_have(cases: Cases) -> None:
     owner, other = cases["shared"]
     assert owner is not None and owner.outcome == "ok" and other is not None
@@ -53,7 +72,7 @@ def test_replicas_that_share_a_plan_run_what_their_own_batches_have(cases: Cases
         ("shared, another batch", "PlanDigestError", "rank 1: the plan was made for batch"),
         ("another partition", "PlanDigestError", "rank 1: the plan was made for partition"),
         ("offered to another batch", "PlanDigestError", "rank 1: the plan was made for batch"),
-        ("offered with damage", "PlanDigestError", "rank 1: the plan arrived damaged"),
+        ("damaged plan", "PlanDigestError", "rank 1: the plan arrived damaged"),
         ("differing plan", "PlanDigestError", "rank 1: its bytes differ from the owner's"),
         ("planner refuses", "PlanningError", "ConfigError: no planner for this"),
         ("planner has a bug", "PlanningError", "ZeroDivisionError: a bug"),

@@ -17,8 +17,8 @@ from megatron_dip.costs import ItemSize, ItemSizes, Kernels, ProblemBuilder, con
 from megatron_dip.errors import PlanningError
 from megatron_dip.families.configs import load_config
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import Plan, pack_plan, unpack_plan
-from megatron_dip.planner import Batch, PlannerSettings, make_plan
+from megatron_dip.plan import Plan
+from megatron_dip.planner import Batch, PlannerSettings, make_plan, unpack_plan
 from megatron_dip.runtime import (
     ObtainedPlan,
     Origin,
@@ -67,7 +67,7 @@ def sizes(number: int, num_microbatches: int = 6) -> tuple[ItemSizes, ...]:
 def with_other_request(batch: Batch, microbatches: tuple[ItemSizes, ...]) -> Batch:
     """The problem of ``batch``, of which planner processes hear something else."""
     other = replace(batch, replicas=(microbatches,))
-    vars(other)["problem"] = batch.problem
+    vars(other).update(problem=batch.problem, digests=batch.digests, pack=batch.pack)
     return other
 
 
@@ -83,9 +83,7 @@ class Planning:
         return self.service._pool
 
     def batch(self, number: int, num_microbatches: int = 6) -> Batch:
-        microbatches = sizes(number, num_microbatches)
-        digest = self.builder.build(microbatches).batch_digest()
-        return Batch(replicas=(microbatches,), digests=(digest,), builder=self.builder)
+        return Batch(replicas=(sizes(number, num_microbatches),), builder=self.builder)
 
     def searched(self, batch: Batch) -> bytes:
         """The plan that a search of all evaluations ends with."""
@@ -93,7 +91,7 @@ class Planning:
             make_plan(batch.problem, self.partition, evaluations=count)
             for count in (None, 64, EVALUATIONS)
         ]
-        return pack_plan(min(plans, key=lambda plan: plan.estimate.makespan_us))
+        return batch.pack(min(plans, key=lambda plan: plan.estimate.makespan_us))
 
     def until(self, condition: Callable[[], bool]) -> None:
         """As training does, come by again and again."""
@@ -193,7 +191,7 @@ def test_a_search_that_takes_too_long_gives_its_best_so_far_within_the_limit(run
             obtained.origin is Origin.CUT_SHORT
             and 290 < obtained.waited_ms < 1000 * PATIENCE_SECONDS
         )
-        plan = unpack_plan(obtained.packed, batch.problem, one.partition)
+        plan, _ = unpack_plan(obtained.packed, one.builder.build, one.partition)
         first = make_plan(batch.problem, one.partition)
         assert plan.estimate.makespan_us <= first.estimate.makespan_us
         assert "the best plan so far (1 of 1 batches so far" in caplog.text
@@ -245,7 +243,7 @@ def test_a_plan_in_case_of_need_is_made_before_it_is_needed(run) -> None:
         assert one.service.take_ready(batch) is None
         one.service._settings = Broken(algorithm="dual_queue", evaluations=EVALUATIONS)
         obtained = one.service.obtain(batch)
-        assert obtained.packed == pack_plan(make_plan(batch.problem, one.partition))
+        assert obtained.packed == batch.pack(make_plan(batch.problem, one.partition))
         assert obtained.origin is Origin.FALLBACK
 
 
@@ -257,7 +255,7 @@ def test_a_planner_that_raises_means_an_unsearched_plan_and_says_why(run, caplog
         bad = with_other_request(good, ({"audio": [ItemSize(tokens=3, spans=(3,))]},))
         obtained = one.service.obtain(bad)
         assert obtained.origin is Origin.FALLBACK
-        assert obtained.packed == pack_plan(make_plan(good.problem, one.partition))
+        assert obtained.packed == good.pack(make_plan(good.problem, one.partition))
         assert "with a plan without a search (1 of 1 batches so far" in caplog.text
         assert "ProblemError: microbatches.0" in caplog.text
         assert one.service.obtain(one.batch(1)).origin is Origin.SEARCHED
@@ -271,7 +269,7 @@ def test_a_batch_that_fits_no_plan_is_planned_with_least_memory_and_a_warning(ru
         batch = one.batch(0)
         obtained = one.service.obtain(batch)
         assert obtained.origin is Origin.SEARCHED
-        plan = unpack_plan(obtained.packed, batch.problem, one.partition)
+        plan, _ = unpack_plan(obtained.packed, one.builder.build, one.partition)
         assert plan.estimate is not None and max(plan.estimate.peak_bytes) > 1000
         assert "no plan keeps the memory limit" in caplog.text
         assert one.service.counts.planned_by_owner == 0
@@ -292,7 +290,7 @@ def test_a_planner_that_fails_everywhere_means_1f1b(run, caplog) -> None:
         bad = with_other_request(good, ({"audio": [ItemSize(tokens=3, spans=(3,))]},))
         obtained = one.service.obtain(bad)
         expected = make_plan(good.problem, one.partition, algorithm="one_f_one_b")
-        assert obtained.packed == pack_plan(expected) and obtained.origin is Origin.FALLBACK
+        assert obtained.packed == good.pack(expected) and obtained.origin is Origin.FALLBACK
         assert "no plan but 1F1B's: ZeroDivisionError: a bug" in caplog.text
 
 

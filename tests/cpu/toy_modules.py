@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from megatron_dip.costs import BatchSizes, ItemSize
 from megatron_dip.partition import Partition, Stage
 from megatron_dip.plan import Work
 from megatron_dip.runtime import ForwardCall, StageInput
@@ -69,6 +70,24 @@ class Case:
                 }
                 for number, microbatch in enumerate(self.batch)
             ),
+        )
+
+    def sizes(self) -> BatchSizes:
+        """Of the items of the batch."""
+        return tuple(
+            {
+                name: [
+                    ItemSize(
+                        tokens=tokens,
+                        spans=(tokens,),
+                        needs=self.needs.get((name, number, item), {}),
+                        loss_tokens=tokens,
+                    )
+                    for item, tokens in enumerate(items)
+                ]
+                for name, items in microbatch.items()
+            }
+            for number, microbatch in enumerate(self.batch)
         )
 
     def _trains(self, module: str) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
+from megatron_dip.costs import BatchSizes, ItemSize
 from megatron_dip.costs.work import static_bytes
 from megatron_dip.partition import Partition, partition_from_layers
 from megatron_dip.plan import Message, PipelineGraph, Work
@@ -83,6 +84,20 @@ def make_problem(
             ],
             "microbatches": microbatches,
         }
+    )
+
+
+def sizes_of(problem: Problem) -> BatchSizes:
+    """Sizes that the items of ``problem`` may have."""
+    return tuple(
+        {
+            name: [
+                ItemSize(tokens=item.tokens, spans=(item.tokens,), needs=item.needs or {})
+                for item in items
+            ]
+            for name, items in microbatch.items()
+        }
+        for microbatch in problem.microbatches
     )
 
 

@@ -20,9 +20,8 @@ from planning_cases import (
 
 from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import partition_from_layers
-from megatron_dip.plan import pack_plan
 from megatron_dip.plan.validation import check_memory, validate_plan
-from megatron_dip.planner import make_plan, order_one_f_one_b, search_schedule
+from megatron_dip.planner import make_plan, order_one_f_one_b, pack_plan, search_schedule
 from megatron_dip.planner.memory import MemoryFitter
 from megatron_dip.planner.memory_program import num_program_rows, solve_memory_program
 from megatron_dip.simulator import TaskTable, build_task_table, simulate, simulate_order
@@ -203,7 +202,7 @@ def test_plans_keep_any_limit_that_a_microbatch_keeps_by_itself(
     simulation = simulate(plan)
     check_memory(plan, simulation.peak_bytes)
     assert simulation.estimate(plan.estimate.lower_bound_us) == plan.estimate
-    assert pack_plan(plan) == pack_plan(make_plan(tight, partition, **options))
+    assert pack_plan(plan, ()) == pack_plan(make_plan(tight, partition, **options), ())
     rank = int(np.argmax(least))
     assume(least[rank] > 0)
     limits = limits.tolist()

@@ -5,21 +5,19 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning_cases import chain_case, encoder_case, make_item
+from planning_cases import encoder_case, sizes_of
 
+from megatron_dip.costs import BatchSizes, ItemSize
 from megatron_dip.errors import PlanDigestError, PlanError
 from megatron_dip.partition import partition_from_layers
 from megatron_dip.plan import (
     Action,
     ActionType,
     load_plan,
-    pack_plan,
     parse_plan,
-    plan_digest,
     save_plan,
-    unpack_plan,
 )
-from megatron_dip.planner import make_plan
+from megatron_dip.planner import joint_problem, make_plan, pack_plan, plan_digest, unpack_plan
 
 
 @pytest.mark.parametrize(
@@ -93,26 +91,62 @@ def test_a_malformed_plan_file_names_the_field(change, message):
         parse_plan(data)
 
 
+SIZES: BatchSizes = (
+    {
+        "vision": [ItemSize(tokens=8, spans=(8,), output_tokens=2), ItemSize(tokens=4, spans=(4,))],
+        "language": [
+            ItemSize(
+                tokens=5, spans=(3, 2), context_tokens=7, needs={"vision": (1,)}, loss_tokens=4
+            )
+        ],
+    },
+    {"vision": [], "language": [ItemSize(tokens=6, spans=(6,), loss_tokens=6)]},
+)
+"""Of the items of ``encoder_case``."""
+
+
+def test_a_rank_without_data_gets_the_sizes_with_the_plan():
+    problem, partition = encoder_case()
+    asked = []
+
+    def build(sizes):
+        asked.append(sizes)
+        return problem
+
+    plan = make_plan(problem, partition)
+    planned = unpack_plan(pack_plan(plan, [SIZES]), build, partition)
+    assert planned.plan == plan and asked == [planned.sizes]
+    assert [{n: list(items) for n, items in m.items()} for m in planned.sizes] == list(SIZES)
+    assert planned.num_loss_tokens("language", 0) == 4
+
+
 def test_a_packed_plan_is_refused_for_another_batch_or_partition():
     problem, partition = encoder_case()
-    packed = pack_plan(make_plan(problem, partition))
-    other = problem.model_copy(update={"microbatches": problem.microbatches[::-1]})
+    packed = pack_plan(make_plan(problem, partition), [SIZES])
     with pytest.raises(PlanDigestError, match="all ranks of a pipeline must read the same data"):
-        unpack_plan(packed, other, partition)
+        unpack_plan(packed, lambda _: problem, partition, own=SIZES[::-1])
     uneven = partition_from_layers({"vision": [[2, 0]], "language": [[1, 1]]}, 2)
     with pytest.raises(PlanDigestError, match="same --dip-config"):
-        unpack_plan(packed, problem, uneven)
+        unpack_plan(packed, lambda _: problem, uneven, own=SIZES)
+
+
+def test_every_replica_gets_its_own_part_of_a_plan_that_several_share():
+    problem, partition = encoder_case()
+    other = problem.model_copy(update={"microbatches": problem.microbatches[1:] * 2})
+    problems, replicas = [problem, other], [SIZES, SIZES[1:] * 2]
+    packed = pack_plan(make_plan(joint_problem(problems), partition), replicas)
+    for number, (expected, sizes) in enumerate(zip(problems, replicas, strict=True)):
+        planned = unpack_plan(
+            packed, lambda _, expected=expected: expected, partition, replica=number, own=sizes
+        )
+        assert planned.plan.problem is expected and planned.sizes is sizes
+        assert ("0F0" in planned.plan.to_text().split()) == (number == 0), "it has no images"
 
 
 def test_plan_digest_tells_plans_apart():
-    case = encoder_case()
-    packed = pack_plan(make_plan(*case))
-    assert plan_digest(packed) == plan_digest(pack_plan(make_plan(*case)))
-    assert plan_digest(packed) != plan_digest(pack_plan(make_plan(*case, split_backward=True)))
-
-
-def test_costs_may_differ_between_ranks_that_read_the_same_batch():
-    problem, partition = chain_case(1, 1)
-    slower, _ = chain_case(1, 1, forward_us=9.0)
-    assert unpack_plan(pack_plan(make_plan(problem, partition)), slower, partition)
-    assert make_item()["forward_us"] != 9.0
+    problem, partition = encoder_case()
+    sizes = [sizes_of(problem)]
+    packed = pack_plan(make_plan(problem, partition), sizes)
+    assert plan_digest(packed) == plan_digest(pack_plan(make_plan(problem, partition), sizes))
+    split = make_plan(problem, partition, split_backward=True)
+    assert plan_digest(packed) != plan_digest(pack_plan(split, sizes))

@@ -17,6 +17,7 @@ from planning_cases import (
     make_graph,
     make_item,
     make_problem,
+    sizes_of,
     tightest_limits,
 )
 
@@ -27,9 +28,7 @@ from megatron_dip.plan import (
     ActionType,
     Work,
     format_actions,
-    pack_plan,
     parse_plan,
-    unpack_plan,
 )
 from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner import (
@@ -38,6 +37,8 @@ from megatron_dip.planner import (
     make_plan,
     order_dual_queue,
     order_one_f_one_b,
+    pack_plan,
+    unpack_plan,
 )
 from megatron_dip.planner.dual_queue import Priority, priority_key
 from megatron_dip.planner.greedy import schedule_greedily
@@ -73,9 +74,10 @@ def test_any_problem_gets_a_valid_plan_that_survives_its_forms(
     assert estimate.makespan_us >= estimate.lower_bound_us * (1 - 1e-12)
     assert simulate(plan).estimate(estimate.lower_bound_us) == estimate
     assert parse_plan(json.loads(json.dumps(plan.to_json()))) == plan
-    packed = pack_plan(plan)
-    assert unpack_plan(packed, problem, partition) == plan
-    assert pack_plan(make_plan(problem, partition, **options)) == packed
+    sizes = sizes_of(problem)
+    packed = pack_plan(plan, [sizes])
+    assert unpack_plan(packed, lambda _: problem, partition, own=sizes) == (plan, sizes)
+    assert pack_plan(make_plan(problem, partition, **options), [sizes]) == packed
 
 
 @given(case=cases(), split_backward=st.booleans(), data=st.data())

@@ -210,7 +210,7 @@ ALLOWED = {
     "integration/profiling/rank.py": "/proc/cpuinfo",
     "integration/same_inputs/compare.py": "what another rank has said",
     "integration/versions.py": "a source of Megatron's",
-    "plan/wire.py": "what another rank has packed",
+    "planner/wire.py": "what another rank has packed",
     "reading.py": "it is the reader",
     "report/page.py": "a template of ours",
     "simulator/timeline.py": "a template of ours",

@@ -6,9 +6,8 @@ import pytest
 from planning_cases import encoder_case
 
 from megatron_dip.partition import Partition, cut_evenly, partition_from_layers
-from megatron_dip.plan import pack_plan
 from megatron_dip.plan.validation import validate_plan
-from megatron_dip.planner import PlannerSettings, make_plan, plan_in_rounds
+from megatron_dip.planner import PlannerSettings, make_plan, pack_plan, plan_in_rounds
 from megatron_dip.planner.messages import Failed, Forget, decode_frames, encode_frame
 from megatron_dip.workload import Problem, load_problem
 
@@ -43,7 +42,7 @@ def test_every_round_is_at_least_as_good_and_the_last_one_is_searched(case) -> N
 
 def test_the_same_batch_gives_the_same_plan_whatever_the_limit_if_it_is_kept(case) -> None:
     plans = [
-        [pack_plan(one.plan) for one in plan_in_rounds(*case, settings(128), limit_ms)]
+        [pack_plan(one.plan, ()) for one in plan_in_rounds(*case, settings(128), limit_ms)]
         for limit_ms in (600_000.0, 1_200_000.0)
     ]
     assert plans[0] == plans[1]
@@ -59,7 +58,7 @@ def test_a_search_that_does_not_fit_ends_at_the_limit_and_says_so(case) -> None:
 def test_without_time_there_is_the_first_plan(case) -> None:
     rounds = list(plan_in_rounds(*case, settings(64), limit_ms=0.0))
     first = make_plan(*case)
-    assert {pack_plan(one.plan) for one in rounds} == {pack_plan(first)}
+    assert {pack_plan(one.plan, ()) for one in rounds} == {pack_plan(first, ())}
     assert rounds[-1].is_last and not rounds[-1].is_searched
 
 

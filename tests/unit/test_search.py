@@ -20,11 +20,11 @@ from planning_cases import (
 
 from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import partition_from_layers
-from megatron_dip.plan import pack_plan
 from megatron_dip.planner import (
     default_priority,
     make_plan,
     order_dual_queue,
+    pack_plan,
     search_schedule,
 )
 from megatron_dip.planner.evaluator import Budget, Evaluator
@@ -139,7 +139,7 @@ def test_same_seed_and_evaluations_give_the_same_plan(case, search, split_backwa
         "max_tokens": {module.name: 1 for module in case[0].modules},
     }
     first, second = make_plan(*case, **options), make_plan(*case, **options)
-    assert pack_plan(first) == pack_plan(second)
+    assert pack_plan(first, ()) == pack_plan(second, ())
     fallback = make_plan(*case, **(options | {"search": "local", "evaluations": 1}))
     assert first.estimate.makespan_us <= fallback.estimate.makespan_us
 
