@@ -2,8 +2,7 @@
 
 Megatron builds the loaders, so that its arguments about batches, evaluation, order and workers mean
 what they mean there.  What it has no place for is put in here: how microbatches are put together,
-the look-ahead beneath its rerun iterator, errors that keep their message, and batches that are no
-dictionaries of tokens.
+errors that keep their message, and batches that are no dictionaries of tokens.
 """
 
 import functools
@@ -62,8 +61,21 @@ class LoadedSet(torch.utils.data.Dataset[Any]):
         return self._dataset.collate_fn(sequences)
 
 
+class Microbatches:
+    """An iterator over microbatches, known as such to what wraps Megatron's loops."""
+
+    def __init__(self, source: Iterator[Microbatch]) -> None:
+        self._source = source
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return self
+
+    def __next__(self) -> Microbatch:
+        return next(self._source)
+
+
 class BatchLoader:
-    """A loader of Megatron's as microbatches, with a look-ahead."""
+    """A loader of Megatron's as microbatches."""
 
     def __init__(self, loader: Any, dataset: LoadedSet) -> None:
         args = get_args()
@@ -81,8 +93,8 @@ class BatchLoader:
         """Batches of an epoch, as Megatron's samplers count them."""
         return len(self._loader)
 
-    def __iter__(self) -> LookAhead[Microbatch]:
-        return LookAhead(self.epoch())
+    def __iter__(self) -> Microbatches:
+        return Microbatches(self.epoch())
 
     def epoch(self) -> Iterator[Microbatch]:
         """The microbatches of one epoch; workers start when the first one is asked for.
@@ -121,7 +133,7 @@ def install_loaders() -> None:
     """
     wrappers = {
         "build_pretraining_data_loader": _with_batches,
-        "cyclic_iter": _with_look_ahead,
+        "cyclic_iter": _with_epochs,
         "dummy_train_step": _without_dictionaries,
         "evaluate_and_print_results": _with_number_of_batches,
     }
@@ -141,10 +153,10 @@ def _with_batches(build: Callable[..., Any]) -> Callable[..., Any]:
     return build_loader
 
 
-def _with_look_ahead(cyclic: Callable[..., Any]) -> Callable[..., Any]:
+def _with_epochs(cyclic: Callable[..., Any]) -> Callable[..., Any]:
     def iterate(iterable: Any) -> Any:
         if isinstance(iterable, BatchLoader):
-            return LookAhead(cyclic(_Epochs(iterable)))
+            return Microbatches(cyclic(_Epochs(iterable)))
         return cyclic(iterable)
 
     return iterate
@@ -154,7 +166,7 @@ def _without_dictionaries(skip: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron's step over a batch (``--iterations-to-skip``) reads dictionaries of tokens."""
 
     def skip_batch(data_iterator: Any) -> None:
-        if not isinstance(getattr(data_iterator, "iterable", None), LookAhead):
+        if not isinstance(getattr(data_iterator, "iterable", None), Microbatches | LookAhead):
             skip(data_iterator)
             return
         rerun = get_rerun_state_machine()

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from megatron_dip.costs import BatchSizes, ItemSizes
 from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.families.accounting import note_microbatch
 from megatron_dip.families.packed.batches import Microbatch
@@ -25,7 +26,7 @@ from megatron_dip.integration.trace import iteration_number, trace_step, wants_r
 from megatron_dip.plan import Plan
 from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime import Recorder, create_recorder
-from megatron_dip.runtime.look_ahead import LookAhead
+from megatron_dip.runtime.look_ahead import LookAhead, SizedBatch
 
 __all__ = ["forward_backward_dip"]
 
@@ -61,17 +62,17 @@ def forward_backward_dip(
     config = get_model_config(model[0])
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-    microbatches = _pull(data_iterator, num_microbatches)
+    ahead = _Ahead(pipeline, data_iterator, num_microbatches)
+    microbatches, sizes = _pull(data_iterator, num_microbatches)
     if not forward_only:
         for microbatch in microbatches:
             note_microbatch(microbatch)
-    ahead = _Ahead(pipeline, data_iterator, num_microbatches)
     ahead.start()
     recorder.record("data", start_us)
     data_end_us = recorder.now_us()
     if not forward_only:
         pipeline.plans.note_step()
-    planned = pipeline.plans.plan(tuple(microbatch.item_sizes for microbatch in microbatches))
+    planned = pipeline.plans.plan(sizes)
     recorder.record("plan", data_end_us, is_wait=not pipeline.is_plan_owner)
     plan_end_us = recorder.now_us()
     runner = _runner(
@@ -149,9 +150,12 @@ class _Ahead:
     def __init__(self, pipeline: DipPipeline, data_iterator: Any, num_microbatches: int) -> None:
         self._pipeline = pipeline
         self._num_microbatches = num_microbatches
+        self._source: LookAhead | None = None
         # Beneath Megatron's rerun iterator; a script's own iterator has none, and no look-ahead.
-        source = getattr(data_iterator, "iterable", data_iterator)
-        self._source = source if isinstance(source, LookAhead) else None
+        if hasattr(data_iterator, "iterable"):
+            if not isinstance(data_iterator.iterable, LookAhead):
+                data_iterator.iterable = LookAhead(data_iterator.iterable, _item_sizes)
+            self._source = data_iterator.iterable
 
     def start(self) -> None:
         """Read ahead in the first step, which waits for its own plan: others are made meanwhile."""
@@ -189,22 +193,29 @@ def _pipeline_of(model: Sequence[torch.nn.Module]) -> DipPipeline:
     return pipeline
 
 
-def _pull(data_iterator: Iterator[Any], num_microbatches: int) -> list[Microbatch]:
+def _pull(
+    data_iterator: Iterator[Any], num_microbatches: int
+) -> tuple[list[Microbatch], BatchSizes]:
+    """The microbatches of the step, with the sizes of their items."""
     if data_iterator is None:
         raise DataError(
             "this rank has no data (set is_distributed = True on the script's dataset provider: "
             "under --dip-schedule every rank reads the batch's metadata)"
         )
-    microbatches = []
-    for _ in range(num_microbatches):
-        microbatch = next(data_iterator)
-        if not isinstance(microbatch, Microbatch):
-            raise DataError(
-                f"the data iterator yielded {type(microbatch).__name__} (expected a microbatch: "
-                f"use megatron_dip.families.iterators.data_sets)"
-            )
-        microbatches.append(microbatch)
-    return microbatches
+    pulled = [next(data_iterator) for _ in range(num_microbatches)]
+    sized = [
+        one if isinstance(one, SizedBatch) else SizedBatch(one, _item_sizes(one)) for one in pulled
+    ]
+    return [one.batch for one in sized], tuple(one.sizes for one in sized)
+
+
+def _item_sizes(microbatch: Any) -> ItemSizes:
+    if not isinstance(microbatch, Microbatch):
+        raise DataError(
+            f"the data iterator yielded {type(microbatch).__name__} (expected a microbatch: "
+            f"use megatron_dip.families.iterators.data_sets)"
+        )
+    return microbatch.item_sizes
 
 
 def _reduces_early(model: Sequence[torch.nn.Module]) -> bool:

@@ -1,50 +1,56 @@
-"""The look-ahead: microbatches of coming batches, held so that they can be planned in time.
+"""The look-ahead: coming batches with their sizes, held so that they can be planned in time.
 
 It sits beneath Megatron's rerun iterator, which replays what it has handed out, so that a step that
-is run a second time sees the same objects and reads nothing new.  Whatever goes wrong with a
-microbatch is raised where training comes to it, not where it was read ahead.
+is run a second time sees the same objects and reads nothing new.  Whatever goes wrong with a batch
+is raised where training comes to it, not where it was read ahead.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import batched
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_dip.costs import ItemSizes
-from megatron_dip.families.packed.batches import Microbatch
+from megatron_dip.costs import BatchSizes, ItemSizes
 
-__all__ = ["LookAhead"]
+__all__ = ["LookAhead", "SizedBatch"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Held[MicrobatchT]:
+class SizedBatch(NamedTuple):
+    """A microbatch as its source yields it, with the sizes of its items."""
+
+    batch: Any
+    sizes: ItemSizes
+    """Always the same object, also in a copy of this one: that is how a batch is known."""
+
+
+class _Held(NamedTuple):
     """A microbatch, or the error in its place, and the state of the source after it."""
 
-    microbatch: MicrobatchT | None
-    item_sizes: ItemSizes | None
+    sized: SizedBatch | None
     error: Exception | None
     state: Any
 
 
-class LookAhead[MicrobatchT: Microbatch]:
+class LookAhead:
     """An iterator over ``source`` that can be asked what comes next.
 
     Args:
-        source: Microbatches.  One with a ``save_state`` method, as Megatron's external loaders
-            have it, is asked for its state after every microbatch.
+        source: Microbatches of any kind.  One with a ``save_state`` method, as Megatron's external
+            loaders have it, is asked for its state after every microbatch.
+        items: Sizes of the items of a microbatch.
     """
 
-    def __init__(self, source: Iterator[MicrobatchT]) -> None:
+    def __init__(self, source: Iterator[Any], items: Callable[[Any], ItemSizes]) -> None:
         self._source = source
-        self._held: deque[_Held[MicrobatchT]] = deque()
+        self._items = items
+        self._held: deque[_Held] = deque()
         self._ended = False
         self._state: Any = self._source_state()
 
-    def __iter__(self) -> Iterator[MicrobatchT]:
+    def __iter__(self) -> Iterator[SizedBatch]:
         return self
 
-    def __next__(self) -> MicrobatchT:
+    def __next__(self) -> SizedBatch:
         if not self._held:
             self._read()
         held = self._held[0]
@@ -53,8 +59,8 @@ class LookAhead[MicrobatchT: Microbatch]:
             raise held.error
         self._held.popleft()
         self._state = held.state
-        assert held.microbatch is not None
-        return held.microbatch
+        assert held.sized is not None
+        return held.sized
 
     @property
     def num_held(self) -> int:
@@ -66,9 +72,9 @@ class LookAhead[MicrobatchT: Microbatch]:
         while not self._ended and len(self._held) < num_microbatches:
             self._read()
 
-    def coming(self, num_microbatches: int) -> list[tuple[ItemSizes, ...]]:
+    def coming(self, num_microbatches: int) -> list[BatchSizes]:
         """Per batch of so many microbatches that is held as a whole, the sizes of its items."""
-        sizes = [held.item_sizes for held in self._held if held.item_sizes is not None]
+        sizes = [held.sized.sizes for held in self._held if held.sized is not None]
         groups = batched(sizes, num_microbatches)
         return [group for group in groups if len(group) == num_microbatches]
 
@@ -84,22 +90,15 @@ class LookAhead[MicrobatchT: Microbatch]:
         return lambda: self._state
 
     def _read(self) -> None:
-        microbatch = item_sizes = error = None
+        sized = error = None
         try:
-            microbatch = next(self._source)
-            item_sizes = microbatch.item_sizes
+            batch = next(self._source)
+            sized = SizedBatch(batch, self._items(batch))
         # The end of the data among them.
         except Exception as caught:
-            microbatch, error = None, caught
+            error = caught
             self._ended = True
-        self._held.append(
-            _Held(
-                microbatch=microbatch,
-                item_sizes=item_sizes,
-                error=error,
-                state=self._source_state(),
-            )
-        )
+        self._held.append(_Held(sized, error, self._source_state()))
 
     def _source_state(self) -> Any:
         save_state = getattr(self._source, "save_state", None)

@@ -50,6 +50,12 @@ def same(first: PackedSequence, second: PackedSequence) -> bool:
     )
 
 
+def test_reading_samples_draws_no_random_numbers_of_torchs(settings):
+    dataset, before = make(settings), torch.get_rng_state()
+    dataset.collate_fn([dataset[i] for i in range(4)]).metadata()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_training_goes_on_after_a_restart_where_it_was(settings):
     whole = make(settings)
     expected = [whole[i] for i in range(20)]

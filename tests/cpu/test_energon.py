@@ -94,7 +94,7 @@ def batches_of(
     rank: int = 0,
     num_replicas: int = 1,
     num_workers: int = 0,
-) -> LookAhead[VlmMicrobatch]:
+) -> Iterator[Any]:
     """What a data-parallel rank reads of ``dataset`` in training, two sequences at a time."""
     from megatron.core.datasets.utils import Split
     from megatron.training.datasets import data_samplers
@@ -190,7 +190,7 @@ def test_training_goes_on_after_a_restart_where_it_was_whatever_was_read_ahead(
     monkeypatch: pytest.MonkeyPatch, shards: DataSettings
 ) -> None:
     expected = list(batches_of(monkeypatch, data_set(shards)))
-    stopped = batches_of(monkeypatch, data_set(shards))
+    stopped = LookAhead(batches_of(monkeypatch, data_set(shards)), VlmMicrobatch.metadata)
     consumed = [next(stopped) for _ in range(5)]
     stopped.hold(4)
     assert stopped.num_held == 4
