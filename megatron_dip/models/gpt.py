@@ -39,7 +39,7 @@ class StagedGpt(StagedModel):
         Raises:
             UnsupportedError: The stage shares its embedding with another one of the same rank.
         """
-        self._check_tied(part)
+        self.check_tied(part)
         config = self.arguments["config"]
         spec = self.arguments["transformer_layer_spec"]
         return {
@@ -51,9 +51,18 @@ class StagedGpt(StagedModel):
             "vp_stage": None,
         }
 
-    def _check_tied(self, part: Part) -> None:
+    @property
+    def predicts_several_tokens(self) -> bool:
+        """Whether the model has layers of multi-token prediction, which embed tokens too."""
+        return self.arguments["mtp_block_spec"] is not None
+
+    def check_tied(self, part: Part) -> None:
+        """
+        Raises:
+            UnsupportedError: The stage shares its embedding with another one of the same rank.
+        """
         shares = self.arguments["share_embeddings_and_output_weights"]
-        is_tied = shares or self.arguments["mtp_block_spec"] is not None
+        is_tied = shares or self.predicts_several_tokens
         if is_tied and self.run.num_pipeline_ranks == 1 and not (part.first and part.last):
             raise UnsupportedError(
                 "several stages of a model with tied embeddings, or with multi-token prediction, "

@@ -12,6 +12,7 @@ one token per image.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_dip.errors import UnsupportedError
 from megatron_dip.models.batches import join, take_rows
 from megatron_dip.models.boundaries import batched
 from megatron_dip.models.entry import PassThrough, enter, placeholder, replace
+from megatron_dip.models.hybrid import clone_if_empty, hybrid_layers
 from megatron_dip.models.layout import cut_config, cut_spec
 from megatron_dip.models.module_shapes import module_shape
 from megatron_dip.models.staged import Part, Received, RunFacts, StagedModel
@@ -33,6 +35,7 @@ __all__ = ["StagedLlava"]
 
 VISION = "vision"
 LANGUAGE = "language"
+_HYBRID = ("nemotron5-hybrid", "nemotron6-moe")
 _PER_SEQUENCE = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -64,13 +67,10 @@ class StagedLlava(StagedModel):
     def _check(self) -> None:
         given = self.arguments
         tower = self.vision.vision_model_type
-        kind = getattr(self.language, "language_model_type", "")
+        kind = self.language_type
         refused = (
             (tower.startswith("hf://"), f"tower {tower} (its layers are not Megatron's)"),
-            (
-                kind.startswith(("hf://", "nemotron5-hybrid", "nemotron6-moe")),
-                f"language model {kind} (it is no GPTModel)",
-            ),
+            (kind.startswith("hf://"), f"language model {kind} (its layers are not Megatron's)"),
             (given.get("tile_tags"), "tile tags (the tower would need the text's embedding)"),
             (given.get("dynamic_resolution"), "dynamic resolution (all images are one item)"),
             (given.get("sound_model"), "a sound model (it is handed over ready-made)"),
@@ -81,6 +81,11 @@ class StagedLlava(StagedModel):
                     f"--dip-schedule cannot cut a LLaVAModel with {what}: choose another, or train "
                     "without --dip-schedule"
                 )
+
+    @property
+    def language_type(self) -> str:
+        """By which the model's class tells what to make of the language model's configuration."""
+        return getattr(self.language, "language_model_type", "")
 
     @property
     def class_rows(self) -> int:
@@ -143,6 +148,12 @@ class StagedLlava(StagedModel):
         spec = self.arguments["vision_transformer_layer_spec"]
         return cut_spec(spec, part, self.vision.num_layers) if part.module == VISION else spec
 
+    def constructing(self, part: Part) -> AbstractContextManager[None]:
+        """Layers of a hybrid language model are taken out of its pattern."""
+        if part.module == LANGUAGE and self.language_type.startswith(_HYBRID):
+            return hybrid_layers(part, self.language.num_layers)
+        return nullcontext()
+
     def finish(self, model: torch.nn.Module, part: Part) -> None:
         """Drop what the tower has before and behind the stage's layers."""
         given: Any = model
@@ -150,6 +161,8 @@ class StagedLlava(StagedModel):
         if part.module == LANGUAGE:
             if part.first:
                 given.register_forward_pre_hook(_read_nothing)
+            if self.language_type.startswith(_HYBRID):
+                clone_if_empty(given.language_model.decoder, part)
             return
         if not part.first:
             _enter_tower(given)

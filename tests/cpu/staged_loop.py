@@ -176,6 +176,8 @@ class _Pass:
                 self.steps.append((loss, links))
                 return
             self._check(shape.name, part, output, sizes)
+            # What a stage gave is freed once it was sent; what it got is another stage's.
+            assert all(output is not arrived for _, arrived in links), f"{part} gives what it got"
             self.steps.append((output, links))
             links = []
             message = Received(shape.name, items, sizes, output)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hybrid_setup import local_stack
+from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.multimodal.llava_model import (
     DEFAULT_IMAGE_TOKEN_INDEX,
     IGNORE_INDEX,
@@ -44,6 +46,7 @@ def _megatron():
     with megatron_on_cpu(), pytest.MonkeyPatch.context() as patch:
         norms = (WrappedTorchNorm, WrappedTorchNorm, *CLIPViTModel.__init__.__defaults__[2:])
         patch.setattr(CLIPViTModel.__init__, "__defaults__", norms)
+        patch.setattr(hybrid_block, "TENorm", WrappedTorchNorm)
         yield
 
 
@@ -226,6 +229,17 @@ def test_ranks_between_the_first_and_the_last_need_no_data():
 
     cuts = {"vision": (1, 1, 1), "language": (1, 0, 1)}
     ours = run_stages(given, batch, cuts, without_data=without_data)
+    assert_same(ours, run_whole(given, batch), tolerance=1e-12)
+
+
+def test_a_hybrid_language_model_is_cut_too():
+    given = setting()
+    language = given.arguments["language_transformer_config"]
+    language.language_model_type = "nemotron5-hybrid-8b"
+    language.num_layers = 4
+    stack = {"language_transformer_layer_spec": local_stack(), "hybrid_layer_pattern": "*-*-"}
+    given, batch = given._replace(arguments=given.arguments | stack), raw_batch()
+    ours = run_stages(given, batch, {"vision": (1, 2), "language": (1, 2, 0, 1)})
     assert_same(ours, run_whole(given, batch), tolerance=1e-12)
 
 
