@@ -64,6 +64,8 @@ setup(
         "video": ["av", "diffusers"],
         # Webdataset shards; one major version, because the reader uses names inside.
         "energon": ["megatron-energon>=7.4,<8"],
+        # Models and training loop of megatron-bridge; one minor version, for the same reason.
+        "bridge": ["megatron-bridge>=0.6.2,<0.7"],
         "dev": [
             "pytest>=8",
             "pytest-timeout",

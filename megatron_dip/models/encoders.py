@@ -167,6 +167,10 @@ class _WholeEncoder(StagedEncoder):
             )
         return self.spec if part.first else ModuleSpec(_Arrived, params={})
 
+    def finish(self, encoder: Any, part: Part, modality: Any) -> None:
+        if part.first:
+            encoder.layer_number = 1
+
     def sizes(self, inputs: Mapping[str, Any], num_places: int) -> tuple[ItemSize, ...]:
         num_items = num_samples(inputs)
         rows, rest = divmod(num_places, max(num_items, 1))

@@ -97,6 +97,11 @@ def _numbered_layers(chunk: torch.nn.Module, part: Part) -> Mapping[int, torch.n
             numbers = [getattr(layer, "layer_number", None) for layer in block]
             if numbers == [number + 1 for number in part.layers]:
                 return dict(zip(part.layers, block, strict=True))
+    if part.num_layers == 1:
+        # A module that is one layer as a whole is in no list.
+        for module in chunk.modules():
+            if getattr(module, "layer_number", None) == part.layers.stop:
+                return {part.first_layer: module}
     return None
 
 

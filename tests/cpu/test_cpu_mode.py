@@ -110,6 +110,8 @@ start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timin
 start.record()
 end.record()
 assert start.elapsed_time(end) >= 0.0
+
+assert torch.compile(len) is len, "functions of modules that are imported later are compiled"
 print("all good")
 """
 

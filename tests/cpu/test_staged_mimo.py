@@ -19,6 +19,7 @@ from megatron_dip.costs import ItemSize
 from megatron_dip.errors import DataError, PartitionError, UnsupportedError
 from megatron_dip.models import encoders
 from megatron_dip.models.encoders import register_encoder
+from megatron_dip.models.facts import read_facts
 from megatron_dip.models.mimo import StagedMimo
 from megatron_dip.models.staged import Part
 
@@ -140,6 +141,14 @@ def setting(*modalities, **changes):
     return Setting(MimoModel, StagedMimo, {"mimo_config": given}, step)
 
 
+def built_stage(given, part):
+    staged = StagedMimo(given.arguments, RUN)
+    with staged.constructing(part):
+        model = MimoModel(**staged.stage_arguments(part))
+    staged.finish(model, part)
+    return model
+
+
 @pytest.mark.parametrize(
     "cuts",
     [
@@ -179,6 +188,20 @@ def test_a_sequence_of_text_alone_takes_no_images():
     cuts = {"images": (1, 2), "language": (3,)}
     found = run_stages(setting("images"), batch, cuts, {"language": [[0], [1]]})
     assert_same(found, run_whole(setting("images"), batch), tolerance=ROUNDING)
+
+
+def test_an_encoder_that_stays_whole_is_one_layer_and_its_projection_comes_after_it():
+    given = setting("sounds")
+    built = {
+        part: built_stage(given, part)
+        for part in (
+            Part("sounds", 0, 1, first=True, last=False),
+            Part("sounds", 1, 0, first=False, last=True),
+        )
+    }
+    first, last = (read_facts(stage, part) for part, stage in built.items())
+    assert [layer.trained for layer in first.layers] == [4 * 6 + 6]
+    assert (last.layers, last.after.trained) == ((), 6 * 16 + 16)
 
 
 def test_an_encoder_that_is_described_says_its_own_sizes(monkeypatch):

@@ -24,18 +24,16 @@ def import_and_patch_megatron() -> None:
 
 
 def _import_without_compiler() -> None:
-    """Megatron decorates its small functions at import: compiling each takes seconds on a CPU."""
-    compile_ = torch.compile
+    """Small functions are compiled when their modules are imported, by Megatron and by packages
+    built on it: seconds for each on a CPU, and Dynamo's tables refuse functions of ours that stand
+    under several names."""
     torch.compile = _leave_uncompiled
-    try:
-        with warnings.catch_warnings():
-            # A dozen lines per rank about Transformer Engine and Apex, which no CPU has.
-            warnings.simplefilter("ignore", UserWarning)
-            # megatron.training imports most of megatron.core.
-            from megatron.core import jit
-            from megatron.training import training as _training  # noqa: F401
-    finally:
-        torch.compile = compile_
+    with warnings.catch_warnings():
+        # A dozen lines per rank about Transformer Engine and Apex, which no CPU has.
+        warnings.simplefilter("ignore", UserWarning)
+        # megatron.training imports most of megatron.core.
+        from megatron.core import jit
+        from megatron.training import training as _training  # noqa: F401
     # For the modules that are imported later.
     jit.disable_jit_fuser()
 
