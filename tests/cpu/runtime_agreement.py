@@ -54,8 +54,15 @@ class Agreeing:
         """The batch of this rank; None where it has no data."""
         self.partition = partition_from_layers(cut or CASE.cut, 2)
         self.agreement = PlanAgreement(self.partition, group)
-        self.num_made = 0
+        self.num_made = self.num_sent = 0
         self._make = make
+        send = self.agreement._broadcast
+
+        def counted(packed: Callable[[], bytes]) -> Any:
+            self.num_sent += 1
+            return send(packed)
+
+        self.agreement._broadcast = counted  # type: ignore[method-assign]
 
     def made(self, case: Case | None = None) -> bytes:
         self.num_made += 1
@@ -116,7 +123,7 @@ def without_data() -> list[Any]:
     one.offer(b"")
     one.case = None if rank() == 1 else CASE
     texts.append(one.agree())
-    return [one.num_made, texts, prepared is not None]
+    return [one.num_sent, texts, prepared is not None]
 
 
 def offered_to_another_batch() -> str:

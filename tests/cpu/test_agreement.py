@@ -40,11 +40,11 @@ def test_a_rank_without_data_runs_what_the_others_run_with_the_sizes_of_its_item
 ) -> None:
     owner, other = cases["without data"]
     assert owner is not None and owner.outcome == "ok" and other is not None
-    num_made, texts, was_prepared = owner.result
-    assert other.result == [1, texts, was_prepared] and was_prepared
-    # One is made ahead; of the others all but the step that is run again.
+    num_sent, texts, was_prepared = owner.result
+    assert other.result == owner.result and was_prepared
+    # All but the one that was offered, and the step that is run again.
     evaluation, training, again, text_only, later = texts
-    assert num_made == 4 and training == again == later
+    assert num_sent == 3 and training == again == later
     assert len({evaluation, training, text_only}) == 3
 
 

@@ -136,11 +136,14 @@ def test_every_replica_gets_its_own_part_of_a_plan_that_several_share():
     problems, replicas = [problem, other], [SIZES, SIZES[1:] * 2]
     packed = pack_plan(make_plan(joint_problem(problems), partition), replicas)
     for number, (expected, sizes) in enumerate(zip(problems, replicas, strict=True)):
-        planned = unpack_plan(
-            packed, lambda _, expected=expected: expected, partition, replica=number, own=sizes
-        )
-        assert planned.plan.problem is expected and planned.sizes is sizes
-        assert ("0F0" in planned.plan.to_text().split()) == (number == 0), "it has no images"
+        for own in (sizes, None):
+            planned = unpack_plan(
+                packed, lambda _, made=expected: made, partition, replica=number, own=own
+            )
+            assert planned.plan.problem is expected and len(planned.sizes) == len(sizes)
+            num_images = [len(microbatch["vision"]) for microbatch in planned.sizes]
+            assert num_images == [len(microbatch["vision"]) for microbatch in sizes]
+            assert ("0F0" in planned.plan.to_text().split()) == (num_images[0] > 0)
 
 
 def test_plan_digest_tells_plans_apart():
