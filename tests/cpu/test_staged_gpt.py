@@ -1,6 +1,7 @@
 """Stages of ``GPTModel`` against the model in one piece, in one process."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from models_setup import base_config, megatron_on_cpu
-from staged_loop import Setting, assert_same, run_stages, run_whole
+from staged_loop import RUN, Setting, assert_same, run_stages, run_whole
 
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.models.gpt import StagedGpt
+from megatron_dip.models.staged import Part
 
 NUM_LAYERS = 4
 NUM_TOKENS = 12
@@ -153,3 +155,17 @@ def test_recomputed_layers_give_equal_losses_and_gradients():
     given, batch = expert_setting(), raw_batch()
     ours = run_stages(given, batch, {"language": (1, 2, 1)}, recompute=(0, 2, 3))
     assert_same(ours, run_whole(given, batch))
+
+
+def test_tensor_parallel_ranks_without_data_are_told_the_samples_of_a_part(monkeypatch):
+    args = SimpleNamespace(micro_batch_size=3)
+    monkeypatch.setattr("megatron.training.get_args", lambda: args)
+    staged = StagedGpt(setting().arguments, RUN._replace(num_tensor_ranks=2))
+    sizes = staged.items(raw_batch())["language"][:2]
+    with (
+        pytest.raises(RuntimeError, match="in a forward"),
+        staged.calling(Part("language", 0, 4, True, True), sizes),
+    ):
+        assert args.micro_batch_size == 2
+        raise RuntimeError("in a forward")
+    assert args.micro_batch_size == 3
