@@ -38,7 +38,8 @@ __all__ = [
 class ModuleSchedule(Form):
     """How one module is cut, and its share of a microbatch split."""
 
-    num_segments: Layers = 1
+    num_segments: Layers | None = None
+    """As many as ``layers`` has, or one, where not given."""
     layers: tuple[tuple[Layer, ...], ...] | None = None
     """Layers per segment and rank; cut evenly where not given."""
     sub_microbatch_tokens: Positive | None = None
@@ -165,12 +166,13 @@ def build_partition(
     layers, sizes = {}, {}
     for name, count in num_layers.items():
         module = schedule.modules.get(name, ModuleSchedule())
-        cut = module.layers or cut_evenly(count, module.num_segments, num_ranks)
+        cut = module.layers or cut_evenly(count, module.num_segments or 1, num_ranks)
         total = sum(sum(segment) for segment in cut)
-        if total != count or len(cut) != module.num_segments:
+        num_segments = module.num_segments or len(cut)
+        if total != count or len(cut) != num_segments:
             raise ConfigError(
                 f"schedule.modules.{name}.layers: {len(cut)} segments with {total} layers "
-                f"(expected num_segments {module.num_segments} with {count} layers)"
+                f"(expected num_segments {num_segments} with {count} layers)"
             )
         layers[name] = cut
         if module.sub_microbatch_tokens is not None:

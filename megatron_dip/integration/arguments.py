@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from megatron_dip.config import DipConfig, load_dip_config
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError, shown
 from megatron_dip.integration.flag_rules import SCHEDULE_RULES
+from megatron_dip.integration.options import DEFAULT_TIMEOUT_SECONDS, DipOptions
 from megatron_dip.integration.parser_flags import OWN_GROUP, ParserFlags, StatedFlag
 from megatron_dip.integration.rules import check_rules
 from megatron_dip.integration.same_inputs import Input, check_same_inputs, form_inputs
@@ -23,11 +24,11 @@ __all__ = [
     "ScriptPart",
     "add_arguments",
     "check_schedule_arguments",
+    "options_of",
     "refusal_of_megatron",
     "validation_of",
 ]
 
-DEFAULT_TIMEOUT_SECONDS = 300.0
 _MOST_ITERATIONS = 10**9
 _MOST_SECONDS = 1e7
 
@@ -46,6 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             metavar="FILE",
             default=None,
             help="YAML file with the schedule and its planning; scripts may read more of it.",
+        )
+        group.add_argument(
+            "--dip-models",
+            metavar="MODULE",
+            nargs="*",
+            default=[],
+            help="Python modules that register models of your own.",
+        )
+        group.add_argument(
+            "--dip-check-parts",
+            action="store_true",
+            help="Compare the loss of the first split microbatch with that of the whole one.",
         )
         group.add_argument(
             "--dip-timeout-seconds",
@@ -183,7 +196,7 @@ class ArgumentValidation:
         self._explicit = self.flags.explicit(words)
         self._parsed = argparse.Namespace(**vars(args))
         if args.dip_config is not None:
-            self._load(args.dip_config)
+            self.load(args.dip_config)
         if self.script is not None:
             self.script.check_parsed(args, self.flags.stated(args, self._explicit, words))
 
@@ -201,7 +214,7 @@ class ArgumentValidation:
         if script is not None:
             script.prepare(args, self._explicit, _defaults_of_script(args, defaults))
         if path is not None and getattr(args, "dip_schedule", False):
-            _check_num_ranks(args, self._load(path))
+            _check_num_ranks(args, self.load(path))
         self.validated = args
         if not _is_ours(args):
             return self._validate(args, defaults)
@@ -215,7 +228,12 @@ class ArgumentValidation:
             script.finish(args)
         return result
 
-    def _load(self, path: str) -> DipConfig:
+    def load(self, path: str) -> DipConfig:
+        """The schedule in the file ``path``, of which the script may read more.
+
+        Raises:
+            ConfigError: It cannot be used.
+        """
         return load_dip_config(path, self.script.keys if self.script is not None else ())
 
     def _validate(self, args: argparse.Namespace, defaults: dict[str, Any]) -> Any:
@@ -256,7 +274,7 @@ class ArgumentValidation:
             return iter(())
         if self.script is not None:
             return self.script.inputs(path)
-        return form_inputs(self._load(path))
+        return form_inputs(self.load(path))
 
 
 def _is_ours(args: argparse.Namespace) -> bool:
@@ -272,6 +290,31 @@ def validation_of(args: argparse.Namespace) -> ArgumentValidation | None:
     if isinstance(validation, ArgumentValidation) and validation.validated is args:
         return validation
     return None
+
+
+def options_of(args: argparse.Namespace) -> DipOptions | None:
+    """What ``args`` ask for; None where they have no ``--dip-schedule``.
+
+    Raises:
+        ConfigError: The file of ``--dip-config`` cannot be used.
+        UnsupportedError: The arguments were not checked by us.
+    """
+    if not getattr(args, "dip_schedule", False):
+        return None
+    validation = validation_of(args)
+    if validation is None:
+        raise UnsupportedError(
+            "the arguments come from another place than the command line (--yaml-cfg?): give them "
+            "as flags, so that they can be checked"
+        )
+    return DipOptions(
+        config=DipConfig() if args.dip_config is None else validation.load(args.dip_config),
+        models=tuple(args.dip_models),
+        timeout_seconds=args.dip_timeout_seconds,
+        planner_cores=tuple(args.dip_planner_cores),
+        check_parts=args.dip_check_parts,
+        optimizer_shards=args.data_parallel_size if args.use_distributed_optimizer else 1,
+    )
 
 
 def refusal_of_megatron(error: BaseException) -> ConfigError:

@@ -1,4 +1,4 @@
-"""Where this package hooks into Megatron: the parser and the choice of the schedule.
+"""Where this package hooks into Megatron: the parser, the schedule, and where models are built.
 
 A run without our flags is as it would be without the hooks, but that a released wheel starts where
 it could not run ``make``.  ``patches/`` holds the same two hooks as a diff.
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.versions import check_megatron
 
 __all__ = ["enable", "select_schedule"]
@@ -16,61 +17,74 @@ __all__ = ["enable", "select_schedule"]
 Schedule = Callable[..., Any]
 
 
-def enable() -> None:
+def enable(options: DipOptions | None = None) -> None:
     """Install the hooks in this process; does nothing when they are installed already.
 
     To be called before ``megatron.training`` is imported where possible; modules that are loaded
     already are rebound.
 
+    Args:
+        options: What is asked for where no command line of Megatron-LM says it: by a training loop
+            of one's own, such as megatron-bridge's.
+
     Raises:
         UnsupportedError: There is no Megatron, or none that this package works with.
     """
     check_megatron()
-    _hook_schedule()
+    _hook_schedule(options)
     _hook_parser()
     _hook_groups()
+    _hook_models(options)
 
 
-def select_schedule(schedule: Schedule) -> Schedule:
+def select_schedule(schedule: Schedule, options: DipOptions | None = None) -> Schedule:
     """Ours when this run has ``--dip-schedule``, else ``schedule``, Megatron's own choice.
 
     Megatron's own is measured where ``--dip-trace-dir`` asks for it.
     """
-    from megatron.training import global_vars
-
-    # Read directly: get_args() fails where megatron.core is used without the training loop.
-    args = global_vars._GLOBAL_ARGS
-    if getattr(args, "dip_schedule", False):
+    if options is not None or getattr(_run_arguments(), "dip_schedule", False):
         from megatron_dip.integration.forward_backward import forward_backward_dip
 
         return forward_backward_dip
-    if getattr(args, "dip_trace_dir", None):
+    if getattr(_run_arguments(), "dip_trace_dir", None):
         from megatron_dip.integration.trace import measure_schedule
 
         return measure_schedule(schedule)
     return schedule
 
 
+def _run_arguments() -> Any:
+    """Megatron's arguments; None where megatron.core is used without its training loop."""
+    from megatron.training import global_vars
+
+    # Read directly: get_args() fails where there are none.
+    return global_vars._GLOBAL_ARGS
+
+
 class _ScheduleGetter:
     """Stands for Megatron's ``get_forward_backward_func``, whose parameters differ by version."""
 
-    def __init__(self, getter: Callable[..., Schedule]) -> None:
+    def __init__(self, getter: Callable[..., Schedule], options: DipOptions | None) -> None:
         functools.update_wrapper(self, getter)
         self._getter = getter
+        self.options = options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Schedule:
-        return select_schedule(self._getter(*args, **kwargs))
+        return select_schedule(self._getter(*args, **kwargs), self.options)
 
 
-def _hook_schedule() -> None:
+def _hook_schedule(options: DipOptions | None) -> None:
     from megatron.core.pipeline_parallel import schedules
 
     name = "get_forward_backward_func"
     original = getattr(schedules, name)
     if isinstance(original, _ScheduleGetter):
         return
-    hooked = _ScheduleGetter(original)
-    # Importers hold the function by value: the package's __init__, the training loop, others.
+    _rebind(name, original, _ScheduleGetter(original, options))
+
+
+def _rebind(name: str, original: Any, hooked: Any) -> None:
+    """Importers hold functions by value: a package's __init__, the training loop, others."""
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get(name) is original:
             setattr(module, name, hooked)
@@ -103,11 +117,9 @@ def _hook_groups() -> None:
 
     @functools.wraps(initialize)
     def compare_and_initialize(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import global_vars
-
         from megatron_dip.integration.arguments import validation_of
 
-        run_args = global_vars._GLOBAL_ARGS
+        run_args = _run_arguments()
         validation = validation_of(run_args) if run_args is not None else None
         if validation is not None:
             validation.compare_ranks()
@@ -115,3 +127,73 @@ def _hook_groups() -> None:
 
     compare_and_initialize.compares_inputs = True  # type: ignore[attr-defined]
     parallel_state.initialize_model_parallel = compare_and_initialize
+
+
+def _hook_models(options: DipOptions | None) -> None:
+    """The two doors by which a script's builder of models is called: see ``stages``."""
+    from megatron.training import training
+
+    _hook_door(training, "get_model", options, _build_by_provider)
+    try:
+        from megatron.training.models import dist_utils
+    except ImportError:  # Before 0.18 all models come through providers.
+        return
+    _hook_door(dist_utils, "build_virtual_pipeline_stages", options, _build_by_model_config)
+
+
+def _hook_door(
+    module: Any, name: str, options: DipOptions | None, build: Callable[..., Any]
+) -> None:
+    original = getattr(module, name)
+    if getattr(original, "builds_stages", False):
+        return
+
+    @functools.wraps(original)
+    def door(builder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from megatron_dip.integration.arguments import options_of
+
+        asked_for = options or options_of(_run_arguments())
+        if asked_for is None:
+            return original(builder, *args, **kwargs)
+        return build(original, asked_for, builder, *args, **kwargs)
+
+    door.builds_stages = True  # type: ignore[attr-defined]
+    _rebind(name, original, door)
+
+
+def _build_by_provider(
+    get_model: Callable[..., Any],
+    options: DipOptions,
+    provider: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    from megatron_dip.integration.stages import build_stages
+
+    def provide(*, pre_process: bool, post_process: bool, **more: Any) -> Any:
+        def call(first: bool, last: bool) -> Any:
+            return provider(pre_process=first, post_process=last, **more)
+
+        return build_stages(call, options)
+
+    return get_model(provide, *args, **kwargs)
+
+
+def _build_by_model_config(
+    _: Callable[..., Any],
+    options: DipOptions,
+    build_model: Callable[..., Any],
+    pg_collection: Any,
+    vp_size: int | None = None,
+    model_type: Any = None,
+) -> Any:
+    from megatron.core.enums import ModelType
+
+    from megatron_dip.integration.stages import build_stages
+
+    def call(first: bool, last: bool) -> Any:
+        model = build_model(pg_collection, pre_process=first, post_process=last)
+        model.model_type = model_type or ModelType.encoder_or_decoder
+        return model
+
+    return build_stages(call, options)

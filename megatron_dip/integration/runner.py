@@ -5,7 +5,7 @@ scalers of auxiliary losses and the script's ``forward_step`` with them, so that
 what it means under Megatron's own schedule.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,14 +14,14 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_dip.families.packed.batches import Microbatch, StageData
-from megatron_dip.integration.chunks import StageBatch, UpstreamRows
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
+from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.models.recompute import recomputed_layers
+from megatron_dip.models.staged import Part, Received
 from megatron_dip.partition import Stage
 from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime import ForwardCall, SavedForward, backward_inputs, backward_weights
 from megatron_dip.runtime.measure import StoredBytes
-from megatron_dip.workload import SubMicrobatch
 
 __all__ = ["MegatronRunner"]
 
@@ -30,11 +30,12 @@ class MegatronRunner:
     """The stages of one rank for one iteration.
 
     Args:
+        pipeline: How the model of this run is cut.
         chunks: Wrapped chunks by stage number.
-        config: The configuration shared by the chunks.
         forward_step: The script's own.
-        microbatches: The data of this iteration.
-        planned: What is run of it, with the sizes of its items.
+        batches: What the script's iterator yields, per microbatch; Nones on ranks without data.
+        planned: What is run.
+        config: The configuration that Megatron's training loop reads and writes.
         context_parallel_size: Ranks over which Megatron averages a two-part loss.
         reduces_early: Whether a stage's gradients are reduced while others still compute.
         first_microbatch: False where cached fp8 weights stay valid (validation after its first).
@@ -45,59 +46,62 @@ class MegatronRunner:
 
     def __init__(
         self,
-        *,
+        pipeline: DipPipeline,
         chunks: Mapping[int, torch.nn.Module],
-        config: TransformerConfig,
         forward_step: Callable[..., Any],
-        microbatches: Sequence[Microbatch],
+        batches: Sequence[Any],
         planned: PlannedBatch,
+        *,
+        config: TransformerConfig,
         context_parallel_size: int,
         reduces_early: bool,
         first_microbatch: bool = True,
         collect_non_loss_data: bool = False,
         counts_stored_bytes: bool = False,
     ) -> None:
+        self._staged = pipeline.staged
+        self._partition = pipeline.partition
         self._chunks = dict(chunks)
         self._config = config
         self._forward_step = forward_step
-        self._microbatches = tuple(microbatches)
+        self._batches = tuple(batches)
         self._planned = planned
         self._context_parallel_size = context_parallel_size
         self._reduces_early = reduces_early
         self._collect_non_loss_data = collect_non_loss_data
-        self._device = next(next(iter(self._chunks.values())).parameters()).device
         self._fresh_chunks = set(self._chunks) if first_microbatch else set()
-        self._data: dict[SubMicrobatch, StageData] = {}
         self.reports = LossReports()
         self.stored: StoredBytes | None = None
         if counts_stored_bytes:
             parameters = [p for chunk in self._chunks.values() for p in chunk.parameters()]
             self.stored = StoredBytes(parameters)
-        self.num_tokens = torch.zeros([], dtype=torch.int, device=self._device)
+        self.num_tokens = torch.zeros([], dtype=torch.int, device=pipeline.device)
 
     def forward(self, call: ForwardCall) -> torch.Tensor:
         with self.stored.counting() if self.stored else nullcontext():
             return self._forward(call)
 
     def _forward(self, call: ForwardCall) -> torch.Tensor:
-        batch = self._stage_batch(call)
+        number, stage = call.work.microbatch, call.stage.stage
+        part = Part.of(self._partition, call.stage)
+        chunk = self._chunks[stage]
         store: list[Any] = []
-        number = call.work.microbatch
-        stage = call.stage.stage
-        output, num_tokens = schedules.forward_step(
-            self._forward_step_of(call),
-            iter([batch]),
-            self._chunks[stage],
-            len(self._microbatches),
-            [stage_input.tensor for stage_input in call.inputs],
-            store,
-            self._config,
-            self._context_parallel_size,
-            collect_non_loss_data=self._collect_non_loss_data,
-            is_first_microbatch=stage in self._fresh_chunks,
-            current_microbatch=number,
-            is_last_stage=call.is_loss,
-        )
+        sizes = self._planned.sizes_of(call.sub_microbatch)
+        with self._staged.calling(part, sizes), recomputed_layers(chunk, call.recompute_layers):
+            output, num_tokens = schedules.forward_step(
+                self._forward_step_of(call),
+                self._data(call, part),
+                chunk,
+                len(self._batches),
+                self._inputs(call, part),
+                store,
+                self._config,
+                self._context_parallel_size,
+                collect_non_loss_data=self._collect_non_loss_data,
+                is_first_microbatch=stage in self._fresh_chunks,
+                current_microbatch=number,
+                is_last_stage=call.is_loss,
+            )
         self._fresh_chunks.discard(stage)
         for report in store:
             self.reports.add(number, report)
@@ -141,31 +145,34 @@ class MegatronRunner:
         if self._reduces_early:
             self._chunks[stage.stage].start_grad_sync()  # type: ignore[operator]
 
-    def _forward_step_of(self, call: ForwardCall) -> Callable[..., Any]:
-        if not call.is_loss:
-            return self._forward_step
-        sub = call.sub_microbatch
-        return weighted_forward_step(
-            self._forward_step,
-            part_tokens=sum(size.loss_tokens for size in call.sizes),
-            whole_tokens=self._planned.num_loss_tokens(sub.module, sub.microbatch),
-            per_token=self._config.calculate_per_token_loss,
-        )
+    def _data(self, call: ForwardCall, part: Part) -> Iterator[Any] | None:
+        """What the script's forward step reads: one item, or no iterator on ranks without data."""
+        batch = self._batches[call.work.microbatch]
+        if batch is None:
+            return None
+        return iter([self._staged.part_of(batch, part, call.sub_microbatch.items)])
 
-    def _stage_batch(self, call: ForwardCall) -> StageBatch:
-        sub = call.sub_microbatch
-        microbatch = self._microbatches[sub.microbatch]
-        data = self._data.get(sub)
-        if data is None:
-            made: StageData = microbatch.sub_batch(sub.module, sub.items)
-            data = self._data[sub] = made.to(self._device)
-        upstream = tuple(
-            UpstreamRows(
+    def _inputs(self, call: ForwardCall, part: Part) -> list[torch.Tensor | None]:
+        received = [
+            Received(
                 module=other.sub_microbatch.module,
                 items=other.sub_microbatch.items,
-                num_rows=tuple(size.num_output_rows for size in other.sizes),
+                sizes=other.sizes,
+                tensor=other.tensor,
             )
             for other in call.inputs
-            if other.sub_microbatch.module != sub.module
+        ]
+        return self._staged.inputs(part, received)
+
+    def _forward_step_of(self, call: ForwardCall) -> Callable[..., Any]:
+        sub = call.sub_microbatch
+        assert self._planned.sizes is not None
+        whole = self._planned.sizes[sub.microbatch][sub.module]
+        if not call.is_loss or len(sub.items) == len(whole):
+            return self._forward_step
+        return weighted_forward_step(
+            self._forward_step,
+            part_tokens=sum(whole[item].loss_tokens for item in sub.items),
+            whole_tokens=sum(size.loss_tokens for size in whole),
+            per_token=self._config.calculate_per_token_loss,
         )
-        return StageBatch(data=data, upstream=upstream, recompute_layers=call.recompute_layers)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "agree_on_run",
     "iteration_number",
+    "last_iteration",
     "measure_schedule",
     "trace_step",
     "wants_records",
@@ -130,6 +131,11 @@ def _timed(step: Callable[..., Any], kind: ActionType, recorder: Recorder) -> Ca
 def iteration_number() -> int:
     """The iteration under way, counted from 1 as Megatron's log does."""
     return int(get_args().curr_iteration) + 1
+
+
+def last_iteration() -> int:
+    """The one after which training ends."""
+    return int(get_args().train_iters)
 
 
 def _line(schedule: str, recorder: Recorder, start_us: float, end_us: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_dip.errors import UnsupportedError
 from megatron_dip.models.boundaries import batched
 from megatron_dip.models.layout import cut_config, cut_spec
 from megatron_dip.models.module_shapes import module_shape
+from megatron_dip.models.registry import register
 from megatron_dip.models.staged import Part, StagedModel
 
 __all__ = ["StagedGpt", "document_lengths", "micro_batch_size"]
@@ -24,6 +25,7 @@ __all__ = ["StagedGpt", "document_lengths", "micro_batch_size"]
 MODULE = "language"
 
 
+@register("megatron.core.models.gpt.gpt_model.GPTModel")
 class StagedGpt(StagedModel):
     """A language model of one module."""
 

@@ -1,0 +1,73 @@
+"""The batches after the one that trains, on their way from the data to their plans."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_dip.costs import BatchSizes
+from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.runtime import Recorder
+from megatron_dip.runtime.look_ahead import LookAhead, SizedBatch
+
+__all__ = ["Ahead", "pull"]
+
+
+class Ahead:
+    """Reads ahead beneath Megatron's rerun iterator; a script's own iterator has no look-ahead.
+
+    Args:
+        data_iterator: As Megatron gives it to a schedule; None on ranks without data.
+    """
+
+    def __init__(self, pipeline: DipPipeline, data_iterator: Any, num_microbatches: int) -> None:
+        self._pipeline = pipeline
+        self._num_microbatches = num_microbatches
+        self._source: LookAhead | None = None
+        self._has_data = data_iterator is not None
+        if hasattr(data_iterator, "iterable"):
+            if not isinstance(data_iterator.iterable, LookAhead):
+                data_iterator.iterable = LookAhead(data_iterator.iterable, pipeline.staged.items)
+            self._source = data_iterator.iterable
+
+    def start(self) -> None:
+        """Read ahead in the first step, which waits for its own plan: others are made meanwhile."""
+        if self._source is not None and not self._source.num_held:
+            self._read()
+
+    def go_on(self, recorder: Recorder) -> None:
+        """Pass on the next plan, if there is one, read on, and request the plans that follow.
+
+        After the last action, because what a GPU still has to do of this step hides it.
+        """
+        start_us = recorder.now_us()
+        source, pipeline = self._source, self._pipeline
+        coming: Sequence[BatchSizes] | None = () if self._has_data else None
+        if source is not None:
+            coming = source.coming(self._num_microbatches)
+        planned = pipeline.plans.offer(coming)
+        if planned is not None:
+            pipeline.executor.prepare(planned)
+        self._read()
+        recorder.record("look ahead", start_us)
+
+    def _read(self) -> None:
+        if self._source is not None:
+            self._source.hold(self._num_microbatches * self._pipeline.config.planning.look_ahead)
+            self._pipeline.plans.request(self._source.coming(self._num_microbatches))
+
+
+def pull(
+    pipeline: DipPipeline, data_iterator: Iterator[Any] | None, num_microbatches: int
+) -> tuple[list[Any], BatchSizes | None]:
+    """The microbatches of a step with the sizes of their items.
+
+    Returns:
+        What the script's iterator yields, and sizes; Nones on a rank without data.
+    """
+    if data_iterator is None:
+        return [None] * num_microbatches, None
+    pulled = [next(data_iterator) for _ in range(num_microbatches)]
+    sized = [
+        one if isinstance(one, SizedBatch) else SizedBatch(one, pipeline.staged.items(one))
+        for one in pulled
+    ]
+    return [one.batch for one in sized], tuple(one.sizes for one in sized)

@@ -1,0 +1,60 @@
+"""Groups of processes that plans need beside Megatron's own; making one is a call of the world."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import mpu
+
+from megatron_dip.partition import Partition
+from megatron_dip.runtime import PlanAgreement, connected_groups
+
+__all__ = ["create_agreement", "create_group", "gather_distinct"]
+
+
+def gather_distinct(ranks: Sequence[int]) -> list[list[int]]:
+    """The rank lists of all processes of the world, each once, in one order."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(ranks))
+    return [list(ranks) for ranks in sorted({tuple(ranks) for ranks in gathered})]
+
+
+def create_agreement(
+    partition: Partition, replica: Sequence[int], timeout_seconds: float
+) -> PlanAgreement:
+    """Of all ranks that run one plan: those of a replica, and of all that it shares experts with.
+
+    Args:
+        replica: The tensor and pipeline peers of this rank.
+    """
+    replicas = gather_distinct(replica)
+    experts = dist.get_process_group_ranks(mpu.get_expert_tensor_and_model_parallel_group())
+    groups = connected_groups([*replicas, *gather_distinct(experts)])
+    own = next(group for group in groups if dist.get_rank() in group)
+    sharing = [members for members in replicas if members[0] in own]
+    return PlanAgreement(
+        partition,
+        create_group(groups, timeout_seconds, "plans"),
+        leaders=[own.index(members[0]) for members in sharing],
+        replica=sharing.index(list(replica)),
+    )
+
+
+def create_group(
+    groups: Sequence[Sequence[int]], timeout_seconds: float, use: str
+) -> dist.ProcessGroup:
+    """The CPU group of this rank among ``groups``, which all ranks of the world make."""
+    result: dist.ProcessGroup | None = None
+    for members in groups:
+        group = dist.new_group(
+            list(members),
+            timeout=timedelta(seconds=timeout_seconds),
+            backend="gloo",
+            group_desc=f"dip: {use}",
+        )
+        if dist.get_rank() in members:
+            assert isinstance(group, dist.ProcessGroup)
+            result = group
+    assert result is not None
+    return result

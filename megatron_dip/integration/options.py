@@ -1,0 +1,27 @@
+"""What a run asks of this package: from Megatron-LM's arguments, or from a call of ``enable``."""
+
+from dataclasses import dataclass, field
+
+from megatron_dip.config import DipConfig
+
+__all__ = ["DEFAULT_TIMEOUT_SECONDS", "DipOptions"]
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DipOptions:
+    """What the flags of ``--dip-schedule`` say."""
+
+    config: DipConfig = field(default_factory=DipConfig)
+    """Schedule and planning; one even segment per module where they say nothing."""
+    models: tuple[str, ...] = ()
+    """Python modules that register models."""
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    """Limit of every wait for another rank or for a plan."""
+    planner_cores: tuple[int, ...] = ()
+    """Cores for planner processes; those of the rank that starts them where empty."""
+    check_parts: bool = False
+    """Compare the loss of the first split microbatch with that of the whole one."""
+    optimizer_shards: int = 1
+    """Ranks that share one optimizer state."""
