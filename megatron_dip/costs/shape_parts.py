@@ -91,6 +91,7 @@ class GenericLayers(Form):
     """Whether a token attends to those before it alone."""
     is_gated: bool = False
     """Whether the MLP has two inner parts, of which one is the gate of the other."""
+    has_experts: bool = False
     expert_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of the weights of a layer's experts, those that a token meets: experts it is sent to over
     experts there are."""

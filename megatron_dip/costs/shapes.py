@@ -165,6 +165,11 @@ class ModuleShape(Form):
         return (range(self.num_layers),) if self.trains_adapters else self.trained.layers
 
     @property
+    def has_experts(self) -> bool:
+        """Whether any of its layers has experts."""
+        return self.experts is not None or (self.generic is not None and self.generic.has_experts)
+
+    @property
     def trains_any(self) -> bool:
         """Whether anything in the module is trained."""
         if self.weights is not None:

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training import training
+from megatron.training import get_args, training
 
 from megatron_dip.costs import ItemSizes, ProblemBuilder
 from megatron_dip.costs.flops import batch_flops
 from megatron_dip.costs.work import static_bytes
 from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.packed.batches import Microbatch
-from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.integration.stages import place_of
 from megatron_dip.planner.baselines.flat_chain import FlatChain, StaticCut
 from megatron_dip.planner.baselines.static import StaticSimulator
 
@@ -67,20 +67,31 @@ class BatchAccounting:
         """By identity: a step that is run again reads the same microbatches."""
         self._since_log: list[float] = []
         self._num_steps = 0
+        self._counted: int | None = None
+        """The iteration whose step was counted last."""
 
     def note(self, microbatch: Microbatch) -> None:
         """Count a microbatch of the step under way."""
         self._noted[id(microbatch)] = microbatch
 
     def __call__(self, *_: Any, **__: Any) -> float:
-        """Operations of a global batch; a collective call of replicas after every step."""
-        if not self._noted:
+        """Operations of a global batch; a collective call of replicas after every step.
+
+        Under plans a rank between the first and the last one may not run all microbatches, and
+        counts those that it runs.
+        """
+        iteration = get_args().curr_iteration
+        if iteration == self._counted:
             return self._mean_since_log()
+        self._counted = iteration
         self._last = sizes = [microbatch.item_sizes for microbatch in self._noted.values()]
         self._noted = {}
         device = torch.device("cuda", torch.cuda.current_device())
         total = torch.tensor([batch_flops(self._model, sizes)], dtype=torch.float64).to(device)
         dist.all_reduce(total, group=mpu.get_data_parallel_group())
+        if not total:
+            # A step that was skipped (``--iterations-to-skip``).
+            return self._mean_since_log()
         self._since_log.append(float(total))
         self._num_steps += 1
         return self._since_log[-1]
@@ -110,16 +121,20 @@ def use_accounting(accounting: BatchAccounting) -> None:
 
 
 def note_microbatch(microbatch: Microbatch) -> None:
-    """Tell the run's accounting, if it has one, what the step under way trains on."""
+    """Tell the run's accounting, if it has one, what the step under way trains on.
+
+    What is evaluated, with gradients off, does not count.
+    """
     accounting = getattr(training, _OPERATIONS, None)
-    if isinstance(accounting, BatchAccounting):
+    if isinstance(accounting, BatchAccounting) and torch.is_grad_enabled():
         accounting.note(microbatch)
 
 
-def planned_memory(pipeline: DipPipeline) -> MemoryOf:
-    """Of the plan that ran last."""
+def planned_memory(model: torch.nn.Module) -> MemoryOf:
+    """Of the plan that ran last; ``model`` is one of the stages of this rank."""
 
     def memory_of(_: Sequence[ItemSizes]) -> RankMemory:
+        pipeline = place_of(model).pipeline
         plan, rank = pipeline.executor.last_plan, pipeline.rank
         assert plan is not None and plan.estimate is not None, "a plan has run, with its estimate"
         static = static_bytes(plan.problem, plan.partition, rank)

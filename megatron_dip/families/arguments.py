@@ -24,6 +24,8 @@ from megatron_dip.integration.same_inputs import Input, file_input, form_inputs
 
 __all__ = ["ModelArguments", "add_arguments"]
 
+_STAGED = "megatron_dip.families.staged"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Megatron's ``extra_args_provider`` of a script whose model ``--dip-config`` states.
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "also data.skip_bad_samples of --dip-config.",
     )
     validation.read_by(ModelArguments())
+    parser.set_defaults(dip_models=[_STAGED])
     return parser
 
 

@@ -12,7 +12,7 @@ from megatron_dip.costs import Boundary, Parallelism, shape_boundary
 from megatron_dip.families.forms import FamilyConfig, TransformerForm
 from megatron_dip.families.packed.batches import Microbatch, StageData
 from megatron_dip.families.packed.initialization import initialize_parameters
-from megatron_dip.families.packed.model import StockModel
+from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.packed.parts import choose_trained_parts, set_learning_rate_factors
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 
@@ -43,7 +43,8 @@ class StageFactory(ABC):
         seed: Of the initial weights.
     """
 
-    stock_type: type[StockModel] = StockModel
+    model_type: type[PackedModel] = PackedModel
+    """The class of the model; what of it a rank holds differs with the schedule."""
 
     def __init__(self, config: FamilyConfig, seed: int) -> None:
         self.shape = config.model_shape()
@@ -66,12 +67,6 @@ class StageFactory(ABC):
     @abstractmethod
     def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """A stage as Megatron's layers come up."""
-
-    def stock_model(
-        self, *, pre_process: bool, post_process: bool, idle: Mapping[str, StageData]
-    ) -> StockModel:
-        """What a rank holds under Megatron's own schedule; ``idle`` as for ``StockModel``."""
-        return self.stock_type(self, pre_process=pre_process, post_process=post_process, idle=idle)
 
     def build(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:
         """A stage with its initial weights; what of it is trained is said, and how fast."""

@@ -22,7 +22,6 @@ from megatron_dip.families.configs import load_config
 from megatron_dip.families.loaders import LoadedSet, install_loaders
 from megatron_dip.families.packed.batches import Microbatch
 from megatron_dip.families.registry import family_of
-from megatron_dip.integration.chunks import StageBatch
 from megatron_dip.integration.rules import Rule, check_rules
 from megatron_dip.integration.saving import protect_saving
 
@@ -40,18 +39,14 @@ _UNBOUNDED = 2**40
 """More samples than any run reads, where their number is not known beforehand."""
 
 
-def get_batch(data_iterator: Iterator[Any]) -> StageBatch | Any:
-    """The next batch of a script's ``forward_step``, under either schedule."""
+def get_batch(data_iterator: Iterator[Any]) -> Any:
+    """The next batch of a script's ``forward_step``: all of a microbatch, or under a plan the data
+    of one stage."""
     batch = next(data_iterator)
-    if isinstance(batch, StageBatch):
-        return batch
-    if not isinstance(batch, Microbatch):
-        raise DataError(f"expected a microbatch, got {type(batch).__name__}")
-    # Evaluation has gradients off.
-    if torch.is_grad_enabled():
+    if isinstance(batch, Microbatch):
         note_microbatch(batch)
-    device = torch.device("cuda", torch.cuda.current_device())
-    return batch.whole(get_args().seq_length).to(device)
+        batch = batch.whole(get_args().seq_length)
+    return batch.to(torch.device("cuda", torch.cuda.current_device()))
 
 
 def data_sets(num_samples: Sequence[int | None]) -> tuple[Any, Any, None]:

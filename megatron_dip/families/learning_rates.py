@@ -53,6 +53,8 @@ def use_learning_rate_factors(args: argparse.Namespace, config: FamilyConfig) ->
                 f"of them out)"
             )
     make_config = getattr(training, _HOOKED, None)
+    if getattr(make_config, "dip_factors", None) == factors:
+        return
     if make_config is None:
         raise UnsupportedError(
             f"learning_rate_factor in {args.dip_config} does not work with this Megatron, which "
@@ -64,6 +66,7 @@ def use_learning_rate_factors(args: argparse.Namespace, config: FamilyConfig) ->
         optimizer_config, overrides = make_config(*given, **named)
         return optimizer_config, add_factor_overrides(optimizer_config, overrides, factors)
 
+    with_factors.dip_factors = factors  # type: ignore[attr-defined]
     setattr(training, _HOOKED, with_factors)
 
 

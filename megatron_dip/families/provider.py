@@ -1,17 +1,14 @@
-"""The model of a run, for either schedule, from the same stages.
-
-Under ``--dip-schedule`` a rank holds one chunk per stage.  Without, it holds what Megatron's own
-schedule wants; the family of the model says what that is.
-"""
+"""The model of a run, for either schedule: Megatron's ``model_provider`` of these scripts."""
 
 from argparse import Namespace
 from typing import Any
 
-import torch
+from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 from megatron.training.arguments import core_transformer_config_from_args
 
+from megatron_dip.costs import ProblemBuilder
 from megatron_dip.errors import ConfigError, UnsupportedError
 from megatron_dip.families.accounting import (
     BatchAccounting,
@@ -21,13 +18,13 @@ from megatron_dip.families.accounting import (
 )
 from megatron_dip.families.base import StageFactory
 from megatron_dip.families.configs import load_config
+from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.learning_rates import use_learning_rate_factors
+from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.registry import family_of
 from megatron_dip.families.trained_checkpoints import remember_trained
 from megatron_dip.integration.arguments import refusal_of_megatron, validation_of
-from megatron_dip.integration.chunks import ChunkList, DipChunk
-from megatron_dip.integration.pipeline import DipPipeline, run_builder
-from megatron_dip.partition import Stage
+from megatron_dip.integration.problems import run_builder
 
 __all__ = ["build_model"]
 
@@ -38,11 +35,12 @@ def build_model(
     vp_stage: int | None = None,
     config: TransformerConfig | None = None,
     pg_collection: Any = None,
-) -> torch.nn.Module | ChunkList:
+) -> PackedModel:
     """Megatron's ``model_provider`` for the model in ``--dip-config``.
 
     Returns:
-        A list of chunks under ``--dip-schedule``, else one model for Megatron's own schedule.
+        The layers of this rank under Megatron's own schedule; under ``--dip-schedule`` the stage
+        that is asked for.
 
     Raises:
         ConfigError: There is no ``--dip-config``, it does not fit the launch, or the ranks were
@@ -65,27 +63,20 @@ def build_model(
     remember_trained(args, dip_config)
     base = config or _run_config(args)
     family = family_of(dip_config)
-    factory = family.stage_factory(dip_config, base, args.seed)
-    if args.dip_schedule:
-        device = torch.device("cuda", torch.cuda.current_device())
-        pipeline = DipPipeline(
-            dip_config,
-            factory.shape,
-            base,
-            factory.boundary,
-            args.dip_timeout_seconds,
-            device,
-            planner_cores=args.dip_planner_cores,
-        )
-        use_accounting(BatchAccounting(dip_config, planned_memory(pipeline)))
-        return _build_chunks(factory, pipeline)
-    builder = run_builder(dip_config, factory.shape, base)
-    use_accounting(BatchAccounting(dip_config, stock_memory(builder, factory.loss_config)))
-    return factory.stock_model(
+    stages = family.stage_factory(dip_config, base, args.seed)
+    model = stages.model_type(
+        stages,
         pre_process=pre_process,
         post_process=post_process,
         idle=family.smallest_data(dip_config),
     )
+    memory_of = (
+        planned_memory(model)
+        if args.dip_schedule
+        else stock_memory(_problem_builder(args, dip_config, stages, base), stages.loss_config)
+    )
+    use_accounting(BatchAccounting(dip_config, memory_of))
+    return model
 
 
 def _run_config(args: Namespace) -> TransformerConfig:
@@ -97,25 +88,15 @@ def _run_config(args: Namespace) -> TransformerConfig:
     return run_config
 
 
-def _build_chunks(factory: StageFactory, pipeline: DipPipeline) -> ChunkList:
-    """The stages of this rank, those of the module with the loss outermost.
-
-    Megatron's reduction of embedding gradients expects the embedding in the first chunk of the
-    first rank and the head in the last chunk of the last rank.
-    """
-    stages = pipeline.partition.stages_on(pipeline.rank)
-    outermost = pipeline.model.modules[-1].name
-    entry = pipeline.partition.first_stage(outermost)
-    ordered = sorted(stages, key=lambda stage: (stage != entry, stage.module == outermost))
-    return ChunkList(_build_chunk(factory, pipeline, stage) for stage in ordered)
-
-
-def _build_chunk(factory: StageFactory, pipeline: DipPipeline, stage: Stage) -> DipChunk:
-    module = factory.build(
-        stage.module,
-        first_layer=stage.first_layer,
-        num_layers=stage.num_layers,
-        first=pipeline.partition.first_stage(stage.module) == stage,
-        last=pipeline.partition.last_stage(stage.module) == stage,
+def _problem_builder(
+    args: Namespace, config: FamilyConfig, stages: StageFactory, base: TransformerConfig
+) -> ProblemBuilder:
+    """Of the cut in the file, which may be for another number of ranks."""
+    num_ranks = config.schedule.num_ranks or mpu.get_pipeline_model_parallel_world_size()
+    return run_builder(
+        config.schedule,
+        stages.shape,
+        config.partition(num_ranks),
+        base,
+        optimizer_shards=args.data_parallel_size if args.use_distributed_optimizer else 1,
     )
-    return DipChunk(module, stage, factory.loss_config, pipeline)

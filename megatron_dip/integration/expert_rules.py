@@ -1,6 +1,5 @@
 """What plans ask of Megatron's options for experts."""
 
-import argparse
 from typing import Any
 
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
@@ -10,23 +9,26 @@ from megatron_dip.partition import Partition
 __all__ = ["check_expert_plans", "one_by_one"]
 
 
-def check_expert_plans(args: argparse.Namespace, model: ModelShape, partition: Partition) -> None:
+def check_expert_plans(config: Any, model: ModelShape, partition: Partition) -> None:
     """Refuse options for experts that do not work with plans of ``model`` under ``partition``.
+
+    Args:
+        config: Megatron's configuration of the module with the loss, or arguments of these names.
 
     Raises:
         UnsupportedError: Names the flag, its value and the remedy.
     """
     for module in model.modules:
-        if module.experts is not None:
-            _check_not_split(args, module, partition)
-            _check_shared(args, module, model)
+        if module.has_experts:
+            _check_not_split(config, module, partition)
+            _check_shared(config, module, model)
 
 
-def _check_not_split(args: argparse.Namespace, module: ModuleShape, partition: Partition) -> None:
+def _check_not_split(config: Any, module: ModuleShape, partition: Partition) -> None:
     """An auxiliary loss is a mean or a product of means over a microbatch, not a sum over it."""
     tokens = partition.sub_microbatch_tokens.get(module.name)
-    coefficient = sum(one_by_one(args, "moe_aux_loss_coeff", 0.0))
-    z_coefficient = getattr(args, "moe_z_loss_coeff", None)
+    coefficient = sum(one_by_one(config, "moe_aux_loss_coeff", 0.0))
+    z_coefficient = getattr(config, "moe_z_loss_coeff", None)
     if tokens is None or not (coefficient or z_coefficient):
         return
     flag = f"--moe-aux-loss-coeff {coefficient:g}"
@@ -39,12 +41,12 @@ def _check_not_split(args: argparse.Namespace, module: ModuleShape, partition: P
     )
 
 
-def _check_shared(args: argparse.Namespace, module: ModuleShape, model: ModelShape) -> None:
+def _check_shared(config: Any, module: ModuleShape, model: ModelShape) -> None:
     """Replicas that share experts exchange different numbers of tokens, in every backward too."""
-    size = getattr(args, "expert_model_parallel_size", 1)
+    size = getattr(config, "expert_model_parallel_size", 1)
     if size == 1:
         return
-    dispatcher = getattr(args, "moe_token_dispatcher_type", "allgather")
+    dispatcher = getattr(config, "moe_token_dispatcher_type", "allgather")
     if dispatcher != "alltoall":
         raise UnsupportedError(
             f"--moe-token-dispatcher-type {dispatcher} does not work with "
@@ -64,7 +66,7 @@ def _check_shared(args: argparse.Namespace, module: ModuleShape, model: ModelSha
         )
 
 
-def one_by_one(args: argparse.Namespace, name: str, default: Any) -> list[Any]:
+def one_by_one(options: Any, name: str, default: Any) -> list[Any]:
     """The values of an option that takes one or several."""
-    value = getattr(args, name, default)
+    value = getattr(options, name, default)
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -6,7 +6,8 @@ it could not run ``make``.  ``patches/`` holds the same two hooks as a diff.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_dip.integration.options import DipOptions
@@ -172,11 +173,31 @@ def _build_by_provider(
 
     def provide(*, pre_process: bool, post_process: bool, **more: Any) -> Any:
         def call(first: bool, last: bool) -> Any:
-            return provider(pre_process=first, post_process=last, **more)
+            with _any_checkpoint_format():
+                return provider(pre_process=first, post_process=last, **more)
 
         return build_stages(call, options)
 
     return get_model(provide, *args, **kwargs)
+
+
+@contextmanager
+def _any_checkpoint_format() -> Iterator[None]:
+    """While in it, arguments say ``--ckpt-format torch``.
+
+    Megatron's ``pretrain_vlm.py`` asserts it while it builds, because stages of its own cannot be
+    told apart in other formats; those of plans can, and need ``torch_dist``.
+    """
+    args = _run_arguments()
+    checkpoint_format = getattr(args, "ckpt_format", None)
+    if checkpoint_format is None:
+        yield
+        return
+    args.ckpt_format = "torch"
+    try:
+        yield
+    finally:
+        args.ckpt_format = checkpoint_format
 
 
 def _build_by_model_config(

@@ -16,11 +16,18 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
 from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.models.batches import needed
 from megatron_dip.models.recompute import recomputed_layers
 from megatron_dip.models.staged import Part, Received
 from megatron_dip.partition import Stage
 from megatron_dip.planner import PlannedBatch
-from megatron_dip.runtime import ForwardCall, SavedForward, backward_inputs, backward_weights
+from megatron_dip.runtime import (
+    ForwardCall,
+    SavedForward,
+    StageInput,
+    backward_inputs,
+    backward_weights,
+)
 from megatron_dip.runtime.measure import StoredBytes
 
 __all__ = ["MegatronRunner"]
@@ -153,16 +160,17 @@ class MegatronRunner:
         return iter([self._staged.part_of(batch, part, call.sub_microbatch.items)])
 
     def _inputs(self, call: ForwardCall, part: Part) -> list[torch.Tensor | None]:
-        received = [
-            Received(
-                module=other.sub_microbatch.module,
-                items=other.sub_microbatch.items,
-                sizes=other.sizes,
-                tensor=other.tensor,
-            )
-            for other in call.inputs
-        ]
+        received = [self._received(other, call, part) for other in call.inputs]
         return self._staged.inputs(part, received)
+
+    def _received(self, stage_input: StageInput, call: ForwardCall, part: Part) -> Received:
+        """A message, of another module only the items that this call reads."""
+        sub = stage_input.sub_microbatch
+        message = Received(sub.module, sub.items, stage_input.sizes, stage_input.tensor)
+        if sub.module == part.module:
+            return message
+        is_batched = self._staged.boundary(sub.module, outer=True).form == "batched"
+        return needed(message, call.sizes, dim=1 if is_batched else 0)
 
     def _forward_step_of(self, call: ForwardCall) -> Callable[..., Any]:
         sub = call.sub_microbatch

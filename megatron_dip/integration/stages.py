@@ -18,6 +18,7 @@ from megatron_dip.config import build_partition
 from megatron_dip.costs import ModelShape
 from megatron_dip.costs.builder import measured_model
 from megatron_dip.errors import UnsupportedError
+from megatron_dip.integration.expert_rules import check_expert_plans
 from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.problems import run_builder
@@ -89,6 +90,8 @@ def build_stages(call_builder: CallBuilder, options: DipOptions) -> ChunkList:
         chunks[stage] = registry.build(builder, staged, part)
     _ask_as_often_as_others(registry, call_builder, partition)
     run_config = get_model_config(next(iter(chunks.values())))
+    model = ModelShape(name="model", modules=shapes)
+    check_expert_plans(run_config, model, partition)
     own = [read_facts(chunk, Part.of(partition, stage)) for stage, chunk in chunks.items()]
     facts = gather_facts(own, mpu.get_pipeline_model_parallel_group())
     pipeline = DipPipeline(
@@ -97,7 +100,7 @@ def build_stages(call_builder: CallBuilder, options: DipOptions) -> ChunkList:
         partition=partition,
         problems=run_builder(
             options.config.schedule,
-            measured_model(ModelShape(name="model", modules=shapes), facts),
+            measured_model(model, facts),
             partition,
             run_config,
             optimizer_shards=options.optimizer_shards,

@@ -20,7 +20,7 @@ from megatron_dip.models.module_shapes import module_shape
 from megatron_dip.models.registry import register
 from megatron_dip.models.staged import Part, StagedModel
 
-__all__ = ["StagedGpt", "document_lengths", "micro_batch_size"]
+__all__ = ["StagedGpt", "check_auxiliary_losses", "document_lengths", "micro_batch_size"]
 
 MODULE = "language"
 
@@ -71,6 +71,19 @@ class StagedGpt(StagedModel):
                 "on one pipeline rank: nothing would add their gradients up (expected one segment, "
                 "more pipeline ranks, or --untie-embeddings-and-output-weights)"
             )
+
+    def check_split(self, module: str) -> None:
+        """
+        Raises:
+            UnsupportedError: Experts have an auxiliary loss, or several tokens are predicted.
+        """
+        if self.arguments["mtp_block_spec"] is not None:
+            raise UnsupportedError(
+                f"sub_microbatch_tokens of module {module} does not work with --mtp-num-layers: "
+                f"the loss of its layers is a mean over a microbatch (leave sub_microbatch_tokens "
+                f"out)"
+            )
+        check_auxiliary_losses(self.arguments["config"], module)
 
     def items(self, batch: Mapping[str, Any]) -> ItemSizes:
         """A sample is an item.
@@ -128,3 +141,25 @@ def micro_batch_size(num_samples: int) -> Iterator[None]:
         yield
     finally:
         args.micro_batch_size = whole
+
+
+def check_auxiliary_losses(config: Any, module: str) -> None:
+    """Refuse to split a module whose experts have a loss that is a mean over a microbatch, or a
+    product of means.
+
+    Raises:
+        UnsupportedError: Says which.
+    """
+    if not config.num_moe_experts:
+        return
+    coefficients = config.moe_aux_loss_coeff
+    listed = coefficients if isinstance(coefficients, list | tuple) else [coefficients]
+    balancing = config.moe_router_load_balancing_type
+    is_balanced = any(listed) and balancing not in ("none", ["none"])
+    name = "aux" if is_balanced else "z" if config.moe_z_loss_coeff else None
+    if name is not None:
+        raise UnsupportedError(
+            f"sub_microbatch_tokens of module {module} does not work with --moe-{name}-loss-coeff: "
+            f"the auxiliary loss of a microbatch is not the sum of those of its parts (leave "
+            f"sub_microbatch_tokens out, or set the coefficient to 0)"
+        )

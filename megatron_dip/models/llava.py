@@ -29,6 +29,7 @@ from megatron_dip.models.entry import PassThrough, enter, placeholder, replace
 from megatron_dip.models.hybrid import clone_if_empty, hybrid_layers
 from megatron_dip.models.layout import cut_config, cut_spec
 from megatron_dip.models.module_shapes import module_shape
+from megatron_dip.models.registry import register
 from megatron_dip.models.staged import Part, Received, RunFacts, StagedModel
 
 __all__ = ["StagedLlava"]
@@ -39,6 +40,7 @@ _HYBRID = ("nemotron5-hybrid", "nemotron6-moe")
 _PER_SEQUENCE = ("tokens", "labels", "loss_mask", "position_ids")
 
 
+@register("megatron.core.models.multimodal.llava_model.LLaVAModel")
 class StagedLlava(StagedModel):
     """A vision tower and a language model."""
 

@@ -48,6 +48,7 @@ def module_shape(
             key_value_size=keys_and_values,
             is_causal=causal,
             is_gated=bool(config.gated_linear_unit),
+            has_experts=bool(num_experts),
             expert_share=min(1.0, top_k / num_experts) if num_experts else 1.0,
             output_size=output_width,
         ),

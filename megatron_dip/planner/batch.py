@@ -39,7 +39,7 @@ class Batch:
         if len(problems) == 1:
             return problems[0]
         for module in self.builder.model.modules:
-            if module.experts is not None:
+            if module.has_experts:
                 _check_alike(problems, module.name)
         return joint_problem(problems)
 

@@ -29,6 +29,7 @@ from megatron_dip.families.packed.language import LanguageStage
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.packed.vision import VisionStage
 from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
+from megatron_dip.models.recompute import recomputed_layers
 
 VISION_LAYERS = 3
 LANGUAGE_LAYERS = 4
@@ -231,6 +232,7 @@ def run_chain(
         layout = stage.config.pipeline_model_parallel_layout
         held = range(layout.first_layer, layout.first_layer + layout.get_num_layers_to_build())
         mine = [layer for layer in recompute_layers if layer in held]
-        hidden = stage(hidden, batch, upstream if stage.pre_process else None, mine)
+        with recomputed_layers(stage, mine):
+            hidden = stage(hidden, batch, upstream if stage.pre_process else None)
     assert hidden is not None
     return hidden

@@ -150,3 +150,51 @@ def test_no_file_imports_what_its_package_must_not_know():
 )
 def test_the_check_sees_every_form_of_import(text: str, part: str, expected: list[str]):
     assert forbidden_imports(text, part) == expected
+
+
+# Commands about these models: what a run of theirs takes on this machine, and its adapters.
+MAY_IMPORT_FAMILIES = {
+    "cli/adapters.py",
+    "cli/profile.py",
+    "integration/profiling/modules.py",
+    "integration/profiling/rank.py",
+}
+KNOWN_CLASSES = ("megatron.core.models", "megatron_dip.families")
+
+
+def imports_of_models(text: str) -> list[str]:
+    """What a file imports of the classes that Megatron or this package's own models have."""
+    return [
+        name
+        for node in ast.walk(ast.parse(text))
+        for name in imported_names(node)
+        if f"{name}.".startswith(tuple(f"{known}." for known in KNOWN_CLASSES))
+    ]
+
+
+def test_nothing_in_the_package_knows_the_models_of_the_families():
+    """They are examples, which scripts import; all else would do without them."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE)
+        if place.parts[0] != "families" and str(place) not in MAY_IMPORT_FAMILIES:
+            names = imports_of_models(path.read_text(encoding="utf-8"))
+            found[str(place)] = [name for name in names if "families" in name]
+    assert {place: names for place, names in found.items() if names} == {}
+
+
+def test_the_loop_under_megatron_knows_no_class_of_models():
+    """Which classes there are, ``models`` knows; CPU mode repairs one of Megatron's."""
+    folder = PACKAGE / "integration"
+    files = [path for path in folder.rglob("*.py") if "cpu_mode" not in path.parts]
+    found = {}
+    for path in files:
+        if str(path.relative_to(PACKAGE)) not in MAY_IMPORT_FAMILIES:
+            found[path.name] = imports_of_models(path.read_text(encoding="utf-8"))
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_the_check_for_models_sees_both_kinds():
+    text = "def f():\n    import megatron.core.models.gpt\nfrom megatron_dip.families import base"
+    assert sorted(imports_of_models(text)) == ["megatron.core.models.gpt", "megatron_dip.families"]
+    assert imports_of_models("from megatron_dip.models import register") == []

@@ -18,9 +18,8 @@ from megatron.training import get_args
 
 from megatron_dip.families.arguments import add_arguments
 from megatron_dip.families.lavin.checkpoint import load_adapters, save_adapters
-from megatron_dip.families.packed.model import StockModel
+from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.packed.stage import StageModule
-from megatron_dip.integration.chunks import DipChunk
 
 __all__ = ["AdapterFiles", "add_adapter_arguments", "stages_of"]
 
@@ -47,11 +46,8 @@ def stages_of(model: Sequence[torch.nn.Module]) -> list[StageModule]:
     """The stages in the chunks that Megatron's ``get_model`` made, whatever wraps them."""
     stages: list[StageModule] = []
     for chunk in unwrap_model(list(model)):
-        if isinstance(chunk, DipChunk):
-            stages.append(chunk.stage_module)
-        else:
-            assert isinstance(chunk, StockModel), "made by build_model"
-            stages += chunk.stages()
+        assert isinstance(chunk, PackedModel), "made by build_model"
+        stages += chunk.stages()
     return stages
 
 

@@ -98,6 +98,11 @@ class ClipBatch(Movable):
         """Nothing is upstream of the vision tower."""
         return ()
 
+    @property
+    def upstream_rows(self) -> tuple[int, ...]:
+        """None, as there are no items."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutedBatch(LanguageBatch):
@@ -230,6 +235,7 @@ class LavinMicrobatch(Microbatch):
             span_lengths=sequence.span_lengths,
             image_rows=sequence.image_rows,
             images=self.needs[item],
+            upstream_rows=(self.image_size.num_features,) * len(self.needs[item]),
             items=(item,),
             modality_rows=places,
             modalities=torch.tensor(sequence.modalities),
@@ -256,6 +262,7 @@ def _join(parts: Sequence[RoutedBatch]) -> RoutedBatch:
         span_lengths=tuple(length for part in parts for length in part.span_lengths),
         image_rows=joined("image_rows", starts),
         images=tuple(image for part in parts for image in part.images),
+        upstream_rows=tuple(rows for part in parts for rows in part.upstream_rows),
         items=tuple(item for part in parts for item in part.items),
         modality_rows=joined("modality_rows", starts),
         modalities=joined("modalities"),

@@ -17,12 +17,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_dip.families.lavin.adapter import AdapterOptions, RoutedAdapter, Routing
 from megatron_dip.families.packed.attention import SpanParams, span_params
 from megatron_dip.families.packed.layers import (
-    RecomputableLayer,
     block_submodules,
     build_torch_norm,
     uses_transformer_engine,
@@ -46,17 +46,18 @@ def routed_span_params(
     return RoutedSpanParams(**vars(spans), routing=routing)
 
 
-class AdaptedLayer(RecomputableLayer):
+class AdaptedLayer(TransformerLayer):
     """A layer whose input norm carries an adapter."""
 
-    def run_once(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As ``TransformerLayer.forward``; also what recomputation repeats."""
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As ``TransformerLayer.forward``."""
         spans = kwargs.get("packed_seq_params")
         assert isinstance(spans, RoutedSpanParams), "the stage hands over routed spans"
         adapter = self.input_layernorm.adapter
         adapter.routing = spans.routing
         try:
-            return super().run_once(*args, **kwargs)
+            output: tuple[Tensor, Tensor | None] = super().forward(*args, **kwargs)
+            return output
         finally:
             adapter.routing = None
 

@@ -47,14 +47,14 @@ from megatron_dip.families.lavin.language import LavinLanguageStage
 from megatron_dip.families.lavin.scienceqa import read_scienceqa, to_instruction
 from megatron_dip.families.lavin.stages import freeze_towers
 from megatron_dip.families.lavin.vision import ClipStage, make_clip_config
-from megatron_dip.families.packed.model import StockModel
+from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.packed.parts import set_learning_rate_factor
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 
-__all__ = ["LavinFamily", "LavinStages", "StockLavin"]
+__all__ = ["LavinFamily", "LavinStages", "PackedLavin"]
 
 
-class StockLavin(StockModel):
+class PackedLavin(PackedModel):
     """Some images may be in the batch for the released router's sake alone."""
 
     def features(self, batch: LavinWholeBatch) -> torch.Tensor | None:
@@ -71,7 +71,7 @@ class StockLavin(StockModel):
 class LavinStages(StageFactory):
     """Stages of both towers."""
 
-    stock_type = StockLavin
+    model_type = PackedLavin
 
     def __init__(self, config: LavinConfig, base: TransformerConfig, seed: int) -> None:
         super().__init__(config, seed)

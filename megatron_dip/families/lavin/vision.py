@@ -30,7 +30,6 @@ from megatron_dip.families.forms import TransformerSizes
 from megatron_dip.families.lavin.adapter import AdapterOptions, Routing, initial_distribution
 from megatron_dip.families.lavin.layers import adapted_block_submodules, routed_span_params
 from megatron_dip.families.packed.configs import make_vision_config
-from megatron_dip.families.packed.layers import set_recomputed_layers
 from megatron_dip.families.packed.stage import StageLayers, StageModule, pad_rows
 
 if TYPE_CHECKING:
@@ -171,7 +170,6 @@ class ClipStage(StageModule):
         hidden: Tensor | None,
         batch: "ClipBatch",
         upstream: Tensor | None = None,
-        recompute_layers: Sequence[int] | None = None,
     ) -> Tensor:
         """Inner boundary rows, or the features ``[n F, 1, H]`` on the last stage.
 
@@ -188,7 +186,7 @@ class ClipStage(StageModule):
             own = num_rows // self.num_shards
             self._check(hidden, own, num_images)
             rows, features = hidden[:own], hidden[own:]
-        rows, taken = self._run_layers(rows, num_images, num_rows, recompute_layers)
+        rows, taken = self._run_layers(rows, num_images, num_rows)
         features = self._with_features(features, taken, num_images)
         return features if self.post_process else torch.cat([rows, features])
 
@@ -213,11 +211,10 @@ class ClipStage(StageModule):
             )
 
     def _run_layers(
-        self, rows: Tensor, num_images: int, num_rows: int, recompute_layers: Sequence[int] | None
+        self, rows: Tensor, num_images: int, num_rows: int
     ) -> tuple[Tensor, list[Tensor]]:
         """The rows after the last layer, and those after every layer with a feature."""
         decoder = self.vision_model.decoder
-        set_recomputed_layers(decoder, recompute_layers)
         decoder.set_input_tensor(rows)
         routing = clip_routing(self._gates, num_images, self.rows_per_image, num_rows, rows.device)
         output = decoder(

@@ -67,6 +67,11 @@ class AudioBatch(Movable):
         """Nothing is upstream of the audio encoder."""
         return ()
 
+    @property
+    def upstream_rows(self) -> tuple[int, ...]:
+        """None, as there are no items."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WholeOmni(Movable):
@@ -142,7 +147,10 @@ class OmniMicrobatch(VlmMicrobatch):
     def _one_sequence(self, item: int) -> LanguageBatch:
         media = [("vision", image) for image in self.needs[item]]
         media += [("audio", audio) for audio in self.heard(item)]
-        return replace(super()._one_sequence(item), media=tuple(media))
+        plain = super()._one_sequence(item)
+        heard = tuple(audio.num_rows for audio in self.sequences[item].audios)
+        rows = (*plain.upstream_rows, *heard)
+        return replace(plain, media=tuple(media), upstream_rows=rows)
 
     def _join(self, parts: Sequence[LanguageBatch]) -> LanguageBatch:
         media = tuple(one for part in parts for one in part.media or ())

@@ -36,11 +36,14 @@ class AudioModel(EncoderModel):
     """Convolutions and places (first stage), layers, final norm (last stage)."""
 
     def __init__(self, stage: StageModule, *, num_mels: int) -> None:
-        super().__init__(stage)
+        first = {}
         if stage.pre_process:
             size, dtype = stage.config.hidden_size, stage.config.params_dtype
-            self.conv_in = torch.nn.Conv1d(num_mels, size, 3, padding=1, dtype=dtype)
-            self.conv_out = torch.nn.Conv1d(size, size, 3, stride=2, padding=1, dtype=dtype)
+            first = {
+                "conv_in": torch.nn.Conv1d(num_mels, size, 3, padding=1, dtype=dtype),
+                "conv_out": torch.nn.Conv1d(size, size, 3, stride=2, padding=1, dtype=dtype),
+            }
+        super().__init__(stage, **first)
 
     def embed(self, batch: "AudioBatch") -> Tensor:
         """``[F, mels]`` to ``[N, H]``, clip by clip: convolutions never reach into another."""

@@ -20,7 +20,7 @@ from megatron_dip.families.common import (
     stop_unneeded_dropout,
 )
 from megatron_dip.families.data.images import PATCHES_PER_TOKEN, ImageLimits
-from megatron_dip.families.omni.batches import AudioBatch, WholeOmni
+from megatron_dip.families.omni.batches import AudioBatch
 from megatron_dip.families.omni.config import OmniConfig
 from megatron_dip.families.omni.data import (
     OmniDataset,
@@ -30,38 +30,15 @@ from megatron_dip.families.omni.data import (
 )
 from megatron_dip.families.omni.encoder import AudioStage
 from megatron_dip.families.packed.configs import make_projection_config, make_vision_config
-from megatron_dip.families.packed.model import StockModel
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
 from megatron_dip.families.vlm.model import VlmStages, measured_image, measured_sequence
-from megatron_dip.integration.chunks import UpstreamRows, order_features
 
-__all__ = ["OmniFamily", "OmniStages", "StockOmni"]
-
-
-class StockOmni(StockModel):
-    """Both encoders are on the first rank."""
-
-    def features(self, batch: WholeOmni) -> torch.Tensor | None:
-        """Of images and sounds, in the order in which the sequences read them."""
-        outputs, rows, parts = [], [], []
-        for name, encoder in self._encoders.items():
-            data = getattr(batch, name)
-            if data.items:
-                outputs.append(encoder(None, data))
-                lengths = tuple(length // PATCHES_PER_TOKEN for length in data.span_lengths)
-                rows.append(UpstreamRows(module=name, items=data.items, num_rows=lengths))
-            else:
-                parts.append(self.no_rows(name))
-        parts.append(order_features(outputs, rows, batch.language.upstream_items))
-        found = [part.reshape(-1, part.shape[-1]) for part in parts if part is not None]
-        return torch.cat(found) if found else None
+__all__ = ["OmniFamily", "OmniStages"]
 
 
 class OmniStages(VlmStages):
     """Stages of the three modules."""
-
-    stock_type = StockOmni
 
     def __init__(self, config: OmniConfig, base: TransformerConfig, seed: int) -> None:
         super().__init__(config, base, seed)

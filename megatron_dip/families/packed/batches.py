@@ -59,6 +59,11 @@ class StageData(Protocol):
         the module's first stage takes their rows."""
         ...
 
+    @property
+    def upstream_rows(self) -> tuple[int, ...]:
+        """Rows that each of ``upstream_items`` has where it is read."""
+        ...
+
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
         ...

@@ -6,7 +6,7 @@ sub-microbatch, H the hidden size, H_l that of the module that reads the feature
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Unpack
 
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -21,12 +21,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_dip.families.packed.attention import span_params
 from megatron_dip.families.packed.layers import (
     block_submodules,
     linear_layers,
-    set_recomputed_layers,
 )
 from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
 from megatron_dip.families.packed.stage import StageLayers, StageModule, pad_rows
@@ -35,11 +35,18 @@ __all__ = ["EncoderModel", "EncoderStage", "build_projection"]
 
 
 class EncoderModel(MegatronModule):
-    """Embedding (first stage), layers, final norm (last stage)."""
+    """Embedding (first stage), layers, final norm (last stage).
 
-    def __init__(self, stage: StageModule) -> None:
+    Args:
+        embedding: By name, what :meth:`embed` computes with, on the first stage.  Weights are read
+            in the order in which they come: it stands before the layers.
+    """
+
+    def __init__(self, stage: StageModule, **embedding: Module) -> None:
         config = stage.config
         super().__init__(config=config)
+        for name, module in embedding.items():
+            self.add_module(name, module)
         self.tp_group = stage.tp_group
         self.decoder = TransformerBlock(
             config=config,
@@ -60,14 +67,12 @@ class EncoderModel(MegatronModule):
         hidden: Tensor | None,
         batch: Any,
         num_rows: int,
-        recompute_layers: Sequence[int] | None,
     ) -> Tensor:
         """``[rows of this rank, 1, H]``; ``hidden`` is None on the first stage."""
         if hidden is None:
             hidden = pad_rows(self.embed(batch), num_rows).unsqueeze(1)
             if self.config.sequence_parallel:
                 hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
-        set_recomputed_layers(self.decoder, recompute_layers)
         self.decoder.set_input_tensor(hidden)
         output: Tensor = self.decoder(
             hidden_states=hidden,
@@ -113,7 +118,6 @@ class EncoderStage(StageModule):
         hidden: Tensor | None,
         batch: Any,
         upstream: Tensor | None = None,
-        recompute_layers: Sequence[int] | None = None,
     ) -> Tensor:
         """Inner boundary rows, or ``[N / 4, 1, H_l]`` on the last stage (see ``shapes``).
 
@@ -127,7 +131,7 @@ class EncoderStage(StageModule):
             self._check_rows(hidden, num_tokens)
         num_rows = self._num_rows(num_tokens)
         model = self.get_submodule(f"{self._name}_model")
-        output: Tensor = model(hidden, batch, num_rows, recompute_layers)
+        output: Tensor = model(hidden, batch, num_rows)
         return self._project(output, num_tokens) if self.post_process else output
 
     def _project(self, hidden: Tensor, num_tokens: int) -> Tensor:

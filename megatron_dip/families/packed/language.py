@@ -7,7 +7,7 @@ Notation: T tokens, M image rows, H the hidden size.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Unpack
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.families.packed.attention import SpanParams, span_params
-from megatron_dip.families.packed.layers import block_submodules, set_recomputed_layers
+from megatron_dip.families.packed.layers import block_submodules
 from megatron_dip.families.packed.stage import StageLayers, StageModule, pad_rows
 
 if TYPE_CHECKING:
@@ -127,7 +127,6 @@ class LanguageStage(StageModule):
         hidden: Tensor | None,
         batch: "LanguageBatch",
         upstream: Tensor | None = None,
-        recompute_layers: Sequence[int] | None = None,
     ) -> Tensor:
         """Inner boundary rows, or the loss of every token ``[T]`` on the last stage.
 
@@ -144,7 +143,6 @@ class LanguageStage(StageModule):
         else:
             self._check_rows(hidden, len(batch.tokens))
         model = self.language_model
-        set_recomputed_layers(model.decoder, recompute_layers)
         model.set_input_tensor(hidden)
         # Not every Megatron has this argument, so it is given only where it means something.
         padding = {"padding_mask": self._padding(batch, num_rows)} if self._masks_padding else {}

@@ -5,7 +5,6 @@ layers, torch's norms, and ``SpanAttention``.  Both backends give the same check
 """
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,96 +15,24 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    checkpoint,
-    get_cuda_rng_tracker,
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
 
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.families.packed.attention import SpanAttention
 
 __all__ = [
-    "RecomputableLayer",
     "block_submodules",
     "build_torch_norm",
     "linear_layers",
-    "set_recomputed_layers",
     "uses_transformer_engine",
 ]
-
-
-class RecomputableLayer(TransformerLayer):
-    """Megatron's transformer layer; keeps only its input for backward where ``recompute`` is set.
-
-    Megatron chooses recomputed layers once, by their count; a plan chooses them anew for every
-    sub-microbatch.  The flag is read in forward only, so passes with different choices may be in
-    flight at the same time.
-    """
-
-    recompute: bool = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As ``TransformerLayer.forward``."""
-        hidden_states = kwargs.get("hidden_states")
-        if not self.recompute or hidden_states is None or not self._needs_backward(hidden_states):
-            return self.run_once(*args, **kwargs)
-        if not hidden_states.requires_grad:
-            # Re-entrant checkpointing only builds a graph from inputs that need gradients, also
-            # where it is the parameters inside that are trained.
-            hidden_states = hidden_states.detach().requires_grad_()
-        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-
-        def run(hidden_states: Tensor) -> Tensor:
-            return self.run_once(*args, hidden_states=hidden_states, **others)[0]
-
-        return self._checkpointed(run, hidden_states), None
-
-    def run_once(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """One pass through the layer: what forward does, and again where it is recomputed."""
-        output: tuple[Tensor, Tensor | None] = super().forward(*args, **kwargs)
-        return output
-
-    def _checkpointed(self, run: Any, hidden_states: Tensor) -> Tensor:
-        if self.config.fp8 or self.config.fp4:
-            from megatron.core.extensions.transformer_engine import te_checkpoint
-
-            output: Tensor = te_checkpoint(
-                run, False, get_cuda_rng_tracker, self.pg_collection.tp, hidden_states
-            )
-        else:
-            output = checkpoint(run, False, hidden_states)
-        return output
-
-    def _needs_backward(self, hidden_states: Tensor) -> bool:
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        return torch.is_grad_enabled() and (hidden_states.requires_grad or trained)
-
-
-def set_recomputed_layers(block: TransformerBlock, layers: Sequence[int] | None) -> None:
-    """Choose the layers, by global number from 0, whose next forward keeps only its input.
-
-    Raises:
-        ValueError: A layer that this block does not hold.
-    """
-    wanted = set(layers or ())
-    held = {layer.layer_number - 1 for layer in block.layers}
-    if not wanted <= held:
-        raise ValueError(
-            f"layers {sorted(wanted - held)} to be recomputed are not in this stage, "
-            f"which holds layers {sorted(held)}"
-        )
-    for layer in block.layers:
-        layer.recompute = layer.layer_number - 1 in wanted
 
 
 def uses_transformer_engine(config: TransformerConfig) -> bool:
@@ -175,5 +102,5 @@ def block_submodules(
                 setattr(attention, name, build_torch_norm)
         final_norm = build_torch_norm
     layer.self_attention.params = {"attn_mask_type": mask_type}
-    spec = ModuleSpec(module=RecomputableLayer, submodules=layer)
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=final_norm)

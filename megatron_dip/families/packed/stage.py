@@ -66,7 +66,6 @@ class StageModule(MegatronModule):
         hidden: Tensor | None,
         batch: Any,
         upstream: Tensor | None = None,
-        recompute_layers: Sequence[int] | None = None,
     ) -> Tensor:
         """Run the stage on one sub-microbatch.
 
@@ -74,7 +73,6 @@ class StageModule(MegatronModule):
             hidden: The output of the module's stage before; None on its first stage.
             batch: The ``VisionBatch`` or ``LanguageBatch`` of the sub-microbatch.
             upstream: What upstream modules contribute; None where that is nothing.
-            recompute_layers: Global numbers of the layers that keep only their input for backward.
         """
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor | None] | None) -> None:

@@ -51,12 +51,12 @@ class VisionModel(EncoderModel):
     """Patch embedding and positions (first stage), layers, final norm (last stage)."""
 
     def __init__(self, stage: StageModule, *, patch_size: int, position_table_side: int) -> None:
-        super().__init__(stage)
-        config = stage.config
+        config, first = stage.config, {}
         if stage.pre_process:
-            self.patch_embedding = torch.nn.Linear(
-                3 * patch_size**2, config.hidden_size, dtype=config.params_dtype
-            )
+            values, dtype = 3 * patch_size**2, config.params_dtype
+            first = {"patch_embedding": torch.nn.Linear(values, config.hidden_size, dtype=dtype)}
+        super().__init__(stage, **first)
+        if stage.pre_process:
             shape = (position_table_side, position_table_side, config.hidden_size)
             self.position_table = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
 

@@ -53,6 +53,11 @@ class TextBatch(Movable):
         """Nothing is upstream of the text encoder."""
         return ()
 
+    @property
+    def upstream_rows(self) -> tuple[int, ...]:
+        """None, as there are no items."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DitBatch(Movable):
@@ -80,6 +85,11 @@ class DitBatch(Movable):
     def upstream_items(self) -> tuple[tuple[str, int], ...]:
         """The captions, as items of ``text``."""
         return tuple(("text", item) for item in self.items)
+
+    @property
+    def upstream_rows(self) -> tuple[int, ...]:
+        """The tokens of the captions."""
+        return self.text_lengths
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

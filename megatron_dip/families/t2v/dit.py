@@ -30,7 +30,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dip.families.packed.attention import span_params
-from megatron_dip.families.packed.layers import set_recomputed_layers
 from megatron_dip.families.packed.shapes import ROWS_PER_CLIP
 from megatron_dip.families.packed.stage import StageLayers, StageModule, pad_rows
 from megatron_dip.families.t2v.dit_layer import (
@@ -189,7 +188,6 @@ class DitStage(StageModule):
         hidden: Tensor | None,
         batch: "DitBatch",
         upstream: Tensor | None = None,
-        recompute_layers: Sequence[int] | None = None,
     ) -> Tensor:
         """Inner boundary rows, or the loss of every patch ``[N]`` on the last stage.
 
@@ -206,7 +204,7 @@ class DitStage(StageModule):
             assert hidden is not None
             rows = self._take_apart(hidden, batch, num_rows)
         clips = self._clips(batch, num_rows, rows.hidden.device)
-        output = self._run_layers(rows, batch, num_rows, clips, recompute_layers)
+        output = self._run_layers(rows, batch, num_rows, clips)
         if not self.post_process:
             return rows._replace(hidden=output).joined()
         return self._losses(output, rows.times, batch, clips)
@@ -250,7 +248,6 @@ class DitStage(StageModule):
         batch: "DitBatch",
         num_rows: int,
         clips: Tensor,
-        recompute_layers: Sequence[int] | None,
     ) -> Tensor:
         device = rows.hidden.device
         own = rows.hidden.shape[0]
@@ -268,7 +265,6 @@ class DitStage(StageModule):
         )
         angles = rotary_frequencies(batch.grids, self.config.kv_channels)
         decoder = self.dit_model.decoder
-        set_recomputed_layers(decoder, recompute_layers)
         decoder.set_input_tensor(rows.hidden)
         output: Tensor = decoder(
             hidden_states=rows.hidden,

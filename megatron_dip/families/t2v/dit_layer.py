@@ -17,7 +17,6 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    checkpoint,
     copy_to_tensor_model_parallel_region,
 )
 from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
@@ -64,9 +63,7 @@ class DitLayerSubmodules:
 
 
 class DitLayer(MegatronModule, BaseTransformerLayer):
-    """One layer; keeps only its inputs for backward where ``recompute`` is set."""
-
-    recompute: bool = False
+    """One layer."""
 
     def __init__(
         self,
@@ -113,15 +110,8 @@ class DitLayer(MegatronModule, BaseTransformerLayer):
         ``packed_seq_params`` are the clips.  What else ``TransformerBlock`` passes does not apply.
         """
 
-        def run(hidden: Tensor, text: Tensor, modulation: Tensor) -> Tensor:
-            own = context._replace(text=text, modulation=modulation)
-            return self._run(hidden, own, rotary_pos_emb, packed_seq_params)
-
-        tensors = (hidden_states, context.text, context.modulation)
-        trains = any(tensor.requires_grad for tensor in tensors)
-        if self.recompute and torch.is_grad_enabled() and trains:
-            return checkpoint(run, False, *tensors), context
-        return run(*tensors), context
+        output = self._run(hidden_states, context, rotary_pos_emb, packed_seq_params)
+        return output, context
 
     def _run(
         self, hidden: Tensor, context: DitContext, rotary: Tensor, spans: PackedSeqParams

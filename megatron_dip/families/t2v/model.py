@@ -4,7 +4,6 @@ Under Megatron's own schedule a rank holds what that wants: the whole text encod
 layers of the transformer on the first rank, and a run of its layers on every other.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -25,9 +24,8 @@ from megatron_dip.families.common import (
     split_index,
     stop_unneeded_dropout,
 )
-from megatron_dip.families.packed.batches import StageData
 from megatron_dip.families.packed.configs import make_dit_config
-from megatron_dip.families.packed.model import StockModel
+from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.packed.shapes import ROWS_PER_CLIP
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.t2v.batches import DitBatch, TextBatch
@@ -42,11 +40,23 @@ from megatron_dip.families.t2v.dit import DitStage
 from megatron_dip.families.t2v.text import TextStage
 from megatron_dip.families.t2v.videos import ClipLimits
 
-__all__ = ["StockT2v", "T2vFamily", "T2vStages"]
+__all__ = ["PackedT2v", "T2vFamily", "T2vStages"]
 
 
-class StockT2v(StockModel):
-    """What a stage hands on is padded to the fixed shape, and cut to its rows again."""
+class PackedT2v(PackedModel):
+    """What a rank of Megatron's schedule hands on is padded to a fixed shape, and cut again."""
+
+    def check_whole(self) -> None:
+        """
+        Raises:
+            UnsupportedError: Sequence parallelism: text and time, which every rank needs whole,
+                would not fit into Megatron's fixed shape.
+        """
+        if self.config.sequence_parallel:
+            raise UnsupportedError(
+                "--sequence-parallel does not work with this model under Megatron's own schedule: "
+                "leave it out (it works with --dip-schedule)"
+            )
 
     def num_rows(self, data: DitBatch) -> int:
         """Patches, text and time of the clips."""
@@ -57,7 +67,7 @@ class StockT2v(StockModel):
 class T2vStages(StageFactory):
     """Stages of the text encoder and of the diffusion transformer."""
 
-    stock_type = StockT2v
+    model_type = PackedT2v
 
     def __init__(self, config: T2vConfig, base: TransformerConfig, seed: int) -> None:
         super().__init__(config, seed)
@@ -90,22 +100,6 @@ class T2vStages(StageFactory):
             text_size=text.hidden_size,
             **layers,
         )
-
-    def stock_model(
-        self, *, pre_process: bool, post_process: bool, idle: Mapping[str, StageData]
-    ) -> StockModel:
-        """See :class:`StageFactory`.
-
-        Raises:
-            UnsupportedError: Sequence parallelism: text and time, which every rank needs whole,
-                would not fit into Megatron's fixed shape.
-        """
-        if self.dit_config.sequence_parallel:
-            raise UnsupportedError(
-                "--sequence-parallel does not work with this model under Megatron's own schedule: "
-                "leave it out (it works with --dip-schedule)"
-            )
-        return super().stock_model(pre_process=pre_process, post_process=post_process, idle=idle)
 
 
 class T2vFamily(ModelFamily[T2vConfig]):

@@ -4,7 +4,6 @@ The parts have the names of :class:`LanguageStage`, so that the weights of a lan
 loaded.  Notation: M tokens, H the hidden size.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack
 
 from megatron.core.tensor_parallel import (
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from megatron_dip.families.packed.attention import span_params
 from megatron_dip.families.packed.language import build_backbone
-from megatron_dip.families.packed.layers import block_submodules, set_recomputed_layers
+from megatron_dip.families.packed.layers import block_submodules
 from megatron_dip.families.packed.stage import StageLayers, StageModule, pad_rows
 
 if TYPE_CHECKING:
@@ -69,7 +68,6 @@ class TextStage(StageModule):
         hidden: Tensor | None,
         batch: "TextBatch",
         upstream: Tensor | None = None,
-        recompute_layers: Sequence[int] | None = None,
     ) -> Tensor:
         """Inner boundary rows, or features ``[M, 1, H]`` on the last stage.
 
@@ -90,7 +88,6 @@ class TextStage(StageModule):
                 hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         else:
             self._check_rows(hidden, num_tokens)
-        set_recomputed_layers(model.decoder, recompute_layers)
         model.set_input_tensor(hidden)
         output: Tensor = model(
             input_ids=None,

@@ -99,6 +99,11 @@ class VisionBatch(Movable):
         """Nothing is upstream of the vision tower."""
         return ()
 
+    @property
+    def upstream_rows(self) -> tuple[int, ...]:
+        """None, as there are no items."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LanguageBatch(Movable):
@@ -119,6 +124,8 @@ class LanguageBatch(Movable):
     """The image items whose features, one after another, fill ``image_rows``."""
     items: tuple[int, ...]
     """The numbers of the sequences, in the order of the rows."""
+    upstream_rows: tuple[int, ...] = ()
+    """Of ``image_rows`` those that each of ``upstream_items`` fills, in their order."""
     media: tuple[tuple[str, int], ...] | None = None
     """Where not only images are read: module and item of all features that fill ``image_rows``."""
     padding: Tensor | None = None
@@ -279,6 +286,7 @@ class VlmMicrobatch(Microbatch):
             span_lengths=sequence.span_lengths,
             image_rows=sequence.image_positions,
             images=self.needs[item],
+            upstream_rows=tuple(image.num_tokens for image in sequence.images),
             items=(item,),
         )
 
@@ -293,6 +301,7 @@ class VlmMicrobatch(Microbatch):
             span_lengths=tuple(length for part in parts for length in part.span_lengths),
             image_rows=_concatenate(rows, torch.int64),
             images=tuple(image for part in parts for image in part.images),
+            upstream_rows=tuple(rows for part in parts for rows in part.upstream_rows),
             items=tuple(item for part in parts for item in part.items),
             padding=None
             if all(part.padding is None for part in parts)

@@ -16,6 +16,7 @@ from megatron_dip.families.base import ModelFamily, StageFactory
 from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.packed.attention import span_params
 from megatron_dip.families.packed.stage import StageModule
+from megatron_dip.models.recompute import recomputed_layers
 from megatron_dip.runtime.measure import CallTimes, measure_call
 
 __all__ = ["MeasureOptions", "measure_module", "num_measurements"]
@@ -185,7 +186,8 @@ class _Bench:
             # A leaf as it stands may be changed in place by the stage's first layer.
             read = inputs[0].view_as(inputs[0]) if inputs else None
             hidden, upstream = (None, read) if stage.pre_process else (read, None)
-            output: Tensor = stage(hidden, data, upstream, recompute_layers)
+            with recomputed_layers(stage, recompute_layers):
+                output: Tensor = stage(hidden, data, upstream)
             return output
 
         return self._measure(call, inputs, list(stage.parameters()))

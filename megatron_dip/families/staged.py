@@ -1,0 +1,76 @@
+"""How the models of this folder run in stages: their class for the front door.
+
+A script of ``examples/`` names this module to ``--dip-schedule``, see ``arguments``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_dip.costs import Boundary, ItemSizes, ModuleShape
+from megatron_dip.errors import DataError
+from megatron_dip.families.accounting import note_microbatch
+from megatron_dip.families.base import StageFactory
+from megatron_dip.families.packed.batches import Microbatch
+from megatron_dip.families.packed.model import PackedModel
+from megatron_dip.models.batches import join
+from megatron_dip.models.registry import register
+from megatron_dip.models.staged import Part, Received, RunFacts, StagedModel
+
+__all__ = ["StagedPacked"]
+
+
+@register(PackedModel)
+class StagedPacked(StagedModel):
+    """Stages of a :class:`PackedModel`; its microbatches know their sizes and parts."""
+
+    def __init__(self, arguments: Mapping[str, Any], run: RunFacts) -> None:
+        super().__init__(arguments, run)
+        self._stages: StageFactory = arguments["stages"]
+
+    def modules(self) -> tuple[ModuleShape, ...]:
+        """As the configuration describes them."""
+        return self._stages.shape.modules
+
+    def stage_arguments(self, part: Part) -> dict[str, Any]:
+        """The part alone."""
+        return {"part": part}
+
+    def items(self, batch: Any) -> ItemSizes:
+        """
+        Raises:
+            DataError: ``batch`` is no microbatch of these models.
+        """
+        return _microbatch(batch).item_sizes
+
+    def part_of(self, batch: Any, part: Part, items: Sequence[int]) -> Any:
+        """The data of these items, with the numbers of what they read."""
+        microbatch = _microbatch(batch)
+        note_microbatch(microbatch)
+        return microbatch.sub_batch(part.module, items)
+
+    def boundary(self, module: str, *, outer: bool) -> Boundary:
+        """Packed rows."""
+        return self._stages.boundary(module, outer=outer)
+
+    def inputs(self, part: Part, received: Sequence[Received]) -> list[torch.Tensor | None]:
+        """Hidden states, or what is read of upstream modules, see ``set_input_tensor``."""
+        upstream = self._stages.shape.module(part.module).upstream
+        if not part.first or not upstream:
+            return super().inputs(part, received)
+        found = [
+            join(messages, dim=0)
+            for name in upstream
+            if (messages := [one for one in received if one.module == name])
+        ]
+        return [torch.cat(found) if len(found) > 1 else found[0] if found else None]
+
+
+def _microbatch(batch: Any) -> Microbatch:
+    if not isinstance(batch, Microbatch):
+        raise DataError(
+            f"the data iterator yielded {type(batch).__name__} (expected a microbatch: use "
+            f"megatron_dip.families.iterators.data_sets)"
+        )
+    return batch
