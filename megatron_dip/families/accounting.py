@@ -121,12 +121,9 @@ def use_accounting(accounting: BatchAccounting) -> None:
 
 
 def note_microbatch(microbatch: Microbatch) -> None:
-    """Tell the run's accounting, if it has one, what the step under way trains on.
-
-    What is evaluated, with gradients off, does not count.
-    """
+    """Tell the run's accounting, if it has one, what the step under way trains on."""
     accounting = getattr(training, _OPERATIONS, None)
-    if isinstance(accounting, BatchAccounting) and torch.is_grad_enabled():
+    if isinstance(accounting, BatchAccounting):
         accounting.note(microbatch)
 
 

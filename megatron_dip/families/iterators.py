@@ -44,7 +44,9 @@ def get_batch(data_iterator: Iterator[Any]) -> Any:
     of one stage."""
     batch = next(data_iterator)
     if isinstance(batch, Microbatch):
-        note_microbatch(batch)
+        # Evaluation has gradients off.
+        if torch.is_grad_enabled():
+            note_microbatch(batch)
         batch = batch.whole(get_args().seq_length)
     return batch.to(torch.device("cuda", torch.cuda.current_device()))
 

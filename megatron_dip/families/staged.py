@@ -28,6 +28,7 @@ class StagedPacked(StagedModel):
     def __init__(self, arguments: Mapping[str, Any], run: RunFacts) -> None:
         super().__init__(arguments, run)
         self._stages: StageFactory = arguments["stages"]
+        self._chunks: list[torch.nn.Module] = []
 
     def modules(self) -> tuple[ModuleShape, ...]:
         """As the configuration describes them."""
@@ -36,6 +37,10 @@ class StagedPacked(StagedModel):
     def stage_arguments(self, part: Part) -> dict[str, Any]:
         """The part alone."""
         return {"part": part}
+
+    def finish(self, model: torch.nn.Module, part: Part) -> None:
+        """Remember the chunk, by which training is known from evaluation."""
+        self._chunks.append(model)
 
     def items(self, batch: Any) -> ItemSizes:
         """
@@ -47,7 +52,9 @@ class StagedPacked(StagedModel):
     def part_of(self, batch: Any, part: Part, items: Sequence[int]) -> Any:
         """The data of these items, with the numbers of what they read."""
         microbatch = _microbatch(batch)
-        note_microbatch(microbatch)
+        # Gradients are off in training, too, where nothing of a stage is trained.
+        if self._chunks[0].training:
+            note_microbatch(microbatch)
         return microbatch.sub_batch(part.module, items)
 
     def boundary(self, module: str, *, outer: bool) -> Boundary:

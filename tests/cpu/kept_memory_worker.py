@@ -115,7 +115,7 @@ class Bench:
         needs_grad = self.end < max(first_layer, 1)
         hidden, upstream = self.inputs(is_first=ends["first"], needs_grad=needs_grad)
         with counter.counting():
-            output = stage(hidden, self.data, upstream, ())
+            output = stage(hidden, self.data, upstream)
         held = counter.held
         del output
         return held
