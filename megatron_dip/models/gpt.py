@@ -77,7 +77,7 @@ class StagedGpt(StagedModel):
         Raises:
             UnsupportedError: Experts have an auxiliary loss, or several tokens are predicted.
         """
-        if self.arguments["mtp_block_spec"] is not None:
+        if self.predicts_several_tokens:
             raise UnsupportedError(
                 f"sub_microbatch_tokens of module {module} does not work with --mtp-num-layers: "
                 f"the loss of its layers is a mean over a microbatch (leave sub_microbatch_tokens "

@@ -13,11 +13,13 @@ import torch
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.models.gpt import StagedGpt
 from megatron_dip.models.layout import cut_config
+from megatron_dip.models.registry import register
 from megatron_dip.models.staged import Part
 
 __all__ = ["StagedHybrid", "clone_if_empty", "hybrid_layers"]
 
 
+@register("megatron.core.models.hybrid.hybrid_model.HybridModel")
 class StagedHybrid(StagedGpt):
     """A language model of one module, whose layers a pattern names."""
 

@@ -26,7 +26,7 @@ __all__ = ["Construction", "ModelRegistry", "register"]
 Builder = Callable[[], torch.nn.Module]
 """Calls a script's builder of models."""
 
-_OWN_MODULES = tuple(f"megatron_dip.models.{name}" for name in ("gpt", "llava"))
+_OWN_MODULES = tuple(f"megatron_dip.models.{name}" for name in ("gpt", "hybrid", "llava"))
 
 
 class Construction(NamedTuple):

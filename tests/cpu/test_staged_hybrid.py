@@ -69,3 +69,10 @@ def test_stages_of_one_rank_that_share_an_embedding_are_refused(arguments):
     given = setting(share_embeddings_and_output_weights=tied, **arguments)
     with pytest.raises(UnsupportedError, match="on one pipeline rank"):
         run_stages(given, raw_batch(), {"language": (2, 3)}, run=RUN._replace(num_pipeline_ranks=1))
+
+
+def test_a_microbatch_is_not_split_where_several_tokens_are_predicted():
+    plain, several = (StagedHybrid(setting(p).arguments, RUN) for p in (PATTERN, "*-*E-/*-"))
+    plain.check_split("language")
+    with pytest.raises(UnsupportedError, match="mtp-num-layers"):
+        several.check_split("language")
