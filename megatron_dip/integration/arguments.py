@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from megatron_dip.config import DipConfig, load_dip_config
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError, shown
 from megatron_dip.integration.flag_rules import SCHEDULE_RULES
+from megatron_dip.integration.hooks import hook_models
 from megatron_dip.integration.options import DEFAULT_TIMEOUT_SECONDS, DipOptions
 from megatron_dip.integration.parser_flags import OWN_GROUP, ParserFlags, StatedFlag
 from megatron_dip.integration.rules import check_rules
@@ -98,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     _install_validation(parser)
     # Here, because this is what the hooks and a patched tree both call before Megatron starts.
     build_helpers_where_they_can_be_built()
+    hook_models()
     return parser
 
 

@@ -1,7 +1,7 @@
 """Where this package hooks into Megatron: the parser, the schedule, and where models are built.
 
 A run without our flags is as it would be without the hooks, but that a released wheel starts where
-it could not run ``make``.  ``patches/`` holds the same two hooks as a diff.
+it could not run ``make``.  ``patches/`` holds the first two as a diff; the third follows from them.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.versions import check_megatron
 
-__all__ = ["enable", "select_schedule"]
+__all__ = ["enable", "hook_models", "select_schedule"]
 
 Schedule = Callable[..., Any]
 
@@ -35,7 +35,7 @@ def enable(options: DipOptions | None = None) -> None:
     _hook_schedule(options)
     _hook_parser()
     _hook_groups()
-    _hook_models(options)
+    hook_models(options)
 
 
 def select_schedule(schedule: Schedule, options: DipOptions | None = None) -> Schedule:
@@ -130,7 +130,7 @@ def _hook_groups() -> None:
     parallel_state.initialize_model_parallel = compare_and_initialize
 
 
-def _hook_models(options: DipOptions | None) -> None:
+def hook_models(options: DipOptions | None = None) -> None:
     """The two doors by which a script's builder of models is called: see ``stages``."""
     from megatron.training import training
 

@@ -86,13 +86,14 @@ class StagedGpt(StagedModel):
         check_auxiliary_losses(self.arguments["config"], module)
 
     def items(self, batch: Mapping[str, Any]) -> ItemSizes:
-        """A sample is an item.
+        """A sample is an item; the loss of all of its tokens counts where the batch has no mask.
 
         Raises:
             UnsupportedError: Several samples with packed documents, which the script makes one of.
         """
         num_samples, num_tokens = batch["tokens"].shape
-        losses = batch["loss_mask"].sum(dim=1).int().tolist()
+        mask = batch.get("loss_mask")
+        losses = [num_tokens] * num_samples if mask is None else mask.sum(dim=1).int().tolist()
         spans: Sequence[tuple[int, ...]] = [(num_tokens,)] * num_samples
         if batch.get("cu_seqlens") is not None:
             if num_samples > 1:
