@@ -19,10 +19,12 @@ import megatron.training  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel  # noqa: E402
+from megatron.core.utils import unwrap_model  # noqa: E402
 from runtime_cases import CASE, partition_of  # noqa: E402
 
 from megatron_dip.families.lavin.adapter_files import stages_of  # noqa: E402
 from megatron_dip.families.packed.initialization import named_global_parameters  # noqa: E402
+from megatron_dip.families.packed.model import PackedModel  # noqa: E402
 from megatron_dip.integration.saving import protect_saving  # noqa: E402
 from megatron_dip.launch import main  # noqa: E402
 from megatron_dip.planner import make_plan  # noqa: E402
@@ -96,8 +98,13 @@ def _watch(training: Any) -> dict[str, Any]:
 
 
 def _gradients(model: Any) -> dict[str, tuple[float, float]]:
-    """Norm and weighted sum of what each parameter of this rank has in Megatron's buffers."""
-    found = {}
+    """Norm and weighted sum of what each parameter of this rank has in Megatron's buffers.
+
+    Nothing of models that are not this package's own: their parameters have no global names.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    if not isinstance(unwrap_model(model[0]), PackedModel):
+        return found
     for stage in stages_of(model):
         for name, parameter in named_global_parameters(stage):
             if parameter.requires_grad:

@@ -1,0 +1,54 @@
+"""A user's GPT script trains under plans as it does under Megatron's schedule."""
+
+from pathlib import Path
+
+import pytest
+from any_model_runs import NUM_ITERATIONS, ScriptRuns, assert_equal
+
+SCRIPT = Path(__file__).with_name("gpt_builder_script.py")
+ARGUMENTS = """
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16
+    --max-position-embeddings 16 --position-embedding-type rope --mock-data
+    --tokenizer-type NullTokenizer --vocab-size 64
+    --micro-batch-size 2 --global-batch-size 8 --lr 0.001 --min-lr 0.001
+"""
+PIPELINE = "--pipeline-model-parallel-size 2"
+# Two segments, a rank without a layer in one of them, and every sequence a part of its own.
+UNEVEN = {"language": {"layers": [[2, 0], [1, 1]], "sub_microbatch_tokens": 16}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> ScriptRuns:
+    untied = f"{ARGUMENTS} --untie-embeddings-and-output-weights"
+    return ScriptRuns(tmp_path_factory.mktemp("gpt"), SCRIPT, untied)
+
+
+def test_a_cut_into_uneven_segments_computes_the_same_and_checkpoints_are_exchanged(
+    runs: ScriptRuns, tmp_path: Path
+) -> None:
+    saves = f"{PIPELINE} --eval-iters 1 --save-interval {NUM_ITERATIONS - 1} --save"
+    stock = runs.run(2, f"{saves} {tmp_path / 'stock'}")
+    planned = runs.run(2, f"{saves} {tmp_path / 'planned'}", UNEVEN)
+    assert_equal(planned, stock)
+    loads = f"{PIPELINE} --eval-iters 1 --ckpt-step {NUM_ITERATIONS - 1} --load"
+    assert_equal(runs.run(2, f"{loads} {tmp_path / 'planned'}"), stock)
+    assert_equal(runs.run(2, f"{loads} {tmp_path / 'stock'}", UNEVEN), stock)
+
+
+def test_tensor_parallel_ranks_without_data_run_parts_of_a_microbatch(runs: ScriptRuns) -> None:
+    layout = f"{PIPELINE} --tensor-model-parallel-size 2 --sequence-parallel"
+    assert_equal(runs.run(4, layout, UNEVEN), runs.run(4, layout))
+
+
+def test_replicas_reduce_gradients_of_all_their_stages(runs: ScriptRuns) -> None:
+    layout = f"{PIPELINE} --use-distributed-optimizer --overlap-grad-reduce"
+    assert_equal(runs.run(4, layout, UNEVEN), runs.run(4, layout))
+
+
+def test_experts_and_tied_embeddings_on_ranks_without_data(tmp_path: Path) -> None:
+    experts = "--num-experts 4 --moe-router-topk 2 --moe-layer-freq ([0,1,1,0])"
+    balanced = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"
+    runs = ScriptRuns(tmp_path, SCRIPT, f"{ARGUMENTS} {experts} {balanced} --disable-bias-linear")
+    layout = "--pipeline-model-parallel-size 4"
+    cut = {"language": {"layers": [[1, 1, 0, 0], [0, 0, 1, 1]]}}
+    assert_equal(runs.run(4, layout, cut), runs.run(4, layout))
