@@ -1,10 +1,34 @@
 """Flags of Megatron that only its own schedule can honour."""
 
+from typing import Any
+
 from megatron_dip.integration.rules import LEAVE_OUT, Rule
 
 __all__ = ["SCHEDULE_RULES"]
 
-_BY_PARTITION = f"{LEAVE_OUT}; the partition of --dip-config says which layers a rank holds"
+_BY_PARTITION = f"{LEAVE_OUT}; the schedule of --dip-config says which layers a rank holds"
+
+_IN_ORDER = f"{LEAVE_OUT}; a plan says when every rank computes, and Megatron's schedules do that"
+_NOT_DIVIDED = (
+    f"{LEAVE_OUT}; plans do not divide the rows of a sample, --tensor-model-parallel-size with "
+    f"--sequence-parallel does"
+)
+_WHOLE_WEIGHTS = f"{LEAVE_OUT}; use --use-distributed-optimizer"
+_SHAPES = f"{LEAVE_OUT}; it needs one shape and order for all batches"
+
+
+def _rules(remedy: str, *flags: str, off: Any = False) -> tuple[Rule, ...]:
+    """Rules for flags that must be as where they are not given: ``off``."""
+    return tuple(
+        Rule(
+            flag=flag,
+            destination=flag.removeprefix("--").replace("-", "_"),
+            allowed=(off,),
+            remedy=remedy,
+        )
+        for flag in flags
+    )
+
 
 SCHEDULE_RULES: tuple[Rule, ...] = (
     *(
@@ -54,4 +78,45 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         allowed=(None,),
         remedy=f"{LEAVE_OUT}; only 'torch_dist' can be loaded",
     ),
+    *_rules(
+        _BY_PARTITION,
+        "--num-layers-per-virtual-pipeline-stage",
+        "--num-virtual-stages-per-pipeline-rank",
+        "--pipeline-model-parallel-layout",
+        off=None,
+    ),
+    *_rules(
+        _IN_ORDER,
+        "--overlap-param-gather-with-optimizer-step",
+        "--overlap-moe-expert-parallel-comm",
+        "--delay-wgrad-compute",
+        "--defer-embedding-wgrad-compute",
+        "--use-ring-exchange-p2p",
+    ),
+    Rule(
+        flag="--overlap-p2p-communication-warmup-flush",
+        destination="overlap_p2p_comm_warmup_flush",
+        allowed=(False,),
+        remedy=_IN_ORDER,
+    ),
+    *_rules(_NOT_DIVIDED, "--context-parallel-size", off=1),
+    *_rules(_NOT_DIVIDED, "--hybrid-context-parallel"),
+    *_rules(_WHOLE_WEIGHTS, "--use-megatron-fsdp", "--use-torch-fsdp2"),
+    *_rules(_SHAPES, "--enable-cuda-graph", "--external-cuda-graph", "--tp-comm-overlap"),
+    *_rules(_SHAPES, "--cuda-graph-impl", off="none"),
+    *_rules(
+        f"{LEAVE_OUT}; plans count on what layers keep, and recompute layers where memory is short",
+        "--fine-grained-activation-offloading",
+    ),
+    *_rules(
+        f"{LEAVE_OUT}; what a stage holds is read off its weights when it is built",
+        "--init-model-with-meta-device",
+        "--moe-use-upcycling",
+        "--freeze-all-layers",
+    ),
+    *_rules(
+        f"{LEAVE_OUT}; the groups and planners of plans would outlive it: restart the job",
+        "--inprocess-restart",
+    ),
+    *_rules(f"{LEAVE_OUT}; a plan is for batches that are there", "--perform-rl-step"),
 )

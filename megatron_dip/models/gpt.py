@@ -153,6 +153,12 @@ def check_auxiliary_losses(config: Any, module: str) -> None:
     """
     if not config.num_moe_experts:
         return
+    if config.moe_expert_capacity_factor is not None:
+        raise UnsupportedError(
+            f"sub_microbatch_tokens of module {module} does not work with "
+            f"--moe-expert-capacity-factor: which tokens are dropped depends on the tokens of a "
+            f"microbatch (leave one of them out)"
+        )
     coefficients = config.moe_aux_loss_coeff
     listed = coefficients if isinstance(coefficients, list | tuple) else [coefficients]
     balancing = config.moe_router_load_balancing_type

@@ -100,7 +100,8 @@ class ModelRegistry:
         """One stage of what :meth:`ask` has found.
 
         Raises:
-            UnsupportedError: The builder constructs a second model beside it, or none this time.
+            UnsupportedError: The builder constructs a second model beside it, or none this time, or
+                gives another model that holds it.
         """
         whole_layers = _WholeLayers()
         built: list[torch.nn.Module] = []
@@ -134,6 +135,9 @@ class ModelRegistry:
                 f"the script's builder gives a {type(model).__name__} that it did not construct "
                 f"this time (expected a new model at every call)"
             )
+        if model is not built[0]:
+            # A class that nobody registered, with one inside that somebody did.
+            _refuse(type(model), self._names())
         return model
 
     def _take(self, name: str) -> None:

@@ -20,9 +20,11 @@ from megatron_dip.families.flags.page import put_between, tables
 from megatron_dip.families.packed import configs
 from megatron_dip.families.packed.configs import make_language_config, make_vision_config
 from megatron_dip.integration import arguments
-from megatron_dip.integration.arguments import ArgumentValidation
+from megatron_dip.integration.arguments import ArgumentValidation, check_schedule_arguments
 from megatron_dip.integration.cpu_mode.arguments import CPU_DEFAULTS
+from megatron_dip.integration.flag_rules import SCHEDULE_RULES
 from megatron_dip.integration.parser_flags import ParserFlags
+from megatron_dip.integration.rules import Rule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VLM = str(CONFIGS / "vlm_tiny.yaml")
@@ -328,3 +330,16 @@ def test_what_megatron_refuses_is_one_line_with_its_reason(monkeypatch: pytest.M
         reader.read("--train-iters", "1")
     with pytest.raises(ConfigError, match=r"assert not args\.bf16"):
         reader.read("--train-iters", "1", "--micro-batch-size", "1", "--fp16", "--bf16")
+
+
+@pytest.mark.parametrize("rule", SCHEDULE_RULES, ids=lambda rule: rule.flag)
+def test_a_flag_that_plans_refuse_is_one_of_megatrons_and_off_by_default(rule: Rule) -> None:
+    parser = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    (action,) = [one for one in parser._actions if one.dest == rule.destination]
+    assert rule.flag in action.option_strings
+    assert action.default in rule.allowed
+    args = argparse.Namespace(
+        **{rule.destination: "something else"}, use_distributed_optimizer=False, save=None
+    )
+    with pytest.raises(UnsupportedError, match=f"{rule.flag}.* does not work with --dip-schedule"):
+        check_schedule_arguments(args)

@@ -118,11 +118,23 @@ def test_what_cannot_be_cut_is_named_with_the_remedy(registry):
         registry.ask(Other)
 
 
+def test_a_registered_model_inside_of_another_is_not_taken_for_it(registry):
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Net(4)
+
+    asked = registry.ask(Around)
+    staged = asked.staged_type(asked.arguments, FACTS)
+    with pytest.raises(UnsupportedError, match=r"cannot cut test_registry\..*Around"):
+        registry.build(Around, staged, PART)
+
+
 def test_a_second_model_beside_the_first_is_refused(registry):
     asked = registry.ask(lambda: Net(4))
     staged = asked.staged_type(asked.arguments, FACTS)
     with pytest.raises(UnsupportedError, match="a Net and a Net"):
-        registry.build(lambda: torch.nn.Sequential(Net(4), Net(4)), staged, PART)
+        registry.build(lambda: [Net(4), Net(4)][0], staged, PART)
 
 
 def test_a_builder_that_hands_out_an_old_model_is_refused(registry):

@@ -30,14 +30,15 @@ _SHOWN = {
 
 def tables(parser: argparse.ArgumentParser) -> str:
     """What ``docs/flags.md`` says of the flags of ``parser``, which is Megatron's."""
-    lines = ["| flags | | what becomes of them |", "|---|---|---|"]
+    lines = ["## In the scripts of `examples/`", ""]
+    lines += ["| flags | | what becomes of them |", "|---|---|---|"]
     for group in GROUPS:
         flags = [flag for name in group.destinations for flag in _flags_of(parser, name, group)]
         if flags:
             shown = _SHOWN[group.verdict]
             what = f"{shown}: {group.reason}"
             lines.append(f"| {group.title} | {', '.join(flags)} | {what} |")
-    lines += ["", "With `--dip-schedule` these are refused as well:", ""]
+    lines += ["", "## Refused with `--dip-schedule`", "", "In scripts of your own, too:", ""]
     lines += ["| flag | works with | what to do |", "|---|---|---|"]
     for rule in SCHEDULE_RULES:
         allowed = ", ".join(f"`{value}`" for value in rule.allowed if isinstance(value, str))
