@@ -8,7 +8,7 @@ from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.runtime import Recorder
 from megatron_dip.runtime.look_ahead import LookAhead, SizedBatch
 
-__all__ = ["Ahead", "pull"]
+__all__ = ["Ahead", "own_iterator", "pull"]
 
 
 class Ahead:
@@ -53,6 +53,17 @@ class Ahead:
         if self._source is not None:
             self._source.hold(self._num_microbatches * self._pipeline.config.planning.look_ahead)
             self._pipeline.plans.request(self._source.coming(self._num_microbatches))
+
+
+def own_iterator(data_iterator: Any) -> Any:
+    """The iterator of this rank.
+
+    megatron-bridge makes one per chunk, which share what they have read of it in a cache.
+    """
+    if not isinstance(data_iterator, list):
+        return data_iterator
+    shared = getattr(data_iterator[0], "cache", None)
+    return data_iterator[0] if shared is None else shared.iterator
 
 
 def pull(

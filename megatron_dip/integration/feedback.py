@@ -12,11 +12,11 @@ from statistics import median
 from typing import Any
 
 import torch.distributed as dist
-from megatron.training import get_args
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
 from megatron_dip.costs.work import static_bytes
+from megatron_dip.integration.run_arguments import run_arguments
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Action, Plan
 from megatron_dip.report.steps import RankRecord, StepRecord
@@ -162,7 +162,7 @@ class StepFeedback:
 
 def log_step(record: StepRecord) -> None:
     """Say it where Megatron does: in the log at its interval, in TensorBoard and W&B."""
-    args = get_args()
+    args = run_arguments()
     if record.iteration % args.log_interval == 0:
         print_rank_last(f" {record.summary()}")
     numbers = record.numbers()

@@ -14,10 +14,11 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from megatron_dip.integration.ahead import Ahead, pull
+from megatron_dip.integration.ahead import Ahead, own_iterator, pull
 from megatron_dip.integration.feedback import MeasuredStep
 from megatron_dip.integration.part_check import check_parts
 from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.integration.run_arguments import note_iteration
 from megatron_dip.integration.runner import MegatronRunner
 from megatron_dip.integration.stages import place_of
 from megatron_dip.integration.trace import iteration_number, trace_step, wants_records
@@ -60,10 +61,12 @@ def forward_backward_dip(
     recorder = create_recorder(pipeline.device)
     start_us = recorder.now_us()
     if not forward_only:
+        note_iteration()
         pipeline.feedback.begin_step()
     config = get_model_config(model[0])
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+    data_iterator = own_iterator(data_iterator)
     ahead = Ahead(pipeline, data_iterator, num_microbatches)
     batches, sizes = pull(pipeline, data_iterator, num_microbatches)
     ahead.start()

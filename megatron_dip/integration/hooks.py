@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_dip.integration.options import DipOptions
-from megatron_dip.integration.versions import check_megatron
+from megatron_dip.integration.run_arguments import ask_for, asked_options, run_arguments
+from megatron_dip.integration.versions import (
+    build_helpers_where_they_can_be_built,
+    check_megatron,
+)
 
 __all__ = ["enable", "hook_models", "select_schedule"]
 
@@ -26,62 +30,57 @@ def enable(options: DipOptions | None = None) -> None:
 
     Args:
         options: What is asked for where no command line of Megatron-LM says it: by a training loop
-            of one's own, such as megatron-bridge's.
+            of one's own, or megatron-bridge's, whose modules must be imported before.
 
     Raises:
         UnsupportedError: There is no Megatron, or none that this package works with.
     """
     check_megatron()
-    _hook_schedule(options)
+    if options is not None:
+        ask_for(options)
+        build_helpers_where_they_can_be_built()
+    _hook_schedule()
     _hook_parser()
     _hook_groups()
-    hook_models(options)
+    hook_models()
 
 
-def select_schedule(schedule: Schedule, options: DipOptions | None = None) -> Schedule:
+def select_schedule(schedule: Schedule) -> Schedule:
     """Ours when this run has ``--dip-schedule``, else ``schedule``, Megatron's own choice.
 
     Megatron's own is measured where ``--dip-trace-dir`` asks for it.
     """
-    if options is not None or getattr(_run_arguments(), "dip_schedule", False):
+    args = run_arguments()
+    if asked_options() is not None or getattr(args, "dip_schedule", False):
         from megatron_dip.integration.forward_backward import forward_backward_dip
 
         return forward_backward_dip
-    if getattr(_run_arguments(), "dip_trace_dir", None):
+    if getattr(args, "dip_trace_dir", None):
         from megatron_dip.integration.trace import measure_schedule
 
         return measure_schedule(schedule)
     return schedule
 
 
-def _run_arguments() -> Any:
-    """Megatron's arguments; None where megatron.core is used without its training loop."""
-    from megatron.training import global_vars
-
-    # Read directly: get_args() fails where there are none.
-    return global_vars._GLOBAL_ARGS
-
-
 class _ScheduleGetter:
     """Stands for Megatron's ``get_forward_backward_func``, whose parameters differ by version."""
 
-    def __init__(self, getter: Callable[..., Schedule], options: DipOptions | None) -> None:
+    def __init__(self, getter: Callable[..., Schedule]) -> None:
         functools.update_wrapper(self, getter)
         self._getter = getter
-        self.options = options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Schedule:
-        return select_schedule(self._getter(*args, **kwargs), self.options)
+        return select_schedule(self._getter(*args, **kwargs))
 
 
-def _hook_schedule(options: DipOptions | None) -> None:
+def _hook_schedule() -> None:
     from megatron.core.pipeline_parallel import schedules
 
     name = "get_forward_backward_func"
     original = getattr(schedules, name)
     if isinstance(original, _ScheduleGetter):
         return
-    _rebind(name, original, _ScheduleGetter(original, options))
+    _rebind(name, original, _ScheduleGetter(original))
 
 
 def _rebind(name: str, original: Any, hooked: Any) -> None:
@@ -120,7 +119,7 @@ def _hook_groups() -> None:
     def compare_and_initialize(*args: Any, **kwargs: Any) -> Any:
         from megatron_dip.integration.arguments import validation_of
 
-        run_args = _run_arguments()
+        run_args = run_arguments()
         validation = validation_of(run_args) if run_args is not None else None
         if validation is not None:
             validation.compare_ranks()
@@ -130,30 +129,31 @@ def _hook_groups() -> None:
     parallel_state.initialize_model_parallel = compare_and_initialize
 
 
-def hook_models(options: DipOptions | None = None) -> None:
-    """The two doors by which a script's builder of models is called: see ``stages``."""
+def hook_models() -> None:
+    """The doors by which a script's builder of models is called: see ``stages``."""
     from megatron.training import training
 
-    _hook_door(training, "get_model", options, _build_by_provider)
+    _hook_door(training, "get_model", _build_by_provider)
     try:
         from megatron.training.models import dist_utils
     except ImportError:  # Before 0.18 all models come through providers.
         return
-    _hook_door(dist_utils, "build_virtual_pipeline_stages", options, _build_by_model_config)
+    _hook_door(dist_utils, "build_virtual_pipeline_stages", _build_by_model_config)
+    bridge = sys.modules.get("megatron.bridge.models.model_provider")
+    if bridge is not None:
+        _hook_door(bridge, "_create_model", _build_by_bridge)
 
 
-def _hook_door(
-    module: Any, name: str, options: DipOptions | None, build: Callable[..., Any]
-) -> None:
+def _hook_door(module: Any, name: str, build: Callable[..., Any]) -> None:
     original = getattr(module, name)
     if getattr(original, "builds_stages", False):
         return
 
     @functools.wraps(original)
-    def door(builder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def door(builder: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron_dip.integration.arguments import options_of
 
-        asked_for = options or options_of(_run_arguments())
+        asked_for = asked_options() or options_of(run_arguments())
         if asked_for is None:
             return original(builder, *args, **kwargs)
         return build(original, asked_for, builder, *args, **kwargs)
@@ -188,7 +188,7 @@ def _any_checkpoint_format() -> Iterator[None]:
     Megatron's ``pretrain_vlm.py`` asserts it while it builds, because stages of its own cannot be
     told apart in other formats; those of plans can, and need ``torch_dist``.
     """
-    args = _run_arguments()
+    args = run_arguments()
     checkpoint_format = getattr(args, "ckpt_format", None)
     if checkpoint_format is None:
         yield
@@ -218,3 +218,25 @@ def _build_by_model_config(
         return model
 
     return build_stages(call, options)
+
+
+def _build_by_bridge(
+    _: Callable[..., Any], options: DipOptions, provider: Any, model_type: Any, pg_collection: Any
+) -> Any:
+    """megatron-bridge's loop over the chunks of a rank, before it wraps them."""
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
+
+    from megatron_dip.integration.stages import build_stages
+
+    def call(first: bool, last: bool) -> Any:
+        model = provider.provide(pre_process=first, post_process=last)
+        model.model_type = model_type
+        return model
+
+    chunks = build_stages(call, options)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return chunks

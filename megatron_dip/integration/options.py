@@ -1,6 +1,7 @@
 """What a run asks of this package: from Megatron-LM's arguments, or from a call of ``enable``."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_dip.config import DipConfig
 
@@ -25,3 +26,10 @@ class DipOptions:
     """Compare the loss of the first split microbatch with that of the whole one."""
     optimizer_shards: int = 1
     """Ranks that share one optimizer state."""
+    trace_dir: Path | None = None
+    """Folder for measured timelines and records; of runs without Megatron-LM's arguments, which say
+    it by ``--dip-trace-dir``, as also the two below."""
+    trace_interval: int = 20
+    """After the first 20 iterations, timelines of every so-many-th."""
+    log_interval: int = 10
+    """Iterations between two lines of the log."""

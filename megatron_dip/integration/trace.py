@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import schedules
-from megatron.training import get_args
 
 from megatron_dip.integration.feedback import MeasuredStep
+from megatron_dip.integration.run_arguments import run_arguments
 from megatron_dip.plan import Action, ActionType
 from megatron_dip.report.steps import StepRecord
 from megatron_dip.report.trace_files import TraceFiles
@@ -44,12 +44,12 @@ _FIRST_TIMELINES = 20
 
 def wants_records() -> bool:
     """Whether this run has ``--dip-trace-dir``."""
-    return bool(getattr(get_args(), "dip_trace_dir", None))
+    return bool(getattr(run_arguments(), "dip_trace_dir", None))
 
 
 def agree_on_run() -> None:
     """Give this start of the run a name, the same on all ranks; a collective call of the world."""
-    args = get_args()
+    args = run_arguments()
     if getattr(args, "dip_run", None) is None:
         name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         shared: list[Any] = [name]
@@ -59,7 +59,7 @@ def agree_on_run() -> None:
 
 @functools.cache
 def _files(folder: str) -> TraceFiles:
-    args = get_args()
+    args = run_arguments()
     return TraceFiles(
         Path(folder),
         args.dip_run,
@@ -77,17 +77,17 @@ def trace_step(pipeline: "DipPipeline", step: MeasuredStep) -> None:
     planning = {"planning": step.planning} if step.planning else {}
     line = _line("dip", step.recorder, step.start_us, step.recorder.now_us()) | planning
     plan = step.plan if pipeline.writes_records else None
-    _files(get_args().dip_trace_dir).write_timeline(line, plan)
+    _files(run_arguments().dip_trace_dir).write_timeline(line, plan)
 
 
 def write_record(record: StepRecord) -> None:
     """Append the record of a step; called by one rank of a replica."""
     if wants_records():
-        _files(get_args().dip_trace_dir).write_record(record)
+        _files(run_arguments().dip_trace_dir).write_record(record)
 
 
 def _wants_timeline(iteration: int) -> bool:
-    return iteration <= _FIRST_TIMELINES or iteration % get_args().dip_trace_interval == 0
+    return iteration <= _FIRST_TIMELINES or iteration % run_arguments().dip_trace_interval == 0
 
 
 def measure_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,7 +107,7 @@ def measure_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             schedules.forward_step, schedules.backward_step = originals
             line = _line("stock", recorder, start, recorder.now_us())
-            _files(get_args().dip_trace_dir).write_timeline(line)
+            _files(run_arguments().dip_trace_dir).write_timeline(line)
 
     return measured
 
@@ -130,12 +130,12 @@ def _timed(step: Callable[..., Any], kind: ActionType, recorder: Recorder) -> Ca
 
 def iteration_number() -> int:
     """The iteration under way, counted from 1 as Megatron's log does."""
-    return int(get_args().curr_iteration) + 1
+    return int(run_arguments().curr_iteration) + 1
 
 
 def last_iteration() -> int:
     """The one after which training ends."""
-    return int(get_args().train_iters)
+    return int(run_arguments().train_iters)
 
 
 def _line(schedule: str, recorder: Recorder, start_us: float, end_us: float) -> dict[str, Any]:

@@ -18,12 +18,6 @@ from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.mimo.config.role import (
-    MIMO_LANGUAGE_MODULE_KEY,
-    ModuleLayout,
-    ModuleStageInfo,
-    RankRole,
-)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
@@ -34,17 +28,19 @@ from megatron_dip.models.boundaries import batched, flat
 from megatron_dip.models.encoders import StagedEncoder, encoder_of
 from megatron_dip.models.gpt import StagedGpt
 from megatron_dip.models.module_shapes import module_shape
+from megatron_dip.models.registry import register
 from megatron_dip.models.staged import Part, Received, RunFacts, StagedModel
 
 __all__ = ["StagedMimo"]
 
-LANGUAGE: str = MIMO_LANGUAGE_MODULE_KEY
+LANGUAGE = "language"
 
 _PER_SEQUENCE = ("input_ids", "position_ids", "attention_mask", "loss_mask", "labels")
 _INPUT_WIDTHS = ("input_size", "in_features")
 """What classes of projections call the width of what they take."""
 
 
+@register("megatron.core.models.mimo.model.base.MimoModel")
 class StagedMimo(StagedModel):
     """One encoder per modality, and a language model."""
 
@@ -126,14 +122,16 @@ class StagedMimo(StagedModel):
     @contextmanager
     def constructing(self, part: Part) -> Iterator[None]:
         """The constructor asks ranks for their role; a stage has the one of its module."""
-        stage = ModuleStageInfo(is_first_stage=part.first, is_last_stage=part.last)
-        role = RankRole({part.module: stage}, ModuleLayout.NON_COLOCATED)
-        build = vars(RankRole)["build"]
-        RankRole.build = staticmethod(lambda *_: role)
+        from megatron.core.models.mimo.config import role as roles
+
+        stage = roles.ModuleStageInfo(is_first_stage=part.first, is_last_stage=part.last)
+        role = roles.RankRole({part.module: stage}, roles.ModuleLayout.NON_COLOCATED)
+        build = vars(roles.RankRole)["build"]
+        roles.RankRole.build = staticmethod(lambda *_: role)
         try:
             yield
         finally:
-            RankRole.build = build
+            roles.RankRole.build = build
 
     def finish(self, model: Any, part: Part) -> None:
         """Let it take and give tensors, where it knows dicts by the names of modules."""

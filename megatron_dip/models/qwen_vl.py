@@ -27,6 +27,7 @@ from megatron_dip.models.boundaries import batched
 from megatron_dip.models.entry import PassThrough, keep_layers, leave
 from megatron_dip.models.layout import cut_config
 from megatron_dip.models.module_shapes import module_shape
+from megatron_dip.models.registry import register
 from megatron_dip.models.staged import Part, Received, RunFacts, StagedModel
 
 __all__ = ["StagedQwenVL"]
@@ -57,6 +58,7 @@ _FRAME_SECONDS = "second_per_grid_ts"
 """[videos]."""
 
 
+@register(f"{_MODELING}.Qwen25VLModel")
 class StagedQwenVL(StagedModel):
     """A vision tower and a language model."""
 

@@ -26,7 +26,9 @@ __all__ = ["Construction", "ModelRegistry", "register"]
 Builder = Callable[[], torch.nn.Module]
 """Calls a script's builder of models."""
 
-_OWN_MODULES = tuple(f"megatron_dip.models.{name}" for name in ("gpt", "hybrid", "llava"))
+_OWN_MODULES = tuple(
+    f"megatron_dip.models.{name}" for name in ("gpt", "hybrid", "llava", "mimo", "qwen_vl")
+)
 
 
 class Construction(NamedTuple):

@@ -10,6 +10,7 @@ import importlib.machinery
 import sys
 import types
 from importlib.abc import Loader, MetaPathFinder
+from pathlib import Path
 from typing import Any, ClassVar
 
 _MISSING = ("transformer_engine", "modelopt", "nvidia_resiliency_ext")
@@ -62,57 +63,109 @@ IMAGE_TOKEN, VIDEO_TOKEN = 60, 61
 SEQUENCE = 24
 
 
-def tiny_provider(*, finalized: bool = True, **changes: Any) -> Any:
+VISION = {
+    "depth": 4,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 2,
+    "out_hidden_size": 32,
+    "window_size": 8,
+    "fullatt_block_indexes": [1, 3],
+}
+LANGUAGE = {
+    "num_layers": 3,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_size": 64,
+}
+
+
+def tiny_provider(**changes: Any) -> Any:
     """A Qwen2.5-VL of 4 vision and 3 language layers, of Megatron's local layers."""
     from megatron.bridge.models.qwen_vl.qwen25_vl_provider import Qwen25VLModelProvider
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-    vision = Qwen2_5_VLVisionConfig(
-        depth=4,
-        hidden_size=16,
-        intermediate_size=24,
-        num_heads=2,
-        patch_size=2,
-        out_hidden_size=32,
-        window_size=8,
-        fullatt_block_indexes=[1, 3],
-    )
+    vision = Qwen2_5_VLVisionConfig(**VISION)
     vision._attn_implementation = "sdpa"
     given = {
-        "num_layers": 3,
-        "hidden_size": 32,
-        "ffn_hidden_size": 48,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "vocab_size": 64,
-        "seq_length": SEQUENCE,
+        **LANGUAGE,
         "vision_config": vision,
         "image_token_id": IMAGE_TOKEN,
         "video_token_id": VIDEO_TOKEN,
-        "mrope_section": [1, 1, 2],
-        "transformer_layer_spec": lambda config: get_gpt_layer_local_spec(normalization="RMSNorm"),
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "add_qkv_bias": True,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
         "share_embeddings_and_output_weights": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "cross_entropy_loss_fusion": False,
     }
-    provider = Qwen25VLModelProvider(**{**given, **changes})
-    if finalized:
-        provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-        provider.finalize()
+    return on_cpu(Qwen25VLModelProvider(**given), **changes)
+
+
+def on_cpu(provider: Any, **changes: Any) -> Any:
+    """``provider`` with Megatron's local layers, and without kernels that a CPU lacks."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    local = {
+        "transformer_layer_spec": lambda _: get_gpt_layer_local_spec(normalization="RMSNorm"),
+        "seq_length": SEQUENCE,
+        "mrope_section": [1, 1, 2],
+        "attention_dropout": 0.0,
+        **dict.fromkeys(
+            (
+                "bias_activation_fusion",
+                "bias_dropout_fusion",
+                "masked_softmax_fusion",
+                "persist_layer_norm",
+                "apply_rope_fusion",
+                "gradient_accumulation_fusion",
+                "cross_entropy_loss_fusion",
+            ),
+            False,
+        ),
+    }
+    for name, value in {**local, **changes}.items():
+        setattr(provider, name, value)
     return provider
+
+
+def finalized(provider: Any) -> Any:
+    """As megatron-bridge's loop does it, for a provider without that loop."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+    provider.finalize()
+    return provider
+
+
+def save_hugging_face_model(folder: Path) -> None:
+    """Random weights of a tiny Qwen2.5-VL, the same at every call."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    language = {
+        "num_hidden_layers": LANGUAGE["num_layers"],
+        "hidden_size": LANGUAGE["hidden_size"],
+        "intermediate_size": LANGUAGE["ffn_hidden_size"],
+        "num_attention_heads": LANGUAGE["num_attention_heads"],
+        "num_key_value_heads": LANGUAGE["num_query_groups"],
+        "vocab_size": LANGUAGE["vocab_size"],
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=language,
+        vision_config=VISION,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        tie_word_embeddings=False,
+        torch_dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
 
 
 def tiny_batch(seed: int = 0, videos: bool = True) -> dict[str, Any]:

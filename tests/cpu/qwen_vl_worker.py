@@ -42,14 +42,14 @@ SINGLE = {"vision": [[0], [3, 1], [2]], "language": [[1], [0]]}
 
 
 def check_stages() -> None:
-    from bridge_setup import tiny_batch, tiny_provider
+    from bridge_setup import finalized, tiny_batch, tiny_provider
     from megatron.bridge.models.qwen_vl.modeling_qwen25_vl import Qwen25VLModel
     from staged_loop import Setting, assert_same, run_stages, run_whole
 
     from megatron_dip.models.qwen_vl import StagedQwenVL
 
     batch = tiny_batch()
-    setting = Setting(Qwen25VLModel, StagedQwenVL, {"config": tiny_provider()}, step)
+    setting = Setting(Qwen25VLModel, StagedQwenVL, {"config": finalized(tiny_provider())}, step)
     whole = run_whole(setting, batch)
     for cuts in CUTS:
         found = run_stages(setting, batch, cuts)

@@ -51,7 +51,9 @@ class Curves:
 def curves(monkeypatch: pytest.MonkeyPatch) -> Curves:
     made = Curves()
     monkeypatch.setattr(
-        feedback, "get_args", lambda: SimpleNamespace(log_interval=100, tensorboard_log_interval=2)
+        feedback,
+        "run_arguments",
+        lambda: SimpleNamespace(log_interval=100, tensorboard_log_interval=2),
     )
     monkeypatch.setattr(feedback, "get_wandb_writer", lambda: made)
     monkeypatch.setattr(feedback, "get_tensorboard_writer", lambda: made)
