@@ -251,14 +251,17 @@ def global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramet
 
 
 def _with_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Give every parameter values that its name says, so that all models have the same."""
     # Norms are made in torch's default type; rounding of 64 bits hides nothing.
-    model.double()
+    set_weights(model.double())
+    return model
+
+
+def set_weights(model: torch.nn.Module) -> None:
+    """Give every parameter values that its name says, so that all models have the same."""
     for name, parameter in global_names(model):
         generator = torch.Generator().manual_seed(sum(map(ord, _tied(model, name))))
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1
         parameter.data.copy_(values + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-    return model
 
 
 def _tied(model: torch.nn.Module, name: str) -> str:

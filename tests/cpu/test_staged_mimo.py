@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.models.mimo import MimoModel, MimoModelConfig
-from megatron.core.models.mimo.submodules.audio import AudioModalitySubmodules
-from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
-from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.models.mimo import MimoModel
+from mimo_setup import (
+    IMAGE_TOKEN,
+    NUM_TOKENS,
+    ROWS_PER_SOUND,
+    SOUND_TOKEN,
+    SoundEncoder,
+    mimo_config,
+)
 from models_setup import megatron_on_cpu
 from staged_loop import RUN, Setting, assert_same, run_stages, run_whole
 
@@ -23,10 +22,8 @@ from megatron_dip.models.facts import read_facts
 from megatron_dip.models.mimo import StagedMimo
 from megatron_dip.models.staged import Part
 
-IMAGE_TOKEN, SOUND_TOKEN = 60, 61
 # Of 64 bits: sums over more tensors are taken in another order.
 ROUNDING = 1e-13
-ROWS_PER_SOUND = 3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,79 +32,10 @@ def _megatron():
         yield
 
 
-def config(num_layers, hidden_size):
-    return TransformerConfig(
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_attention_heads=2,
-        use_cpu_initialization=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        params_dtype=torch.float64,
-    )
-
-
-class SoundEncoder(torch.nn.Module):
-    """An encoder of which nothing is known."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(4, 6, dtype=torch.float64)
-
-    def forward(self, frames):
-        return torch.tanh(self.linear(frames))
-
-
-def modality(submodules, name, encoder, input_width):
-    projection = {"in_features": input_width, "out_features": 16, "dtype": torch.float64}
-    return ModuleSpec(
-        submodules,
-        submodules={
-            "encoders": {name: encoder},
-            "input_projections": [ModuleSpec(torch.nn.Linear, params=projection)],
-        },
-    )
-
-
-def mimo_config(*modalities):
-    clip = {
-        "transformer_config": config(3, 8),
-        "transformer_layer_spec": get_vit_layer_with_local_spec(),
-        "ln_pre_impl": WrappedTorchNorm,
-        "patch_dim": 2,
-        "img_h": 4,
-        "img_w": 4,
-    }
-    specs = {
-        "images": modality(
-            VisionModalitySubmodules, "clip", ModuleSpec(CLIPViTModel, params=clip), 8
-        ),
-        "sounds": modality(
-            AudioModalitySubmodules, "frames", ModuleSpec(SoundEncoder, params={}), 6
-        ),
-    }
-    language = {
-        "config": config(3, 16),
-        "transformer_layer_spec": get_gpt_layer_local_spec(),
-        "vocab_size": 64,
-        "max_sequence_length": 16,
-        "position_embedding_type": "rope",
-    }
-    tokens = {"images": IMAGE_TOKEN, "sounds": SOUND_TOKEN}
-    return MimoModelConfig(
-        language_model_spec=ModuleSpec(GPTModel, params=language),
-        modality_submodules_spec={name: specs[name] for name in modalities},
-        special_token_ids={name: tokens[name] for name in modalities},
-    )
-
-
 def batch_of(*modalities):
     """Two sequences: two images and a sound in the first, one image and a sound in the second."""
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(1, 50, (2, 16), generator=generator)
+    tokens = torch.randint(1, 50, (2, NUM_TOKENS), generator=generator)
     inputs = {}
     if "images" in modalities:
         tokens[0, 1:11] = IMAGE_TOKEN
@@ -121,7 +49,7 @@ def batch_of(*modalities):
         inputs["sounds"] = {"frames": {"frames": frames}}
     return {
         "input_ids": tokens,
-        "position_ids": torch.arange(16).expand(2, -1),
+        "position_ids": torch.arange(NUM_TOKENS).expand(2, -1),
         "labels": torch.roll(tokens, -1, dims=1).clamp(max=50),
         "loss_mask": (tokens < 50).double(),
         "modality_inputs": inputs,
