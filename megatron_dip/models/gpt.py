@@ -39,9 +39,16 @@ class StagedGpt(StagedModel):
         """Config and specs cut, and whether embedding and output layer are there.
 
         Raises:
-            UnsupportedError: The stage shares its embedding with another one of the same rank.
+            UnsupportedError: The stage shares its embedding with another one of the same rank, or
+                predicts several tokens without the module's last layer.
         """
         self.check_tied(part)
+        if self.predicts_several_tokens and part.last and not part.num_layers:
+            raise UnsupportedError(
+                f"module {part.module}: the last stage has no layer and predicts several tokens, "
+                "but the norm between them is in the stage of the last layer (give the last stage "
+                "a layer)"
+            )
         config = self.arguments["config"]
         spec = self.arguments["transformer_layer_spec"]
         return {

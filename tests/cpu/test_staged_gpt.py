@@ -125,13 +125,21 @@ def test_learned_positions_are_in_the_first_stage():
     assert_same(run_stages(given, batch, {"language": (2, 2)}), run_whole(given, batch))
 
 
-def test_prediction_of_several_tokens_goes_with_the_last_stage():
+def predicting_setting():
     made = config(mtp_num_layers=1)
     spec = get_gpt_layer_local_spec()
     prediction = get_gpt_mtp_block_spec(made, spec, use_transformer_engine=False)
-    given = setting(made, spec, mtp_block_spec=prediction)
-    batch = raw_batch()
+    return setting(made, spec, mtp_block_spec=prediction)
+
+
+def test_prediction_of_several_tokens_goes_with_the_last_stage():
+    given, batch = predicting_setting(), raw_batch()
     assert_same(run_stages(given, batch, {"language": (3, 1)}), run_whole(given, batch))
+
+
+def test_prediction_of_several_tokens_needs_the_last_layer_beside_it():
+    with pytest.raises(UnsupportedError, match="give the last stage a layer"):
+        run_stages(predicting_setting(), raw_batch(), {"language": (4, 0)})
 
 
 def test_specs_of_one_rank_only_are_refused_with_the_reason():
