@@ -29,6 +29,7 @@ __all__ = [
     "Layer",
     "Layers",
     "MemoryLimit",
+    "Pairs",
     "Patch",
     "Positive",
     "PositiveNumber",
@@ -88,6 +89,8 @@ InnerWidth = Annotated[int, Field(gt=0, le=2**24)]
 Patch = Annotated[int, Field(gt=0, le=4096)]
 """Along a side: pixels of a patch, patches of a table."""
 Vocabulary = Annotated[int, Field(gt=0, le=2**27)]
+Pairs = Annotated[int, Field(ge=0, le=2**56)]
+"""Of tokens of one item that attend to each other."""
 Tokens = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
 """Of one sequence, image or clip."""
 Layers = Annotated[int, Field(gt=0, le=_MOST_LAYERS)]

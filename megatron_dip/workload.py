@@ -22,6 +22,7 @@ from megatron_dip.limits import (
     Layer,
     Layers,
     MemoryLimit,
+    Pairs,
     Ranks,
     Rate,
     Time,
@@ -40,6 +41,11 @@ __all__ = [
     "parse_problem",
     "topological_order",
 ]
+
+
+def _is_none(value: object) -> bool:
+    # Fields that were added later do not appear where they say nothing: digests stay as they were.
+    return value is None
 
 
 class Item(Form):
@@ -69,6 +75,8 @@ class Item(Form):
     last_extra_activation_bytes: Bytes = 0
     needs: dict[str, tuple[Count, ...]] | None = None
     """Upstream items that this one reads, per module; a module not named: all of the microbatch."""
+    token_pairs: Pairs | None = Field(default=None, exclude_if=_is_none)
+    """Pairs of a token and one that it may attend to: what times are fitted to, beside tokens."""
 
     @property
     def effective_recompute_us(self) -> float:
@@ -78,11 +86,6 @@ class Item(Form):
 _LATER_ITEM_FIELDS = ("first_extra_activation_bytes", "last_extra_activation_bytes")
 
 LayerRange = tuple[Layer, Layer]
-
-
-def _is_none(value: object) -> bool:
-    # Fields that were added later do not appear where they say nothing: digests stay as they were.
-    return value is None
 
 
 class LayerExtra(Form):

@@ -1,5 +1,6 @@
 """``megatron-dip partition``: choose a cut and sub-microbatch sizes from sample batches."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,21 +10,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
+from megatron_dip.errors import ConfigError
+from megatron_dip.limits import MOST_MICROBATCHES, check_range
 from megatron_dip.partition import load_partition
 from megatron_dip.partitioner.choose import ChosenPartition, choose_partition
 from megatron_dip.partitioner.cuts import Cut
-from megatron_dip.workload import load_problem
+from megatron_dip.report.recorded import recorded_problems, recorded_steps
+from megatron_dip.workload import Problem, load_problem
 
 __all__ = ["make_partition"]
 
 
 def make_partition(
-    problem: Annotated[
-        list[Path], typer.Option(help="Sample batch (JSON) of the model; may be repeated.")
-    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where the partition goes (JSON).")
     ],
+    problem: Annotated[
+        list[Path] | None, typer.Option(help="Sample batch (JSON) of the model; may be repeated.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--from", help="What a run has written to --dip-trace-dir: its own batches."),
+    ] = None,
+    batches: Annotated[int, typer.Option(help="Batches of the run that are taken.")] = 4,
     start: Annotated[
         Path | None,
         typer.Option(
@@ -41,7 +50,7 @@ def make_partition(
     seed: Annotated[int, typer.Option(help="Of the random changes.")] = 0,
 ) -> None:
     """Choose segments, layers and sub-microbatch sizes for batches like the samples."""
-    samples = [load_problem(path) for path in problem]
+    samples = _samples(problem or [], folder, batches)
     given = None if start is None else load_partition(start)
     columns = (
         TextColumn("{task.description}"),
@@ -65,6 +74,21 @@ def make_partition(
         )
     write_file(output, lambda: output.write_text(chosen.partition.model_dump_json() + "\n"))
     _print(chosen)
+
+
+def _samples(paths: Sequence[Path], folder: Path | None, batches: int) -> list[Problem]:
+    if bool(paths) == (folder is not None):
+        raise ConfigError("--problem or --from: expected one of them (sample batches, or a run)")
+    if folder is None:
+        return [load_problem(path) for path in paths]
+    check_range("--batches", batches, 1, MOST_MICROBATCHES)
+    problems, fitted = recorded_problems(recorded_steps(folder), batches)
+    for name, module in fitted.items():
+        typer.echo(
+            f"{name}: times fitted to {module.num_actions} actions of the run, off by "
+            f"{module.error:.1%} (median)"
+        )
+    return problems
 
 
 def _print(chosen: ChosenPartition) -> None:

@@ -1,118 +1,107 @@
-"""``megatron-dip profile``: measure the layers of a model on this machine."""
+"""``megatron-dip profile``: times of a model's layers from steps of its own script."""
 
-from enum import StrEnum
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
-from megatron_dip.costs.grid import size_grid
-from megatron_dip.costs.profile import Profile
 from megatron_dip.errors import ConfigError
-from megatron_dip.families.configs import load_config
-from megatron_dip.families.forms import FamilyConfig
+from megatron_dip.limits import check_range
+from megatron_dip.report.fit import FittedModule
+from megatron_dip.report.local_run import run_local_training
+from megatron_dip.report.recorded import fitted_profile
 
 __all__ = ["measure_layers"]
 
-
-class DeviceChoice(StrEnum):
-    """Where layers are measured."""
-
-    CPU = "cpu"
-    GPU = "gpu"
-
-
-class PrecisionChoice(StrEnum):
-    """Type of weights and activations."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-class LayersChoice(StrEnum):
-    """Whose layers are measured, as ``--transformer-impl`` of the run."""
-
-    LOCAL = "local"
-    TRANSFORMER_ENGINE = "transformer_engine"
+_MOST_STEPS = 20
+"""All of them have timelines."""
+_STALL_SECONDS = 1800.0
+_LEFT_OUT = ("--save", "--tensorboard-dir", "--dip-trace-dir", "--exit-interval")
+"""Of the script's arguments, with their values: nothing of these steps is to be kept."""
 
 
 def measure_layers(
-    config: Annotated[Path, typer.Argument(help="Configuration of the run (YAML).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes (JSON).")],
-    device: Annotated[DeviceChoice, typer.Option(help="cpu measures one core.")] = DeviceChoice.GPU,
-    layers: Annotated[
-        LayersChoice | None,
-        typer.Option(help="As --transformer-impl; local on cpu, transformer_engine on gpu."),
+    script: Annotated[
+        list[str] | None, typer.Argument(help="After --: the script and its arguments.")
     ] = None,
-    precision: Annotated[
-        PrecisionChoice | None, typer.Option(help="fp32 on cpu, bf16 on gpu.")
+    folder: Annotated[
+        Path | None,
+        typer.Option("--from", help="What a run has written to --dip-trace-dir, instead of one."),
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share a layer.")] = 1,
-    sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="Divide the rows between regions, too.")
-    ] = False,
-    points: Annotated[int, typer.Option(help="Sizes per curve, smallest to largest.")] = 8,
-    repetitions: Annotated[int, typer.Option(help="Most calls per size; the fastest counts.")] = 15,
-    time_limit: Annotated[float, typer.Option(help="Seconds for all sizes together.")] = 300.0,
+    ranks: Annotated[int, typer.Option(help="Processes of the run, all on this machine.")] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="On a core each, not on GPUs.")] = False,
+    steps: Annotated[int, typer.Option(help="Training steps; the first two warm up.")] = 12,
+    replica: Annotated[int, typer.Option(help="Data-parallel replica whose steps count.")] = 0,
 ) -> None:
-    """Measure layers of every module of a model, for the planner of training."""
-    # Known to be right before processes are started.
-    _check_measurable(load_config(config))
-    size_grid(1, 2, points)
-    from megatron_dip.integration.profiling.processes import ProfileTask, measure_profile
-
-    on_cpu = device is DeviceChoice.CPU
-    task = ProfileTask(
-        config=config,
-        device=device.value,
-        layers=(layers.value if layers else "local" if on_cpu else "transformer_engine"),
-        precision=(precision.value if precision else "fp32" if on_cpu else "bf16"),
-        tensor_parallel=tensor_parallel,
-        sequence_parallel=sequence_parallel,
-        num_points=points,
-        repetitions=repetitions,
-        seconds=time_limit,
-    )
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("starting", total=None)
-        made = measure_profile(
-            task,
-            lambda what, total: progress.update(bar, description=what, total=total, advance=1),
+    """Measure layers of a model in steps of its own script, for the planner of training."""
+    if (folder is None) == (not script):
+        raise ConfigError(
+            "--from FOLDER or -- SCRIPT ARGUMENTS: expected exactly one of them (the command of a "
+            "run, as after megatron_dip.launch, or what one has recorded)"
         )
-    _print_table(made)
-    write_file(output, lambda: output.write_text(made.model_dump_json(indent=1) + "\n"))
+    with tempfile.TemporaryDirectory(prefix="megatron-dip-profile-") as own:
+        if folder is None:
+            assert script
+            check_range("--steps", steps, 4, _MOST_STEPS)
+            folder = Path(own) / "trace"
+            _run(script, folder, ranks=ranks, cpu=cpu, steps=steps)
+        profile, fitted = fitted_profile(folder, replica)
+    _print(profile.device, fitted)
+    write_file(output, lambda: output.write_text(profile.model_dump_json(indent=1) + "\n"))
 
 
-def _check_measurable(config: FamilyConfig) -> None:
-    for module in config.model_shape().modules:
-        if module.experts is not None:
-            raise ConfigError(
-                f"{module.name} has experts, whose layers cannot be measured yet: their time "
-                f"depends on where a router sends tokens (train without schedule.costs.profile)"
-            )
+def _run(script: list[str], folder: Path, *, ranks: int, cpu: bool, steps: int) -> None:
+    arguments = [
+        *_without(script[1:]),
+        *("--exit-interval", str(steps), "--eval-interval", "1000000000"),
+        *("--dip-schedule", "--dip-trace-dir", str(folder)),
+    ]
+    with Console(stderr=True).status("starting") as status:
+        run_local_training(
+            Path(script[0]),
+            arguments,
+            num_ranks=ranks,
+            on_cpu=cpu,
+            log=folder.parent / "log.txt",
+            stall_seconds=_STALL_SECONDS,
+            on_iteration=lambda number, loss: status.update(f"step {number} of {steps}"),
+        )
 
 
-def _print_table(made: Profile) -> None:
+def _without(arguments: list[str]) -> list[str]:
+    """``arguments`` without those that keep something of a run."""
+    kept: list[str] = []
+    is_value = False
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in _LEFT_OUT:
+            is_value = not value
+        elif is_value:
+            is_value = False
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _print(device: str, fitted: Mapping[str, FittedModule]) -> None:
     table = Table(
-        "module", "tokens", "forward", "input gradient", "weight gradient", "again", "kept"
+        "module", "calling a layer", "1000 tokens, forward", "backward", "actions", "off by"
     )
-    for name, module in made.modules.items():
-        for point in (module.linear[0], module.linear[-1]):
-            again, kept = point.recompute_us, point.activation_bytes
-            table.add_row(
-                name,
-                str(point.size),
-                f"{point.forward_us:.0f} us",
-                f"{point.input_grad_us:.0f} us",
-                f"{point.weight_grad_us:.0f} us",
-                "-" if again is None else f"{again:.0f} us",
-                "-" if kept is None else f"{kept / 1e6:.2f} MB",
-            )
-    Console().print(f"{made.device}: one layer without the core of attention")
+    for name, module in fitted.items():
+        times = module.times
+        table.add_row(
+            name,
+            f"{times.overhead_us:.0f} us",
+            f"{1000 * times.forward.token_us:.0f} us",
+            f"{2000 * times.backward.token_us:.0f} us",
+            str(module.num_actions),
+            f"{module.error:.1%}",
+        )
+    Console().print(f"{device}: one layer without the core of attention")
     Console().print(table)

@@ -13,7 +13,6 @@ from megatron_dip.costs.layers import (
     layer_operations,
     trains,
 )
-from megatron_dip.costs.memory import StoredPart
 from megatron_dip.costs.shapes import ModuleShape
 from megatron_dip.costs.sizes import ItemSize
 
@@ -37,15 +36,6 @@ class LayerTimes(Protocol):
 
     def layer(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
         """One item in one layer."""
-        ...
-
-    def recompute_us(self, module: ModuleShape, size: ItemSize) -> float | None:
-        """One item in one layer, forward again in its backward; None: as long as its forward."""
-        ...
-
-    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int | None:
-        """Bytes that one item leaves for its backward in a ``part``: one layer (``linear``),
-        ``first_extra`` or ``last_extra``; None: the memory model's."""
         ...
 
     def first_extra(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
@@ -104,14 +94,6 @@ class AnalyticTimes:
     def layer(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
         """One item in one layer."""
         return self._times(layer_operations, module, size)
-
-    def recompute_us(self, module: ModuleShape, size: ItemSize) -> float | None:
-        """As long as the forward."""
-        return None
-
-    def activation_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int | None:
-        """Left to the memory model."""
-        return None
 
     def first_extra(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
         """One item in what sits before the first layer."""

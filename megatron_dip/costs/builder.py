@@ -193,7 +193,6 @@ class ProblemBuilder:
             item=number,
             tokens=size.tokens,
             forward_us=layer.forward_us,
-            recompute_us=self.times.recompute_us(module, size) if has_backward else None,
             input_grad_us=layer.input_grad_us,
             weight_grad_us=layer.weight_grad_us,
             activation_bytes=stored,
@@ -209,19 +208,12 @@ class ProblemBuilder:
             last_extra_input_grad_us=last.input_grad_us,
             last_extra_weight_grad_us=last.weight_grad_us,
             needs=dict(size.needs) or None,
+            token_pairs=size.token_pairs,
         )
 
     def _stored_bytes(self, module: ModuleShape, size: ItemSize, part: StoredPart) -> int:
         is_entered = self._first_with_backward[module.name] < module.num_layers
-        measured = self.times.activation_bytes(module, size, part)
-        counted = self.memory.stored_bytes(module, size, part, is_entered=is_entered)
-        if measured is None:
-            return counted
-        # Layers are measured without dropout and without Megatron's recomputation.
-        as_measured = self.memory.without_dropout_and_recompute().stored_bytes(
-            module, size, part, is_entered=is_entered
-        )
-        return max(0, measured + counted - as_measured)
+        return self.memory.stored_bytes(module, size, part, is_entered=is_entered)
 
 
 def _if_other(value: bool, default: bool) -> bool | None:

@@ -60,9 +60,3 @@ class Kernels(Form):
     def recomputes(self, part: RecomputedPart) -> bool:
         """Whether Megatron's selective recomputation repeats ``part``."""
         return self.recompute == "selective" and part in self.recomputed_parts
-
-    def without_dropout_and_recompute(self) -> "Kernels":
-        """As layers are measured."""
-        return self.model_copy(
-            update={"hidden_dropout": False, "attention_dropout": False, "recompute": None}
-        )

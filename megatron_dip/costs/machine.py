@@ -141,7 +141,7 @@ def cluster_builder(
     parallel = cluster.parallel
     for module in model.modules:
         _check_division(module, parallel.tensor)
-        _check_experts(module, parallel.expert, has_profile=profile is not None)
+        _check_experts(module, parallel.expert)
     device = cluster.device()
     times: LayerTimes
     if profile is None:
@@ -184,18 +184,13 @@ def _check_division(module: ModuleShape, tensor: int) -> None:
             )
 
 
-def _check_experts(module: ModuleShape, expert: int, *, has_profile: bool) -> None:
+def _check_experts(module: ModuleShape, expert: int) -> None:
     if module.experts is None:
         return
     if module.experts.num_experts % expert:
         raise ConfigError(
             f"expert_parallel {expert} does not divide {module.name}.experts.num_experts "
             f"{module.experts.num_experts}"
-        )
-    if has_profile:
-        raise ConfigError(
-            f"{module.name} has experts, whose layers cannot be measured yet (leave the profile "
-            f"out: times are then computed from rates)"
         )
 
 
@@ -225,8 +220,7 @@ def config_builder(
         tensor=num_tensor_ranks, expert=num_expert_ranks, sequence_parallel=sequence_parallel
     )
     for module in model.modules:
-        has_profile = schedule.costs.profile is not None
-        _check_experts(module, num_expert_ranks, has_profile=has_profile)
+        _check_experts(module, num_expert_ranks)
     memory = MemoryModel(
         parallel=parallel,
         kernels=kernels,
@@ -277,7 +271,7 @@ def _check_precision(profile: Profile, is_fp32: bool) -> None:
     if profile.precision not in (None, wanted):
         raise ConfigError(
             f"profile: precision is {profile.precision}, but the run is in {wanted} "
-            "(measure again with --precision)"
+            "(measure again in the precision of the run)"
         )
 
 

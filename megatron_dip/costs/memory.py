@@ -11,7 +11,7 @@ its backward runs.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dip.costs.generic_kept import GenericKept
@@ -46,10 +46,6 @@ class MemoryModel:
     """Per module, the mean over its stages that have any; where not given they are many."""
     optimizer_shards: int = 1
     """Ranks that share one optimizer state: the data-parallel size with a distributed optimizer."""
-
-    def without_dropout_and_recompute(self) -> "MemoryModel":
-        """As layers are measured."""
-        return replace(self, kernels=self.kernels.without_dropout_and_recompute())
 
     def bytes_per_weight(self, *, trainable: bool, shards: int | None = None) -> float:
         """Weight, gradient and optimizer state together; ``shards`` ranks share the latter."""

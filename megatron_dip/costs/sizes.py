@@ -27,6 +27,12 @@ class ItemSize:
         """Rows that are handed to the modules that read this one."""
         return self.tokens if self.output_tokens is None else self.output_tokens
 
+    @property
+    def token_pairs(self) -> int:
+        """Pairs of a token and one that it may attend to, of its own span or of the context."""
+        own = sum(span * span for span in self.spans)
+        return own + self.tokens * self.context_tokens
+
 
 ItemSizes = Mapping[str, Sequence[ItemSize]]
 """Per module, the items of one microbatch; items are numbered from 0."""

@@ -22,7 +22,12 @@ from megatron_dip.plan import Action, Plan
 from megatron_dip.report.steps import RankRecord, StepRecord
 from megatron_dip.runtime import Recorder
 from megatron_dip.runtime.exchange import RankStep, StepExchange
-from megatron_dip.simulator.measured import Corrections, CostFeedback, measure_actions
+from megatron_dip.simulator.measured import (
+    Corrections,
+    CostFeedback,
+    action_durations_us,
+    measure_actions,
+)
 
 __all__ = ["MeasuredStep", "StepFeedback", "log_step"]
 
@@ -75,7 +80,7 @@ class StepFeedback:
             return
         now_us = step.recorder.now_us()
         step.recorder.finish()
-        measured = measure_actions(step.plan, step.recorder.action_durations_us())
+        measured = measure_actions(step.plan, action_durations_us(step.recorder.spans))
         computed = [
             span
             for span in step.recorder.spans

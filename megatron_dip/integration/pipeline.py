@@ -11,7 +11,12 @@ from megatron_dip.costs import ProblemBuilder
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
 from megatron_dip.integration.groups import create_agreement, create_group, gather_distinct
 from megatron_dip.integration.options import DipOptions
-from megatron_dip.integration.trace import agree_on_run, last_iteration, write_record
+from megatron_dip.integration.trace import (
+    agree_on_run,
+    last_iteration,
+    write_machine,
+    write_record,
+)
 from megatron_dip.models.staged import StagedModel
 from megatron_dip.partition import Partition
 from megatron_dip.planner import PlannerSettings, load_joint_plan
@@ -101,6 +106,8 @@ class DipPipeline:
             dtype=dtype,
         )
         self.executor.channels.connect()
+        if self.writes_records:
+            write_machine(self._problems, self.device)
 
     def follow(self, step: MeasuredStep) -> None:
         """Use and record what the step before this one has measured; the last one's own, too."""

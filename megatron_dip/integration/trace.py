@@ -15,10 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import schedules
 
+from megatron_dip.costs import ProblemBuilder
+from megatron_dip.costs.profile import profile_without_times
 from megatron_dip.integration.feedback import MeasuredStep
 from megatron_dip.integration.run_arguments import run_arguments
 from megatron_dip.plan import Action, ActionType
@@ -36,6 +39,7 @@ __all__ = [
     "measure_schedule",
     "trace_step",
     "wants_records",
+    "write_machine",
     "write_record",
 ]
 
@@ -84,6 +88,19 @@ def write_record(record: StepRecord) -> None:
     """Append the record of a step; called by one rank of a replica."""
     if wants_records():
         _files(run_arguments().dip_trace_dir).write_record(record)
+
+
+def write_machine(problems: ProblemBuilder, device: torch.device) -> None:
+    """Write what the times of this run are measured on, where they are recorded; called by one
+    rank of a replica."""
+    if wants_records() and mpu.get_data_parallel_rank() == 0:
+        profile = profile_without_times(
+            problems.model,
+            problems.memory.parallel,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            is_fp32=problems.memory.kernels.is_fp32,
+        )
+        _files(get_args().dip_trace_dir).write_machine(profile)
 
 
 def _wants_timeline(iteration: int) -> bool:

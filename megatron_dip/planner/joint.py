@@ -28,7 +28,7 @@ from megatron_dip.workload import Item, Problem, StageFactor, SubMicrobatch
 
 __all__ = ["joint_problem", "load_joint_plan", "restrict_plan"]
 
-_NOT_COMPARED = ("item", "needs", "recompute_us")
+_NOT_COMPARED = ("item", "needs", "recompute_us", "token_pairs")
 
 
 def joint_problem(problems: Sequence[Problem]) -> Problem:
@@ -125,9 +125,11 @@ def _joint_item(place: int, same: Sequence[tuple[Item, Mapping[str, set[int]]]])
         upstream: tuple(sorted(set[int]().union(*(needs[upstream] for _, needs in same))))
         for upstream in same[0][1]
     }
+    pairs = [item.token_pairs for item in items if item.token_pairs is not None]
     return Item(
         item=place,
         needs=needs or None,
+        token_pairs=max(pairs, default=None) if len(pairs) == len(items) else None,
         recompute_us=max(item.effective_recompute_us for item in items),
         **{
             name: max(getattr(item, name) for item in items)

@@ -1,4 +1,4 @@
-"""A training run on the cores of this machine: start it, follow its log, read what it printed."""
+"""A training run on this machine alone: start it, follow its log, read what it printed."""
 
 import os
 import re
@@ -45,16 +45,18 @@ def run_local_training(
     arguments: Sequence[str],
     *,
     num_ranks: int,
+    on_cpu: bool = True,
     log: Path,
     stall_seconds: float,
     on_iteration: Callable[[int, float], None] = lambda number, loss: None,
 ) -> LocalRun:
-    """Run a pretrain script on ``num_ranks`` processes of one pinned core each.
+    """Run a pretrain script on ``num_ranks`` processes of this machine.
 
     Args:
         script: The pretrain script.
         arguments: Its arguments; ``--log-interval 1`` is added.
         num_ranks: Processes.
+        on_cpu: Whether they compute on a core each, or on a GPU.
         log: File for all that they print.
         stall_seconds: So long without a finished iteration, the processes are ended, as they are
             when this process gets SIGTERM or SIGHUP. No limit of the whole: how long a run takes
@@ -66,7 +68,8 @@ def run_local_training(
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(num_ranks), "-m", "megatron_dip.launch", "--cpu", "--pin"),
+        *("--nproc-per-node", str(num_ranks), "-m", "megatron_dip.launch"),
+        *(("--cpu", "--pin") if on_cpu else ()),
         # The log is a file: it holds all.
         *("--dip-verbose", str(script), *arguments, "--log-interval", "1"),
     ]

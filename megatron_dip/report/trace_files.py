@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_dip.costs.profile import Profile
 from megatron_dip.errors import DataError
 from megatron_dip.files import append_line, write_atomically
 from megatron_dip.plan import Plan
@@ -18,9 +19,14 @@ from megatron_dip.plan.plan import plan_path, plan_text
 from megatron_dip.reading import decode_text, parse_json
 from megatron_dip.report.steps import StepRecord, record_path
 
-__all__ = ["TraceFiles"]
+__all__ = ["TraceFiles", "machine_path"]
 
 logger = logging.getLogger(__name__)
+
+
+def machine_path(folder: str | Path) -> Path:
+    """The file in a trace folder that says what was measured on which machine."""
+    return Path(folder) / "machine.json"
 
 
 class TraceFiles:
@@ -62,6 +68,13 @@ class TraceFiles:
             append_line(self._path, json.dumps(line))
             if self._num_kept is not None:
                 self._drop_old(self._num_kept)
+
+    def write_machine(self, profile: Profile) -> None:
+        """Write what the run's times are measured on; see :mod:`megatron_dip.costs.profile`."""
+        with self._writing():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            text = profile.model_dump_json(indent=1) + "\n"
+            write_atomically(machine_path(self._folder), text, is_kept=False)
 
     def write_record(self, record: StepRecord) -> None:
         """Append the record of a step."""

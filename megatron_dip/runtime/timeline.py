@@ -1,12 +1,9 @@
 """What a rank did when: the measured counterpart of a simulated timeline."""
 
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-
-from megatron_dip.plan import Action
 
 __all__ = ["DeviceRecorder", "MeasuredSpan", "Recorder", "create_recorder"]
 
@@ -44,22 +41,6 @@ class Recorder:
 
     def finish(self) -> None:
         """Complete ``spans``; the device must have done all that was recorded, or is waited for."""
-
-    def action_durations_us(self) -> Iterator[tuple[Action, float]]:
-        """What every compute action took, from the end of what was before it on this rank to its
-        own, or to the wait that follows it, where one does.
-
-        So the host's part of an action belongs to it (sends and receives are posted after it), and
-        its wait does not.
-        """
-        before_us: float | None = None
-        for number, span in enumerate(self.spans):
-            if isinstance(span.label, Action) and not span.is_wait:
-                begin_us = span.start_us if before_us is None else min(before_us, span.start_us)
-                after = self.spans[number + 1] if number + 1 < len(self.spans) else span
-                end_us = max(after.start_us, span.end_us) if after.is_wait else span.end_us
-                yield span.label, end_us - begin_us
-            before_us = span.end_us
 
 
 class DeviceRecorder(Recorder):

@@ -14,15 +14,15 @@ work, and follows from it where actions differ enough in size.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from megatron_dip.limits import MOST_FACTOR
 from megatron_dip.partition import Partition
-from megatron_dip.plan.actions import Action, ActionType
+from megatron_dip.plan.actions import Action, ActionType, parse_actions
 from megatron_dip.plan.graph import Work
 from megatron_dip.plan.plan import Plan
 from megatron_dip.plan.wiring import FloatArray
@@ -34,6 +34,7 @@ __all__ = [
     "Corrections",
     "CostFeedback",
     "MeasuredActions",
+    "action_durations_us",
     "measure_actions",
     "stated_overheads",
 ]
@@ -63,6 +64,19 @@ number, sums of work and of time, and sums of the products."""
 
 SUMS_SHAPE = (2, 8)
 """Per stage: forward or backward, and the columns."""
+
+
+class _Span(Protocol):
+    """One piece of work or wait, in microseconds of one clock."""
+
+    @property
+    def label(self) -> object: ...
+    @property
+    def start_us(self) -> float: ...
+    @property
+    def end_us(self) -> float: ...
+    @property
+    def is_wait(self) -> bool: ...
 
 
 class MeasuredActions(NamedTuple):
@@ -96,6 +110,34 @@ class Corrections(NamedTuple):
 def stated_overheads(plan: Plan) -> dict[str, float]:
     """What ``plan.problem`` says of calling a layer, per module."""
     return {module.name: module.layer_overhead_us for module in plan.problem.modules}
+
+
+def action_durations_us(spans: Sequence[_Span]) -> Iterator[tuple[Action, float]]:
+    """What every compute action of a rank took, from the end of what was before it to its own end,
+    or to the wait that follows it, where one does.
+
+    So the host's part of an action belongs to it (sends and receives are posted after it), and its
+    wait does not.
+
+    Args:
+        spans: Of one rank in one iteration, in order; labels are actions, or text of them.
+    """
+    before_us: float | None = None
+    for number, span in enumerate(spans):
+        action = None if span.is_wait else _action(span.label)
+        if action is not None:
+            begin_us = span.start_us if before_us is None else min(before_us, span.start_us)
+            after = spans[number + 1] if number + 1 < len(spans) else span
+            end_us = max(after.start_us, span.end_us) if after.is_wait else span.end_us
+            yield action, end_us - begin_us
+        before_us = span.end_us
+
+
+def _action(label: object) -> Action | None:
+    """None where a rank did something else than a compute action."""
+    if isinstance(label, str) and label[:1].isdigit():
+        (label,) = parse_actions(label)
+    return label if isinstance(label, Action) and label.type.is_compute else None
 
 
 def measure_actions(plan: Plan, durations_us: Iterable[tuple[Action, float]]) -> MeasuredActions:

@@ -44,7 +44,6 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/integration.md", "def forward_step"): FRAGMENT,
     ("docs/integration.md", "sbatch scripts/slurm/train.sbatch"): SLURM,
     ("docs/concepts.md", "import json"): "tests/unit/test_documented_forms.py runs it",
-    ("docs/tuning.md", "megatron-dip profile configs/vlm_m.yaml"): CLUSTER,
     ("scripts/slurm/README.md", "sbatch"): SLURM,
     ("patches/README.md", "patch -p1"): "tests/cpu/test_patch.py applies it",
     ("configs/partitions/README.md", "megatron-dip partition"): (

@@ -8,6 +8,7 @@ from megatron_dip.integration import feedback
 from megatron_dip.plan import Action
 from megatron_dip.report.steps import RankRecord, StepRecord
 from megatron_dip.runtime.timeline import MeasuredSpan, Recorder
+from megatron_dip.simulator.measured import action_durations_us
 
 
 def record_of(iteration: int) -> StepRecord:
@@ -88,5 +89,5 @@ def test_what_a_rank_does_after_an_action_is_the_actions_and_its_wait_is_not():
         MeasuredSpan(Action.parse("0B0"), 34.0, 50.0, True),
         MeasuredSpan(Action.parse("0B0"), 51.0, 60.0, False),
     ]
-    durations = {str(action): us for action, us in recorder.action_durations_us()}
+    durations = {str(action): us for action, us in action_durations_us(recorder.spans)}
     assert durations == {"0F0": 10.0, "0F1": 14.0, "0B0": 10.0}

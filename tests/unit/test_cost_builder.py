@@ -243,21 +243,20 @@ def test_assumptions_replace_the_presets_rates():
 
 
 def test_a_profile_replaces_operations_in_the_same_builder():
-    point = {"forward_us": 8.0, "input_grad_us": 9.0, "weight_grad_us": 7.0}
     measured = {
-        "kind": "causal",
         "hidden_size": 8,
         "ffn_hidden_size": 16,
         "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "overhead_us": 3.0,
-        "linear": [point | {"size": 16}],
-        "attention": [point | {"size": 16}],
+        "times": {
+            "overhead_us": 3.0,
+            "forward": {"token_us": 0.5, "pair_us": 0.25},
+            "backward": {"token_us": 1.0},
+        },
     }
     given = {"device": "any", "parallel": {"sequence_parallel": True}}
     profile = Profile.parse(given | {"modules": {"language": measured}}, ConfigError)
     model = ModelShape(name="m", modules=(causal(),))
     problem = cluster_builder(model, cluster(), profile).build([{"language": [item(16)]}])
     found = problem.item("language", 0, 0)
-    assert (found.forward_us, found.input_grad_us, found.weight_grad_us) == (13.0, 15.0, 7.0)
+    assert (found.forward_us, found.input_grad_us, found.weight_grad_us) == (72.0, 16.0, 16.0)
     assert problem.module("language").layer_overhead_us == 3.0
