@@ -60,7 +60,7 @@ def _run(script: list[str], folder: Path, *, ranks: int, cpu: bool, steps: int) 
     arguments = [
         *_without(script[1:]),
         *("--exit-interval", str(steps), "--eval-interval", "1000000000"),
-        *("--dip-schedule", "--dip-trace-dir", str(folder)),
+        *("--dip-schedule", "--dip-vary-parts", "--dip-trace-dir", str(folder)),
     ]
     with Console(stderr=True).status("starting") as status:
         run_local_training(

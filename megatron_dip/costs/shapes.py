@@ -241,12 +241,6 @@ class ModuleShape(Form):
         return self.kind == "causal"
 
     @property
-    def has_experts(self) -> bool:
-        """Whether tokens go to some experts of a layer and not to others."""
-        is_routed = self.generic is not None and self.generic.expert_share < 1.0
-        return self.experts is not None or is_routed
-
-    @property
     def conditioning_rows(self) -> int:
         """Of a ``dit`` module: rows per clip that its stages hand on beside patches and text: the
         embedded time, and the six vectors of a shared modulation."""

@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             help="Compare the loss of the first split microbatch with that of the whole one.",
         )
         group.add_argument(
+            "--dip-vary-parts",
+            action="store_true",
+            help="Split microbatches now one way, now another, for times that differ in size.",
+        )
+        group.add_argument(
             "--dip-timeout-seconds",
             metavar="SECONDS",
             type=_positive_seconds,
@@ -315,6 +320,7 @@ def options_of(args: argparse.Namespace) -> DipOptions | None:
         timeout_seconds=args.dip_timeout_seconds,
         planner_cores=tuple(args.dip_planner_cores),
         check_parts=args.dip_check_parts,
+        vary_parts=args.dip_vary_parts,
         optimizer_shards=args.data_parallel_size if args.use_distributed_optimizer else 1,
     )
 

@@ -24,6 +24,8 @@ class DipOptions:
     """Cores for planner processes; those of the rank that starts them where empty."""
     check_parts: bool = False
     """Compare the loss of the first split microbatch with that of the whole one."""
+    vary_parts: bool = False
+    """Split microbatches one way in some steps and another way in others."""
     optimizer_shards: int = 1
     """Ranks that share one optimizer state."""
     trace_dir: Path | None = None

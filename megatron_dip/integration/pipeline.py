@@ -1,6 +1,5 @@
 """What a rank needs to run plans under Megatron: the cut, groups, channels, planning, executor."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,6 +7,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 
 from megatron_dip.costs import ProblemBuilder
+from megatron_dip.errors import UnsupportedError
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
 from megatron_dip.integration.groups import create_agreement, create_group, gather_distinct
 from megatron_dip.integration.options import DipOptions
@@ -83,7 +83,7 @@ class DipPipeline:
         """Whether this rank writes what concerns its whole replica."""
         agreement = create_agreement(self.partition, replica, timeout_seconds)
         self.is_plan_owner = agreement.is_owner
-        service = self._create_service(options.planner_cores) if self.is_plan_owner else None
+        service = self._create_service(options) if self.is_plan_owner else None
         self.plans = PlanAhead(lambda: self._problems, agreement, service)
         """The plans of batches to come; the same calls on all ranks."""
         self.feedback = StepFeedback(
@@ -132,12 +132,12 @@ class DipPipeline:
         if self.writes_records:
             write_record(record)
 
-    def _create_service(self, planner_cores: Sequence[int]) -> PlanService:
+    def _create_service(self, options: DipOptions) -> PlanService:
         schedule, planning = self.config.schedule, self.config.planning
         limits = ProcessLimits(
             memory_bytes=int(planning.worker_memory_gib * 2**30),
             nice=_PLANNER_NICE,
-            cores=tuple(planner_cores),
+            cores=options.planner_cores,
         )
         return PlanService(
             builder=self._problems,
@@ -146,6 +146,7 @@ class DipPipeline:
                 algorithm=schedule.planner,
                 evaluations=schedule.evaluations,
                 fixed=self._fixed_plan,
+                varied=self._varied_modules() if options.vary_parts else (),
             ),
             pool=PlannerPool(planning.workers, limits),
             limits=ServiceLimits(
@@ -154,3 +155,16 @@ class DipPipeline:
                 steps_ahead=max(1, planning.look_ahead - 1),
             ),
         )
+
+    def _varied_modules(self) -> tuple[str, ...]:
+        """Those of which every microbatch can be split."""
+        found = []
+        for module in self._problems.model.modules:
+            try:
+                self.staged.check_split(module.name)
+            except UnsupportedError:
+                continue
+            # Experts may have an auxiliary loss, which is no sum over parts.
+            if not module.has_experts:
+                found.append(module.name)
+        return tuple(found)

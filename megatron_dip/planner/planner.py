@@ -18,7 +18,7 @@ from megatron_dip.planner.greedy import GreedySchedule
 from megatron_dip.planner.memory import MemoryFitter, layers_to_recompute
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
 from megatron_dip.planner.search import Search, check_workers, schedule_by_default, search_schedule
-from megatron_dip.planner.sub_microbatches import form_sub_microbatches
+from megatron_dip.planner.sub_microbatches import TokenLimit, form_sub_microbatches
 from megatron_dip.simulator.bounds import lower_bound_us
 from megatron_dip.simulator.simulate import ComputeOrder, Simulation, simulate_order
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
@@ -46,7 +46,7 @@ def make_plan(
     partition: Partition,
     *,
     algorithm: Algorithm = "dual_queue",
-    max_tokens: Mapping[str, int | None] | None = None,
+    max_tokens: Mapping[str, TokenLimit] | None = None,
     split_backward: bool = False,
     search: Search = "local",
     evaluations: int | None = None,
@@ -66,8 +66,8 @@ def make_plan(
         problem: The batch.
         partition: Where every module's layers are.
         algorithm: How compute actions are ordered.
-        max_tokens: Per module, the size of a sub-microbatch, instead of the partition's; not split
-            where it is None.
+        max_tokens: Per module, the size of a sub-microbatch, instead of the partition's, or one
+            for every microbatch; not split where it is None.
         split_backward: Input and weight gradients apart, so that the latter can fill gaps.
         search: How the dual queue's priorities are searched; see :func:`search_schedule`.
         evaluations: How many schedules the search may make; or
@@ -89,7 +89,7 @@ def make_plan(
     has_budget = evaluations is not None or budget_ms is not None
     if has_budget:
         _check_budget(algorithm, Budget(evaluations, budget_ms))
-    sizes = {**partition.sub_microbatch_tokens, **(max_tokens or {})}
+    sizes: dict[str, TokenLimit] = {**partition.sub_microbatch_tokens, **(max_tokens or {})}
     subs = form_sub_microbatches(problem, sizes)
     table = build_task_table(PipelineGraph(problem, partition, subs))
     if algorithm == "one_f_one_b":

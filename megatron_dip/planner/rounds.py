@@ -7,6 +7,7 @@ be interrupted, so the limit is kept up to the time of the smallest round.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _FIRST_ROUND_EVALUATIONS = 64
 # All rounds but the last together then cost a seventh of it.
 _GROWTH = 8
+_VARIED_PARTS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,9 @@ class PlannerSettings:
     """Orders that the dual queue tries for a batch; 0 takes its default."""
     fixed: Plan | None = None
     """One plan of a joint problem, of which every batch runs what it has; then none is made."""
+    varied: tuple[str, ...] = ()
+    """Modules whose microbatches are split, each in another way than the one before, so that what
+    is measured differs in size."""
 
     @property
     def num_evaluations(self) -> int:
@@ -74,10 +79,25 @@ class PlannerSettings:
             problem,
             partition,
             algorithm=self.algorithm,
+            max_tokens=self._varied_limits(problem),
             # The batch is there and must be trained: one rank may run out of memory, none waits.
             when_infeasible="least_memory",
             **budget,
         )
+
+    def _varied_limits(self, problem: Problem) -> dict[str, tuple[int, ...]]:
+        """Of the first microbatch whole, of the next ones in parts, and so on."""
+        limits = {}
+        for name in self.varied:
+            held = [
+                max(1, sum(item.tokens for item in problem.items(name, number)))
+                for number in range(problem.num_microbatches)
+            ]
+            limits[name] = tuple(
+                math.ceil(tokens / _VARIED_PARTS[number % len(_VARIED_PARTS)])
+                for number, tokens in enumerate(held)
+            )
+        return limits
 
 
 @dataclass(frozen=True, kw_only=True)

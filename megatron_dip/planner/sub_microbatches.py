@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from megatron_dip.errors import PlanError, shown
 from megatron_dip.workload import Item, Problem, SubMicrobatch
 
-__all__ = ["form_sub_microbatches"]
+__all__ = ["TokenLimit", "form_sub_microbatches"]
+
+TokenLimit = int | None | tuple[int | None, ...]
+"""Most tokens of a group of one module, in all microbatches or in each; None: not split."""
 
 
 def form_sub_microbatches(
-    problem: Problem, max_tokens: Mapping[str, int | None]
+    problem: Problem, max_tokens: Mapping[str, TokenLimit]
 ) -> tuple[SubMicrobatch, ...]:
     """Split every module's share of every microbatch into groups of at most ``max_tokens`` tokens.
 
@@ -23,18 +26,26 @@ def form_sub_microbatches(
         PlanError: ``max_tokens`` names an unknown module, or a limit is below one.
     """
     known = {module.name for module in problem.modules}
-    for name, limit in max_tokens.items():
+    count = problem.num_microbatches
+    limits = {
+        name: limit if isinstance(limit, tuple) else (limit,) * count
+        for name, limit in max_tokens.items()
+    }
+    for name, of_microbatches in limits.items():
         if name not in known:
             raise PlanError(
                 f"max_tokens: unknown module {shown(name)} (expected one of {sorted(known)})"
             )
-        if limit is not None and limit < 1:
-            raise PlanError(f"max_tokens of {name}: {limit} (expected at least 1, or None)")
+        for limit in of_microbatches:
+            if limit is not None and limit < 1:
+                raise PlanError(f"max_tokens of {name}: {limit} (expected at least 1, or None)")
     return tuple(
         SubMicrobatch(name, number, sub, tuple(item.item for item in group))
-        for number in range(problem.num_microbatches)
+        for number in range(count)
         for name in problem.module_order
-        for sub, group in enumerate(_groups(problem.items(name, number), max_tokens.get(name)))
+        for sub, group in enumerate(
+            _groups(problem.items(name, number), limits[name][number] if name in limits else None)
+        )
     )
 
 

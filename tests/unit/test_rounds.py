@@ -1,5 +1,6 @@
 """Planning in rounds: a plan at once, better ones later, and an end that can be relied on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,18 @@ def test_frames_come_out_whole_however_they_arrive() -> None:
         received += sent[start : start + 7]
         found += decode_frames(received)
     assert found == messages and not received
+
+
+def test_microbatches_are_split_in_turn_where_sizes_are_to_be_measured() -> None:
+    problem, partition = encoder_case()
+    first = problem.microbatches[0]
+    images = tuple(first["vision"][0].model_copy(update={"item": n}) for n in range(4))
+    batch = {
+        "vision": images,
+        "language": (first["language"][0].model_copy(update={"needs": None}),),
+    }
+    problem = problem.model_copy(update={"microbatches": (batch,) * 4})
+    varied = replace(settings(0), varied=("vision",)).first_plan(problem, partition)
+    counts = [len(varied.graph.subs("vision", number)) for number in range(4)]
+    assert counts == [1, 2, 4, 1]
+    validate_plan(varied)
