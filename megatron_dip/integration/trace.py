@@ -100,7 +100,7 @@ def write_machine(problems: ProblemBuilder, device: torch.device) -> None:
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             is_fp32=problems.memory.kernels.is_fp32,
         )
-        _files(get_args().dip_trace_dir).write_machine(profile)
+        _files(run_arguments().dip_trace_dir).write_machine(profile)
 
 
 def _wants_timeline(iteration: int) -> bool:
