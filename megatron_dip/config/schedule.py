@@ -166,7 +166,7 @@ def build_partition(
     layers, sizes = {}, {}
     for name, count in num_layers.items():
         module = schedule.modules.get(name, ModuleSchedule())
-        cut = module.layers or cut_evenly(count, module.num_segments or 1, num_ranks)
+        cut = module.layers or _even_cut(count, module.num_segments, num_ranks)
         total = sum(sum(segment) for segment in cut)
         num_segments = module.num_segments or len(cut)
         if total != count or len(cut) != num_segments:
@@ -180,3 +180,13 @@ def build_partition(
     made = partition_from_layers(layers, num_ranks)
     made.check_ranks(num_ranks)
     return made.model_copy(update={"sub_microbatch_tokens": sizes})
+
+
+def _even_cut(
+    num_layers: int, num_segments: int | None, num_ranks: int
+) -> tuple[tuple[int, ...], ...]:
+    """Of a module with fewer layers than ranks, of which nothing is said, the first ranks have
+    one each."""
+    if num_segments is None and num_layers < num_ranks:
+        return (tuple(int(rank < num_layers) for rank in range(num_ranks)),)
+    return cut_evenly(num_layers, num_segments or 1, num_ranks)

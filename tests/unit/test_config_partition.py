@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_dip.config import ScheduleConfig, build_partition
 from megatron_dip.errors import ConfigError, PartitionError
 from megatron_dip.families.configs import load_config
 from megatron_dip.partition import Partition, partition_from_layers
@@ -53,6 +54,12 @@ def test_a_partition_of_another_model_is_refused(tmp_path):
     path = write_config(tmp_path, tiny_cut(num_vision_layers=12))
     with pytest.raises(PartitionError, match="module vision: stages hold 12 layers"):
         load_config(path)
+
+
+def test_a_tower_with_fewer_layers_than_ranks_of_which_nothing_is_said_starts_at_the_first():
+    cut = build_partition(ScheduleConfig(), {"vision": 2, "language": 4}, 4)
+    expected = {"vision": [[1, 1, 0, 0]], "language": [[1, 1, 1, 1]]}
+    assert cut == partition_from_layers(expected, 4)
 
 
 IDLE_RANK = {"vision": [[9, 0, 9]], "language": [[4, 0, 4]]}
