@@ -59,7 +59,7 @@ def measure_layers(
 def _run(script: list[str], folder: Path, *, ranks: int, cpu: bool, steps: int) -> None:
     arguments = [
         *_without(script[1:]),
-        *("--exit-interval", str(steps), "--eval-interval", "1000000000"),
+        *("--exit-interval", str(steps), "--eval-iters", "0"),
         *("--dip-schedule", "--dip-vary-parts", "--dip-trace-dir", str(folder)),
     ]
     with Console(stderr=True).status("starting") as status:
