@@ -1,4 +1,4 @@
-"""What a family of models gives to the integration: its stages, its stock form, its data sets."""
+"""What a family of models is made of: its configuration, its stages, its data sets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

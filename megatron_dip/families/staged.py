@@ -50,12 +50,16 @@ class StagedPacked(StagedModel):
         return _microbatch(batch).item_sizes
 
     def part_of(self, batch: Any, part: Part, items: Sequence[int]) -> Any:
-        """The data of these items, with the numbers of what they read."""
+        """The data of these items, with the numbers of what they read; between the ends of a module
+        without what would only be moved to the device and not be read."""
         microbatch = _microbatch(batch)
         # Gradients are off in training, too, where nothing of a stage is trained.
         if self._chunks[0].training:
             note_microbatch(microbatch)
-        return microbatch.sub_batch(part.module, items)
+        reads_media = part.first or part.last
+        return (microbatch if reads_media else microbatch.without_media).sub_batch(
+            part.module, items
+        )
 
     def boundary(self, module: str, *, outer: bool) -> Boundary:
         """Packed rows."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -207,6 +208,16 @@ class LavinMicrobatch(Microbatch):
         else:
             patches = torch.stack(pixels) if pixels else None
         return ClipBatch(patches=patches, items=tuple(items))
+
+    @cached_property
+    def without_media(self) -> Self:
+        """See :class:`Microbatch`."""
+        return replace(
+            self,
+            sequences=tuple(
+                replace(one, images=(None,) * len(one.images)) for one in self.sequences
+            ),
+        )
 
     def whole(self, seq_length: int) -> "LavinWholeBatch":
         """See :class:`Microbatch`; every sequence is padded to ``seq_length``.

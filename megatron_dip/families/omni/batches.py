@@ -7,7 +7,7 @@ Items: an image is an item of ``vision``, an audio clip one of ``audio``, a sequ
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,11 @@ class OmniSequence(PackedSequence):
     def num_media_rows(self) -> int:
         """Rows of ``tokens`` that features replace."""
         return super().num_media_rows + sum(audio.num_rows for audio in self.audios)
+
+    def without_media(self) -> Self:
+        """The same without pixels and sounds."""
+        unheard = tuple(replace(audio, mels=None) for audio in self.audios)
+        return replace(super().without_media(), audios=unheard)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -89,7 +89,12 @@ class Microbatch(ABC):
             ValueError: No such module, or an item number that the microbatch does not have.
         """
 
+    @cached_property
+    @abstractmethod
+    def without_media(self) -> Self:
+        """The same without what only the ends of a module read: pixels, sounds, latents."""
+
     @abstractmethod
     def whole(self, seq_length: int) -> Any:
         """All of it, for a schedule with fixed shapes of ``seq_length`` rows per sample: something
-        that the stock model of the family reads, with ``to(device)`` and ``loss_mask``."""
+        that the whole model of the family reads, with ``to(device)`` and ``loss_mask``."""

@@ -5,7 +5,9 @@ patches and M tokens of text in C clips, V values of a patch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -132,6 +134,13 @@ class ClipMicrobatch(Microbatch):
         """See :class:`Microbatch`."""
         check_items(module, items, {"text": len(self.clips), "dit": len(self.clips)})
         return self._text(items) if module == "text" else self._dit(items)
+
+    @cached_property
+    def without_media(self) -> Self:
+        """See :class:`Microbatch`."""
+        return replace(
+            self, clips=tuple(replace(clip, latents=None, noise=None) for clip in self.clips)
+        )
 
     def whole(self, seq_length: int) -> WholeClips:
         """See :class:`Microbatch`; the stock model pads at its boundaries itself."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal, overload
+from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor
@@ -77,6 +77,10 @@ class PackedSequence:
     def num_media_rows(self) -> int:
         """Rows of ``tokens`` that features replace."""
         return sum(image.num_tokens for image in self.images)
+
+    def without_media(self) -> Self:
+        """The same without pixels."""
+        return replace(self, images=tuple(replace(image, pixels=None) for image in self.images))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -245,6 +249,11 @@ class VlmMicrobatch(Microbatch):
         if module == "vision":
             return self._vision_batch(items)
         return self._join([self._one_sequence(item) for item in items])
+
+    @cached_property
+    def without_media(self) -> Self:
+        """See :class:`Microbatch`."""
+        return replace(self, sequences=tuple(one.without_media() for one in self.sequences))
 
     def padded(self, seq_length: int) -> LanguageBatch:
         """All sequences, each filled up to ``seq_length`` by one more span without loss.
