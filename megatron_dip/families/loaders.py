@@ -21,7 +21,6 @@ from megatron.training import get_args, training
 from megatron_dip.errors import DataError
 from megatron_dip.families.base import SampleSet
 from megatron_dip.families.packed.batches import Microbatch
-from megatron_dip.runtime.look_ahead import LookAhead
 from megatron_dip.runtime.signals import hear_stop_signals, started_deaf
 
 __all__ = ["BatchLoader", "LoadedSet", "install_loaders"]
@@ -166,7 +165,7 @@ def _without_dictionaries(skip: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron's step over a batch (``--iterations-to-skip``) reads dictionaries of tokens."""
 
     def skip_batch(data_iterator: Any) -> None:
-        if not isinstance(getattr(data_iterator, "iterable", None), Microbatches | LookAhead):
+        if not isinstance(getattr(data_iterator, "iterable", None), Microbatches):
             skip(data_iterator)
             return
         rerun = get_rerun_state_machine()

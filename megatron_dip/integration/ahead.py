@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+
 from megatron_dip.costs import BatchSizes
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.runtime import Recorder
 from megatron_dip.runtime.look_ahead import LookAhead, SizedBatch
 
-__all__ = ["Ahead", "own_iterator", "pull"]
+__all__ = ["Ahead", "own_iterator", "pull", "skip_batch"]
 
 
 class Ahead:
@@ -82,3 +85,12 @@ def pull(
         for one in pulled
     ]
     return [one.batch for one in sized], tuple(one.sizes for one in sized)
+
+
+def skip_batch(data_iterator: Iterator[Any] | None) -> None:
+    """Read the microbatches of a step and drop them (``--iterations-to-skip``)."""
+    rerun = get_rerun_state_machine()
+    while rerun.should_run_forward_backward(data_iterator):
+        if data_iterator is not None:
+            for _ in range(get_num_microbatches()):
+                next(data_iterator)

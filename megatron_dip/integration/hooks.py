@@ -129,10 +129,33 @@ def _hook_groups() -> None:
     parallel_state.initialize_model_parallel = compare_and_initialize
 
 
-def hook_models() -> None:
-    """The doors by which a script's builder of models is called: see ``stages``."""
+def _hook_skipping() -> None:
+    """Megatron's step over a batch reads dictionaries of tokens, and broadcasts them."""
     from megatron.training import training
 
+    skip = training.dummy_train_step
+    if getattr(skip, "skips_any_batch", False):
+        return
+
+    @functools.wraps(skip)
+    def skip_any(data_iterator: Any) -> None:
+        if not getattr(run_arguments(), "dip_schedule", False):
+            skip(data_iterator)
+            return
+        from megatron_dip.integration.ahead import skip_batch
+
+        skip_batch(data_iterator)
+
+    skip_any.skips_any_batch = True  # type: ignore[attr-defined]
+    training.dummy_train_step = skip_any
+
+
+def hook_models() -> None:
+    """The doors by which a script's builder of models is called: see ``stages``; and what a loop of
+    Megatron's does with the data of such models beside its schedule."""
+    from megatron.training import training
+
+    _hook_skipping()
     _hook_door(training, "get_model", _build_by_provider)
     try:
         from megatron.training.models import dist_utils

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.errors import DataError
+from megatron_dip.integration import ahead as batches_ahead
 from megatron_dip.runtime.look_ahead import LookAhead, SizedBatch
 
 
@@ -114,3 +116,14 @@ def test_the_end_of_the_data_stays_the_end() -> None:
     ahead.hold(4)
     assert len(tokens(ahead)) == 1
     assert next(ahead, None) is None and ahead.coming(1) == []
+
+
+def test_a_batch_that_is_skipped_is_read_and_dropped_whatever_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batches_ahead, "get_num_microbatches", lambda: 3)
+    iterator = RerunDataIterator(LookAhead(Loader(), items))
+    batches_ahead.skip_batch(iterator)
+    # Ranks without data have no iterator.
+    batches_ahead.skip_batch(None)
+    assert next(iterator).batch["tokens"] == [4] * 4
