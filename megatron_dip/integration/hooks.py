@@ -240,7 +240,12 @@ def _build_by_model_config(
         model.model_type = model_type or ModelType.encoder_or_decoder
         return model
 
-    return build_stages(call, options)
+    chunks = build_stages(call, options)
+    if asked_options() is not None:
+        # As of megatron-bridge's providers below.
+        for chunk in chunks:
+            chunk.config = build_model.__self__._model_config.transformer  # type: ignore[attr-defined]
+    return chunks
 
 
 def _build_by_bridge(
@@ -260,6 +265,8 @@ def _build_by_bridge(
 
     chunks = build_stages(call, options)
     for chunk in chunks:
+        # There the loop puts its functions (scaling and finishing gradients), not into the chunk's.
+        chunk.config = provider
         for parameter in chunk.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     return chunks

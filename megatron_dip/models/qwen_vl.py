@@ -128,8 +128,6 @@ class StagedQwenVL(StagedModel):
 
     def finish(self, model: Any, part: Part) -> None:
         """Drop layers of other stages, and let the model take what has arrived."""
-        # What the loop sets in the run's configuration (scales, timers) is so set for all stages.
-        model.config = self._config
         model.pg_collection = self._config._pg_collection
         if part.module == VISION:
             model.pre_process, model.post_process = part.first, False

@@ -43,6 +43,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/data.md", "energon prepare"): "tests/cpu/test_energon.py runs it on a shard of its own",
     ("docs/integration.md", "def forward_step"): FRAGMENT,
     ("docs/integration.md", "sbatch scripts/slurm/train.sbatch"): SLURM,
+    ("docs/own_model.md", '"""Stages of SpeechModel'): "tests/cpu/test_own_model.py runs it",
     ("docs/concepts.md", "import json"): "tests/unit/test_documented_forms.py runs it",
     ("scripts/slurm/README.md", "sbatch"): SLURM,
     ("patches/README.md", "patch -p1"): "tests/cpu/test_patch.py applies it",
