@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from megatron_dip.config import DipConfig, load_dip_config
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError, shown
-from megatron_dip.integration.flag_rules import SCHEDULE_RULES
+from megatron_dip.integration.flag_rules import CHECKPOINT_RULES, SCHEDULE_RULES
 from megatron_dip.integration.hooks import hook_models
 from megatron_dip.integration.options import DEFAULT_TIMEOUT_SECONDS, DipOptions
 from megatron_dip.integration.parser_flags import OWN_GROUP, ParserFlags, StatedFlag
@@ -115,6 +115,8 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
         UnsupportedError: Names the flag and the remedy.
     """
     check_rules(args, SCHEDULE_RULES, "with --dip-schedule")
+    if any(getattr(args, name, None) for name in ("save", "load", "pretrained_checkpoint")):
+        check_rules(args, CHECKPOINT_RULES, "with --dip-schedule")
     saves_shards = getattr(args, "use_distributed_optimizer", False) and args.save is not None
     if saves_shards and not args.dist_ckpt_optim_fully_reshardable:
         # Megatron's default stores the optimizer by gradient buffers, whose shape is that of the

@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_dip.integration.rules import LEAVE_OUT, Rule
 
-__all__ = ["SCHEDULE_RULES"]
+__all__ = ["CHECKPOINT_RULES", "SCHEDULE_RULES"]
 
 _BY_PARTITION = f"{LEAVE_OUT}; the schedule of --dip-config says which layers a rank holds"
 
@@ -66,18 +66,6 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         allowed=(True,),
         remedy=f"{LEAVE_OUT}; plans travel over gloo",
     ),
-    Rule(
-        flag="--ckpt-format",
-        destination="ckpt_format",
-        allowed=("torch_dist",),
-        remedy="use 'torch_dist'; other formats cannot be loaded under another partition",
-    ),
-    Rule(
-        flag="--ckpt-convert-format",
-        destination="ckpt_convert_format",
-        allowed=(None,),
-        remedy=f"{LEAVE_OUT}; only 'torch_dist' can be loaded",
-    ),
     *_rules(
         _BY_PARTITION,
         "--num-layers-per-virtual-pipeline-stage",
@@ -120,3 +108,19 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     ),
     *_rules(f"{LEAVE_OUT}; a plan is for batches that are there", "--perform-rl-step"),
 )
+
+CHECKPOINT_RULES: tuple[Rule, ...] = (
+    Rule(
+        flag="--ckpt-format",
+        destination="ckpt_format",
+        allowed=("torch_dist",),
+        remedy="use 'torch_dist'; other formats cannot be loaded under another partition",
+    ),
+    Rule(
+        flag="--ckpt-convert-format",
+        destination="ckpt_convert_format",
+        allowed=(None,),
+        remedy=f"{LEAVE_OUT}; only 'torch_dist' can be loaded",
+    ),
+)
+"""Of runs that save or load checkpoints."""

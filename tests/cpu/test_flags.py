@@ -22,7 +22,7 @@ from megatron_dip.families.packed.configs import make_language_config, make_visi
 from megatron_dip.integration import arguments
 from megatron_dip.integration.arguments import ArgumentValidation, check_schedule_arguments
 from megatron_dip.integration.cpu_mode.arguments import CPU_DEFAULTS
-from megatron_dip.integration.flag_rules import SCHEDULE_RULES
+from megatron_dip.integration.flag_rules import CHECKPOINT_RULES, SCHEDULE_RULES
 from megatron_dip.integration.parser_flags import ParserFlags
 from megatron_dip.integration.rules import Rule
 
@@ -332,14 +332,21 @@ def test_what_megatron_refuses_is_one_line_with_its_reason(monkeypatch: pytest.M
         reader.read("--train-iters", "1", "--micro-batch-size", "1", "--fp16", "--bf16")
 
 
-@pytest.mark.parametrize("rule", SCHEDULE_RULES, ids=lambda rule: rule.flag)
+@pytest.mark.parametrize("rule", (*SCHEDULE_RULES, *CHECKPOINT_RULES), ids=lambda rule: rule.flag)
 def test_a_flag_that_plans_refuse_is_one_of_megatrons_and_off_by_default(rule: Rule) -> None:
     parser = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     (action,) = [one for one in parser._actions if one.dest == rule.destination]
     assert rule.flag in action.option_strings
     assert action.default in rule.allowed
     args = argparse.Namespace(
-        **{rule.destination: "something else"}, use_distributed_optimizer=False, save=None
+        **{rule.destination: "something else"}, use_distributed_optimizer=False, save="runs/saved"
     )
     with pytest.raises(UnsupportedError, match=f"{rule.flag}.* does not work with --dip-schedule"):
         check_schedule_arguments(args)
+
+
+def test_a_run_without_checkpoints_may_state_any_format_of_them() -> None:
+    args = argparse.Namespace(ckpt_format="torch", save=None, load=None)
+    check_schedule_arguments(args)
+    with pytest.raises(UnsupportedError, match="--ckpt-format torch does not work"):
+        check_schedule_arguments(argparse.Namespace(**vars(args) | {"load": "runs/saved"}))

@@ -45,10 +45,6 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/integration.md", "sbatch scripts/slurm/train.sbatch"): SLURM,
     ("docs/own_model.md", '"""Stages of SpeechModel'): "tests/cpu/test_own_model.py runs it",
     ("docs/concepts.md", "import json"): "tests/unit/test_documented_forms.py runs it",
-    (
-        "docs/own_model.md",
-        '"""Stages of SpeechModel',
-    ): "tests/cpu/test_own_model.py runs it",
     ("scripts/slurm/README.md", "sbatch"): SLURM,
     ("patches/README.md", "patch -p1"): "tests/cpu/test_patch.py applies it",
     ("configs/partitions/README.md", "megatron-dip partition"): (

@@ -152,13 +152,8 @@ def test_the_check_sees_every_form_of_import(text: str, part: str, expected: lis
     assert forbidden_imports(text, part) == expected
 
 
-# Commands about these models: what a run of theirs takes on this machine, and its adapters.
-MAY_IMPORT_FAMILIES = {
-    "cli/adapters.py",
-    "cli/profile.py",
-    "integration/profiling/modules.py",
-    "integration/profiling/rank.py",
-}
+# The command about adapters of one of these models.
+MAY_IMPORT_FAMILIES = {"cli/adapters.py"}
 KNOWN_CLASSES = ("megatron.core.models", "megatron_dip.families")
 
 

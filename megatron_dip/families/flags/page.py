@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_dip.errors import ConfigError
 from megatron_dip.families.flags.groups import FlagGroup, Verdict
 from megatron_dip.families.flags.table import GROUPS
-from megatron_dip.integration.flag_rules import SCHEDULE_RULES
+from megatron_dip.integration.flag_rules import CHECKPOINT_RULES, SCHEDULE_RULES
 from megatron_dip.reading import read_text
 
 __all__ = ["main", "put_between", "tables"]
@@ -40,9 +40,10 @@ def tables(parser: argparse.ArgumentParser) -> str:
             lines.append(f"| {group.title} | {', '.join(flags)} | {what} |")
     lines += ["", "## Refused with `--dip-schedule`", "", "In scripts of your own, too:", ""]
     lines += ["| flag | works with | what to do |", "|---|---|---|"]
-    for rule in SCHEDULE_RULES:
+    for rule in (*SCHEDULE_RULES, *CHECKPOINT_RULES):
         allowed = ", ".join(f"`{value}`" for value in rule.allowed if isinstance(value, str))
-        lines.append(f"| `{rule.flag}` | {allowed or 'not stated'} | {rule.remedy} |")
+        when = ", with --save or --load" if rule in CHECKPOINT_RULES else ""
+        lines.append(f"| `{rule.flag}`{when} | {allowed or 'not stated'} | {rule.remedy} |")
     return "\n".join(lines) + "\n"
 
 
