@@ -51,19 +51,16 @@ CASES: dict[str, dict[str, Any]] = {
             --patch-dim 14 --micro-batch-size 2 --global-batch-size 16
             --disable-vision-class-token --ckpt-format torch
         """,
-        "modules": {
-            "vision": {"num_segments": 3, "sub_microbatch_tokens": 64},
-            "language": {"num_segments": 3},
-        },
+        "modules": {},
     },
     "documents": {
         "script": "pretrain_gpt.py",
         "arguments": """
-            --num-layers 8 --seq-length 1024 --max-position-embeddings 1024
+            --num-layers 8 --seq-length 512 --max-position-embeddings 512
             --position-embedding-type rope --micro-batch-size 1 --global-batch-size 8
             --dataloader-inter-document-masking
         """,
-        "modules": {"language": {"num_segments": 2}},
+        "modules": {},
     },
 }
 _TIME = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
