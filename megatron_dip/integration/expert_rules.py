@@ -27,9 +27,18 @@ def check_expert_plans(config: Any, model: ModelShape, partition: Partition) -> 
 def _check_not_split(config: Any, module: ModuleShape, partition: Partition) -> None:
     """An auxiliary loss is a mean or a product of means over a microbatch, not a sum over it."""
     tokens = partition.sub_microbatch_tokens.get(module.name)
+    if tokens is None:
+        return
+    if getattr(config, "moe_expert_capacity_factor", None) is not None:
+        raise UnsupportedError(
+            f"--moe-expert-capacity-factor does not work with sub_microbatch_tokens {tokens} of "
+            f"module {module.name}: which tokens are dropped depends on all tokens of a microbatch "
+            f"(remove sub_microbatch_tokens of {module.name} from the schedule, or leave the flag "
+            f"out)"
+        )
     coefficient = sum(one_by_one(config, "moe_aux_loss_coeff", 0.0))
     z_coefficient = getattr(config, "moe_z_loss_coeff", None)
-    if tokens is None or not (coefficient or z_coefficient):
+    if not (coefficient or z_coefficient):
         return
     flag = f"--moe-aux-loss-coeff {coefficient:g}"
     if not coefficient:

@@ -24,7 +24,7 @@ from megatron_dip.models.layout import cut_config, cut_spec
 from megatron_dip.models.module_shapes import module_shape
 from megatron_dip.models.staged import Part
 
-__all__ = ["StagedEncoder", "encoder_of", "register_encoder"]
+__all__ = ["StagedEncoder", "drop_clip_stem", "encoder_of", "register_encoder"]
 
 
 class StagedEncoder(ABC):
@@ -104,7 +104,7 @@ class _StagedClip(StagedEncoder):
 
     def finish(self, encoder: Any, part: Part, modality: Any) -> None:
         if not part.first:
-            _drop_stem(encoder)
+            drop_clip_stem(encoder)
         if not part.last:
             replace(encoder, "ln_post", None)
             leave(modality, after=encoder.decoder)
@@ -118,7 +118,7 @@ class _StagedClip(StagedEncoder):
         return (ItemSize(tokens=tokens, spans=(tokens,)),) * num_samples(inputs)
 
 
-def _drop_stem(tower: Any) -> None:
+def drop_clip_stem(tower: Any) -> None:
     """Let the tower start at what has arrived; what comes before its layers has no weights."""
     grid = (tower.num_patches_per_dim_h, tower.num_patches_per_dim_w)
     enter(

@@ -20,7 +20,7 @@ from megatron_dip.models.module_shapes import module_shape
 from megatron_dip.models.registry import register
 from megatron_dip.models.staged import Part, StagedModel
 
-__all__ = ["StagedGpt", "check_auxiliary_losses", "document_lengths", "micro_batch_size"]
+__all__ = ["StagedGpt", "document_lengths", "micro_batch_size"]
 
 MODULE = "language"
 
@@ -82,7 +82,7 @@ class StagedGpt(StagedModel):
     def check_split(self, module: str) -> None:
         """
         Raises:
-            UnsupportedError: Experts have an auxiliary loss, or several tokens are predicted.
+            UnsupportedError: Several tokens are predicted.
         """
         if self.predicts_several_tokens:
             raise UnsupportedError(
@@ -90,7 +90,6 @@ class StagedGpt(StagedModel):
                 f"the loss of its layers is a mean over a microbatch (leave sub_microbatch_tokens "
                 f"out)"
             )
-        check_auxiliary_losses(self.arguments["config"], module)
 
     def items(self, batch: Mapping[str, Any]) -> ItemSizes:
         """A sample is an item; the loss of all of its tokens counts where the batch has no mask.
@@ -149,31 +148,3 @@ def micro_batch_size(num_samples: int) -> Iterator[None]:
         yield
     finally:
         args.micro_batch_size = whole
-
-
-def check_auxiliary_losses(config: Any, module: str) -> None:
-    """Refuse to split a module whose experts have a loss that is a mean over a microbatch, or a
-    product of means.
-
-    Raises:
-        UnsupportedError: Says which.
-    """
-    if not config.num_moe_experts:
-        return
-    if config.moe_expert_capacity_factor is not None:
-        raise UnsupportedError(
-            f"sub_microbatch_tokens of module {module} does not work with "
-            f"--moe-expert-capacity-factor: which tokens are dropped depends on the tokens of a "
-            f"microbatch (leave one of them out)"
-        )
-    coefficients = config.moe_aux_loss_coeff
-    listed = coefficients if isinstance(coefficients, list | tuple) else [coefficients]
-    balancing = config.moe_router_load_balancing_type
-    is_balanced = any(listed) and balancing not in ("none", ["none"])
-    name = "aux" if is_balanced else "z" if config.moe_z_loss_coeff else None
-    if name is not None:
-        raise UnsupportedError(
-            f"sub_microbatch_tokens of module {module} does not work with --moe-{name}-loss-coeff: "
-            f"the auxiliary loss of a microbatch is not the sum of those of its parts (leave "
-            f"sub_microbatch_tokens out, or set the coefficient to 0)"
-        )

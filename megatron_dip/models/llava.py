@@ -25,6 +25,7 @@ from megatron_dip.costs import Boundary, ItemSize, ItemSizes, ModuleShape
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.models.batches import join, take_rows
 from megatron_dip.models.boundaries import batched
+from megatron_dip.models.encoders import drop_clip_stem
 from megatron_dip.models.entry import PassThrough, enter, placeholder, replace
 from megatron_dip.models.hybrid import clone_if_empty, hybrid_layers
 from megatron_dip.models.layout import cut_config, cut_spec
@@ -296,25 +297,9 @@ def _enter_tower(model: Any) -> None:
     """Let the tower start at what has arrived, whatever pixels the script has."""
     tower = model.vision_model
     if isinstance(tower, CLIPViTModel):
-        grid = (tower.num_patches_per_dim_h, tower.num_patches_per_dim_w)
-        stubs = {
-            (tower, "conv1"): lambda pixels: (pixels.shape[0], 1, *grid),
-            (tower, "position_embeddings"): lambda positions: (*positions.shape, 1),
-        }
-        zeros: tuple[int, ...] = (1, tower.class_token_len, 1)
+        drop_clip_stem(tower)
     else:
-        stubs = {}
-        replace(tower, "embedder", _PatchCount())
-        del tower.position_embeddings
-        tower.apply_pos_enc = lambda patches, **_: (patches, None)
-        if tower.use_mask_token:
-            del tower.mask_token
-        zeros = (tower.class_token_len, 1)
-    enter(tower.decoder, stubs)
-    if tower.add_class_token:
-        del tower.class_token
-        tower.register_buffer("class_token", torch.zeros(zeros), persistent=False)
-    replace(tower, "ln_pre", None)
+        _drop_radio_stem(tower)
     shape = (3, tower.img_h, tower.img_w)
     placeholder(
         model,
@@ -323,6 +308,20 @@ def _enter_tower(model: Any) -> None:
             tower.decoder.input_tensor.shape[1], *shape
         ),
     )
+
+
+def _drop_radio_stem(tower: Any) -> None:
+    enter(tower.decoder)
+    replace(tower, "embedder", _PatchCount())
+    del tower.position_embeddings
+    tower.apply_pos_enc = lambda patches, **_: (patches, None)
+    if tower.use_mask_token:
+        del tower.mask_token
+    replace(tower, "ln_pre", None)
+    if tower.add_class_token:
+        del tower.class_token
+        nothing = torch.zeros(tower.class_token_len, 1)
+        tower.register_buffer("class_token", nothing, persistent=False)
 
 
 class _PatchCount(torch.nn.Module):

@@ -70,6 +70,10 @@ def test_an_option_that_does_not_work_with_experts_is_refused_by_its_flag(
     [
         ({"moe_aux_loss_coeff": [0.01]}, "--moe-aux-loss-coeff 0.01"),
         ({"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.001}, "--moe-z-loss-coeff 0.001"),
+        (
+            {"moe_aux_loss_coeff": 0.0, "moe_expert_capacity_factor": 1.0},
+            "--moe-expert-capacity-factor",
+        ),
     ],
 )
 def test_a_module_with_an_auxiliary_loss_is_not_split(

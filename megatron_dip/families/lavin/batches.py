@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.families.packed.batches import Microbatch, Movable, check_items
+from megatron_dip.families.packed.batches import EncoderBatch, Microbatch, Movable, check_items
 from megatron_dip.families.vlm.batches import LanguageBatch
 
 __all__ = [
@@ -87,22 +87,12 @@ class RoutedSequence:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ClipBatch(Movable):
+class ClipBatch(EncoderBatch):
     """Some images of a microbatch."""
 
     patches: Tensor | None
     """``[n, P - 1, values]`` float32; None where this rank does not decode."""
     items: tuple[int, ...]
-
-    @property
-    def upstream_items(self) -> tuple[tuple[str, int], ...]:
-        """Nothing is upstream of the vision tower."""
-        return ()
-
-    @property
-    def upstream_rows(self) -> tuple[int, ...]:
-        """None, as there are no items."""
-        return ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

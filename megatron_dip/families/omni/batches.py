@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.families.data.images import PATCHES_PER_TOKEN
-from megatron_dip.families.packed.batches import Movable, check_items
+from megatron_dip.families.packed.batches import EncoderBatch, Movable, check_items
 from megatron_dip.families.vlm.batches import (
     LanguageBatch,
     PackedSequence,
@@ -58,7 +58,7 @@ class OmniSequence(PackedSequence):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AudioBatch(Movable):
+class AudioBatch(EncoderBatch):
     """Some audio clips of a microbatch."""
 
     mels: Tensor | None
@@ -66,16 +66,6 @@ class AudioBatch(Movable):
     span_lengths: tuple[int, ...]
     """Tokens of each clip; attention stays inside a clip."""
     items: tuple[int, ...]
-
-    @property
-    def upstream_items(self) -> tuple[tuple[str, int], ...]:
-        """Nothing is upstream of the audio encoder."""
-        return ()
-
-    @property
-    def upstream_rows(self) -> tuple[int, ...]:
-        """None, as there are no items."""
-        return ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

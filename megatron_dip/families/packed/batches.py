@@ -10,7 +10,7 @@ import torch
 
 from megatron_dip.costs import ItemSizes
 
-__all__ = ["Microbatch", "Movable", "StageData", "check_items"]
+__all__ = ["EncoderBatch", "Microbatch", "Movable", "StageData", "check_items"]
 
 
 def check_items(module: str, items: Sequence[int], counts: Mapping[str, int]) -> None:
@@ -43,6 +43,20 @@ class Movable:
             elif isinstance(value, Movable):
                 moved[field.name] = value.to(device)
         return replace(self, **moved)
+
+
+class EncoderBatch(Movable):
+    """Base of the data of encoders: nothing is upstream of them."""
+
+    @property
+    def upstream_items(self) -> tuple[tuple[str, int], ...]:
+        """None."""
+        return ()
+
+    @property
+    def upstream_rows(self) -> tuple[int, ...]:
+        """None, as there are no items."""
+        return ()
 
 
 class StageData(Protocol):

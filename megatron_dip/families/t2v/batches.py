@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.families.packed.batches import Microbatch, Movable, check_items
+from megatron_dip.families.packed.batches import EncoderBatch, Microbatch, Movable, check_items
 
 __all__ = ["Clip", "ClipMicrobatch", "DitBatch", "TextBatch", "WholeClips"]
 
@@ -40,7 +40,7 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TextBatch(Movable):
+class TextBatch(EncoderBatch):
     """Some captions of a microbatch."""
 
     tokens: Tensor
@@ -49,16 +49,6 @@ class TextBatch(Movable):
     """``[M]`` int64, from 0 in every caption."""
     span_lengths: tuple[int, ...]
     items: tuple[int, ...]
-
-    @property
-    def upstream_items(self) -> tuple[tuple[str, int], ...]:
-        """Nothing is upstream of the text encoder."""
-        return ()
-
-    @property
-    def upstream_rows(self) -> tuple[int, ...]:
-        """None, as there are no items."""
-        return ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.families.data.images import num_image_tokens
-from megatron_dip.families.packed.batches import Microbatch, Movable, check_items
+from megatron_dip.families.packed.batches import EncoderBatch, Microbatch, Movable, check_items
 
 __all__ = [
     "ImageData",
@@ -84,7 +84,7 @@ class PackedSequence:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class VisionBatch(Movable):
+class VisionBatch(EncoderBatch):
     """Some images of a microbatch."""
 
     patches: Tensor | None
@@ -97,16 +97,6 @@ class VisionBatch(Movable):
     def span_lengths(self) -> tuple[int, ...]:
         """Patches of each image; attention stays inside an image."""
         return tuple(rows * columns for rows, columns in self.grids)
-
-    @property
-    def upstream_items(self) -> tuple[tuple[str, int], ...]:
-        """Nothing is upstream of the vision tower."""
-        return ()
-
-    @property
-    def upstream_rows(self) -> tuple[int, ...]:
-        """None, as there are no items."""
-        return ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
