@@ -49,12 +49,6 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         )
     ),
     Rule(
-        flag="--overlap-param-gather",
-        destination="overlap_param_gather",
-        allowed=(False,),
-        remedy=f"{LEAVE_OUT}; replicas run different plans and would gather in different orders",
-    ),
-    Rule(
         flag="--pipeline-model-parallel-comm-backend",
         destination="pipeline_model_parallel_comm_backend",
         allowed=(None,),

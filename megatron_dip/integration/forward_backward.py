@@ -16,6 +16,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_dip.integration.ahead import Ahead, own_iterator, pull
 from megatron_dip.integration.feedback import MeasuredStep
+from megatron_dip.integration.parameter_gathers import finish_gathers, start_gathers
 from megatron_dip.integration.part_check import check_parts
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.run_arguments import note_iteration
@@ -66,6 +67,7 @@ def forward_backward_dip(
     config = get_model_config(model[0])
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+    start_gathers(model)
     data_iterator = own_iterator(data_iterator)
     ahead = Ahead(pipeline, data_iterator, num_microbatches)
     batches, sizes = pull(pipeline, data_iterator, num_microbatches)
@@ -118,6 +120,8 @@ def _run(
         if pipeline.checks_parts and not forward_only:
             check_parts(pipeline, model, planned, runner_of)
         pipeline.executor.run(planned, runner, recorder, forward_only=forward_only)
+    for chunk in model:
+        finish_gathers(chunk)
     return runner
 
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
+from megatron_dip.integration.parameter_gathers import finish_gathers
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.models.batches import needed
 from megatron_dip.models.recompute import recomputed_layers
@@ -92,6 +93,7 @@ class MegatronRunner:
         number, stage = call.work.microbatch, call.stage.stage
         part = Part.of(self._partition, call.stage)
         chunk = self._chunks[stage]
+        finish_gathers(chunk)
         store: list[Any] = []
         sizes = self._planned.sizes_of(call.sub_microbatch)
         with self._staged.calling(part, sizes), recomputed_layers(chunk, call.recompute_layers):
@@ -150,7 +152,10 @@ class MegatronRunner:
 
     def reduce_grad(self, stage: Stage) -> None:
         if self._reduces_early:
-            self._chunks[stage.stage].start_grad_sync()  # type: ignore[operator]
+            chunk = self._chunks[stage.stage]
+            # With 8-bit parameters, gradients are in the buffer into which parameters are gathered.
+
+            chunk.start_grad_sync()  # type: ignore[operator]
 
     def _data(self, call: ForwardCall, part: Part) -> Iterator[Any] | None:
         """What the script's forward step reads: one item, or no iterator on ranks without data."""

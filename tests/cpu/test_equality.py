@@ -47,7 +47,8 @@ SNAKE = Cut(
 )
 SGD_TOLERANCE, ADAM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4, 1e-4
 DISTRIBUTED = (
-    "--overlap-grad-reduce --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+    "--overlap-grad-reduce --overlap-param-gather --use-distributed-optimizer "
+    "--dist-ckpt-optim-fully-reshardable"
 )
 # Read by several tests: written once.
 ADAM_STOCK = Case(layout=PP2, arguments=f"{ADAM} {PER_TOKEN}", saves=True)

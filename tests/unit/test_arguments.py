@@ -21,7 +21,6 @@ def schedule_args(**values: Any) -> argparse.Namespace:
     ("values", "flag"),
     [
         ({"decoder_last_pipeline_num_layers": 2}, "--decoder-last-pipeline-num-layers 2"),
-        ({"overlap_param_gather": True}, "--overlap-param-gather does"),
         ({"use_gloo_process_groups": False}, "--disable-gloo-process-groups does"),
         ({"ckpt_format": "torch", "save": "runs/saved"}, "--ckpt-format torch"),
     ],
