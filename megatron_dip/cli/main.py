@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from megatron_dip.cli.adapters import export_to_released
 from megatron_dip.cli.comparison import Row, print_rows
+from megatron_dip.cli.doctor import examine_machine
 from megatron_dip.cli.output import write_file
 from megatron_dip.cli.partition import make_partition
 from megatron_dip.cli.profile import measure_layers
@@ -172,6 +173,7 @@ def validate(plans: PlanFiles) -> None:
 app.command("partition")(make_partition)
 app.command("simulate")(simulate_plans)
 app.command("profile")(measure_layers)
+app.command("doctor")(examine_machine)
 app.command("rehearse")(rehearse_plan)
 app.command("report")(report_run)
 app.command("export-adapters")(export_to_released)

@@ -28,8 +28,8 @@ MAY_IMPORT_MEGATRON = {"families", "integration", "models"}
 # A library of data sets, which shares the name of Megatron's package and nothing else.
 MAY_IMPORT_ENERGON_IN_FUNCTIONS = {"families"}
 MAY_IMPORT_TORCH = {"families", "integration", "launch", "models", "rehearsal", "runtime"}
-# The command line loads them only in the verbs that need them.
-MAY_IMPORT_TORCH_IN_FUNCTIONS = {"cli"}
+# Verbs of the command line that need them load them, and the doctor in processes of their own.
+MAY_IMPORT_TORCH_IN_FUNCTIONS = {"cli", "doctor"}
 
 
 # What a configuration may say of a model of the families: numbers, as in all of planning.
