@@ -32,6 +32,8 @@ class Boundary(NamedTuple):
     """Whether the rows that cross-attention reads go along, whole on every rank."""
     num_shards: int = 1
     """Ranks among which the rows of tokens are divided (sequence parallelism)."""
+    row_multiple: int = 1
+    """Of which each rank's rows of tokens are a multiple: 8-bit kernels want that."""
 
     def shape(self, sizes: Sequence[ItemSize], *, outer: bool) -> tuple[int, ...]:
         """Of one message on one rank.
@@ -54,20 +56,27 @@ class Boundary(NamedTuple):
                     f"[rows, items, {self.width}] (expected items of one size: give all samples of "
                     f"a microbatch the same length)"
                 )
-            return (-(-rows[0] // self.num_shards) + whole[0], len(sizes), self.width)
-        joined = -(-sum(rows) // self.num_shards) + sum(whole)
+            return (self._own_rows(rows[0]) + whole[0], len(sizes), self.width)
+        joined = self._own_rows(sum(rows)) + sum(whole)
         return (joined, self.width) if self.form == "flat" else (joined, 1, self.width)
+
+    def _own_rows(self, num_rows: int) -> int:
+        """A rank's part of ``num_rows``, filled up."""
+        step = self.num_shards * self.row_multiple
+        return -(-num_rows // step) * self.row_multiple
 
     def num_bytes(self, size: ItemSize, *, bytes_per_value: int, outer: bool = False) -> int:
         """What one item takes in a message on one rank."""
         return bytes_per_value * prod(self.shape([size], outer=outer))
 
 
-def shape_boundary(module: ModuleShape, parallel: Parallelism, *, outer: bool = False) -> Boundary:
+def shape_boundary(
+    module: ModuleShape, parallel: Parallelism, *, outer: bool = False, row_multiple: int = 1
+) -> Boundary:
     """The boundary of a module that is known by its shape, with packed rows.
 
     Stages of a ``dit`` module hand on its text and its modulation as well.  Modules that read
-    others get all of their rows on every rank.
+    others get all of their rows on every rank, and none that only fill up.
     """
     if outer:
         return Boundary("packed", module.output_size)
@@ -78,4 +87,5 @@ def shape_boundary(module: ModuleShape, parallel: Parallelism, *, outer: bool = 
         extra_rows=module.conditioning_rows if is_dit else 0,
         carries_context=is_dit,
         num_shards=parallel.sequence_shards,
+        row_multiple=row_multiple,
     )

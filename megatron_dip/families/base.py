@@ -14,7 +14,7 @@ from megatron_dip.families.packed.batches import Microbatch, StageData
 from megatron_dip.families.packed.initialization import initialize_parameters
 from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.packed.parts import choose_trained_parts, set_learning_rate_factors
-from megatron_dip.families.packed.stage import StageLayers, StageModule
+from megatron_dip.families.packed.stage import StageLayers, StageModule, row_multiple
 
 __all__ = ["ModelFamily", "SampleSet", "SetLengths", "StageFactory"]
 
@@ -62,7 +62,12 @@ class StageFactory(ABC):
             tensor=mpu.get_tensor_model_parallel_world_size(),
             sequence_parallel=self.loss_config.sequence_parallel,
         )
-        return shape_boundary(self.shape.module(module), parallel, outer=outer)
+        return shape_boundary(
+            self.shape.module(module),
+            parallel,
+            outer=outer,
+            row_multiple=row_multiple(self.loss_config),
+        )
 
     @abstractmethod
     def construct(self, module: str, **layers: Unpack[StageLayers]) -> StageModule:

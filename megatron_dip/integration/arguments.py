@@ -12,10 +12,13 @@ from typing import Any, Protocol
 
 from megatron_dip.config import DipConfig, load_dip_config
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError, shown
+from megatron_dip.integration import cpu_mode
 from megatron_dip.integration.flag_rules import CHECKPOINT_RULES, SCHEDULE_RULES
+from megatron_dip.integration.gpu_requirements import check_gpu_requirements
 from megatron_dip.integration.hooks import hook_models
 from megatron_dip.integration.options import DEFAULT_TIMEOUT_SECONDS, DipOptions
 from megatron_dip.integration.parser_flags import OWN_GROUP, ParserFlags, StatedFlag
+from megatron_dip.integration.precision_rules import check_scaling_of_replicas
 from megatron_dip.integration.rules import check_rules
 from megatron_dip.integration.same_inputs import Input, check_same_inputs, form_inputs
 from megatron_dip.integration.versions import build_helpers_where_they_can_be_built
@@ -227,6 +230,9 @@ class ArgumentValidation:
         self.validated = args
         if not _is_ours(args):
             return self._validate(args, defaults)
+        if not cpu_mode.is_enabled():
+            check_gpu_requirements(args)
+        check_scaling_of_replicas(args)
         try:
             result = self._validate(args, defaults)
         except (AssertionError, RuntimeError, ValueError) as error:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from torch import Tensor
@@ -137,7 +138,8 @@ def _checkpoint(
     if getattr(config, "fp8", None) or getattr(config, "fp4", None):
         from megatron.core.extensions.transformer_engine import te_checkpoint
 
-        group = layer.pg_collection.tp  # type: ignore[union-attr]
+        # Of the run: not every layer holds its groups.
+        group = parallel_state.get_tensor_model_parallel_group()
         outputs = te_checkpoint(run, False, get_cuda_rng_tracker, group, *inputs)
     else:
         outputs = checkpoint(run, False, *inputs)

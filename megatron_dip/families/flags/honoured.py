@@ -13,7 +13,7 @@ HONOURED: tuple[FlagGroup, ...] = (
             "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel fp16 bf16 "
             "fp32_residual_connection attention_softmax_in_fp32 apply_query_key_layer_scaling "
             "fp8 fp8_recipe fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad "
-            "fp8_param_gather deterministic_mode"
+            "deterministic_mode"
         ),
     ),
     FlagGroup(

@@ -72,7 +72,7 @@ REFUSED_MODELS: tuple[FlagGroup, ...] = (
         f"they are drawn by parameter from --seed and do not depend on the cut; {LEAVE_OUT}",
         "perform_initialization init_method_xavier_uniform init_model_with_meta_device use_mup "
         "mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim "
-        "mup_attn_scale_power",
+        "mup_attn_scale_power fp8_param_gather",
     ),
     refused(
         "8 and 4 bits by layer",

@@ -28,8 +28,13 @@ from megatron_dip.families.packed.layers import (
     block_submodules,
     linear_layers,
 )
-from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
-from megatron_dip.families.packed.stage import StageLayers, StageModule, pad_rows
+from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN, padded_rows
+from megatron_dip.families.packed.stage import (
+    StageLayers,
+    StageModule,
+    pad_rows,
+    row_multiple,
+)
 
 __all__ = ["EncoderModel", "EncoderStage", "build_projection"]
 
@@ -141,9 +146,12 @@ class EncoderStage(StageModule):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        joined = hidden[:num_tokens].reshape(num_tokens // PATCHES_PER_TOKEN, 1, -1)
-        features: Tensor = self.get_submodule(f"{self._name}_projection")(joined)
-        return features
+        num_features = num_tokens // PATCHES_PER_TOKEN
+        joined = hidden[:num_tokens].reshape(num_features, 1, -1)
+        # The projector computes in 8 bits where the layers do, on rows of its own number.
+        filled = pad_rows(joined, padded_rows(num_features, row_multiple(self.config)))
+        features: Tensor = self.get_submodule(f"{self._name}_projection")(filled)
+        return features if len(filled) == num_features else features[:num_features]
 
 
 def build_projection(

@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_viewless_tensor
 from megatron.training import get_args
 
-from megatron_dip.families.packed.stage import StageModule, pad_rows
+from megatron_dip.errors import UnsupportedError
+from megatron_dip.families.packed.stage import StageModule, pad_rows, row_multiple
 from megatron_dip.models.staged import Part
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class PackedModel(MegatronModule):
         self._train_sequences: int = args.micro_batch_size
         self._eval_sequences: int = args.eval_micro_batch_size
         self._seq_length: int = args.seq_length // self.backbone.num_shards
+        if not self._is_part and config.fp8 and config.pipeline_model_parallel_size > 1:
+            self.check_handed_rows(row_multiple(config) * self.backbone.num_shards)
         self._idle = dict(idle)
         self._runs_all = any(getattr(args, name, False) for name in _COUNTS_ON_ALL_MODULES)
         self._input: torch.Tensor | None = None
@@ -98,6 +101,24 @@ class PackedModel(MegatronModule):
         Raises:
             UnsupportedError: The model cannot run under Megatron's own schedule.
         """
+
+    def check_handed_rows(self, multiple: int) -> None:
+        """
+        Args:
+            multiple: Of which the rows of a microbatch are, as 8-bit kernels and ranks want.
+
+        Raises:
+            UnsupportedError: Megatron's own schedule would hand on another number of rows.
+        """
+        rows = self._seq_length * self.backbone.num_shards
+        for num_sequences in (self._train_sequences, self._eval_sequences):
+            if rows * num_sequences % multiple:
+                raise UnsupportedError(
+                    f"{num_sequences} sequences of {rows} tokens in a microbatch do not work with "
+                    f"--fp8-format under Megatron's own schedule, which fixes the rows that stages "
+                    f"hand on: expected a multiple of {multiple} (change the sequence length, or "
+                    f"use --dip-schedule)"
+                )
 
     def forward(self, batch: Any) -> torch.Tensor:
         """The output of the last module that this rank holds.

@@ -2,7 +2,9 @@
 
 Notation: N patches or T tokens of a sub-microbatch, H the hidden size of the module, H_l that of
 the language module; M tokens of text that C clips read.  ``num_shards`` is the tensor-parallel
-size where the module runs with sequence parallelism, and 1 where it does not.
+size where the module runs with sequence parallelism, and 1 where it does not, times what 8-bit
+kernels want a rank's rows to be a multiple of (``row_multiple``).  Rows that are whole
+on every rank (M, 7 C, and all outputs) are not filled up.
 
 ====================  ===========================================  =========================
 boundary              shape                                        on tensor-parallel ranks

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -16,7 +17,7 @@ from megatron_dip.families.packed.shapes import padded_rows
 from megatron_dip.models.layout import cut_config
 from megatron_dip.models.staged import Part
 
-__all__ = ["StageLayers", "StageModule", "check_weights", "pad_rows"]
+__all__ = ["StageLayers", "StageModule", "check_weights", "pad_rows", "row_multiple"]
 
 _LARGEST_WEIGHT = 1e4
 
@@ -96,7 +97,7 @@ class StageModule(MegatronModule):
         return self.tp_group.size() if self.config.sequence_parallel else 1
 
     def _num_rows(self, num_tokens: int) -> int:
-        return padded_rows(num_tokens, self.num_shards)
+        return padded_rows(num_tokens, self.num_shards * row_multiple(self.config))
 
     def _take_input(self, hidden: Tensor | None) -> Tensor | None:
         """The input of this call; nothing is kept, so that its memory can be freed."""
@@ -143,6 +144,11 @@ def check_weights(weights: Mapping[str, Tensor], source: str) -> None:
                 f"{_LARGEST_WEIGHT:,.0f}: it is damaged, or was saved after training had diverged "
                 f"(load an earlier one)"
             )
+
+
+def row_multiple(config: TransformerConfig) -> int:
+    """Of which the rows that a rank computes on are a multiple: what 8-bit kernels want."""
+    return int(get_fp8_align_size(config.fp8_recipe)) if config.fp8 else 1
 
 
 def pad_rows(rows: Tensor, num_rows: int) -> Tensor:

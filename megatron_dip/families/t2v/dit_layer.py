@@ -10,7 +10,9 @@ Notation: T rows of this rank, M text rows, C clips, H the hidden size.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,8 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_dip.families.packed.layers import block_submodules, linear_layers
+from megatron_dip.families.packed.shapes import padded_rows
+from megatron_dip.families.packed.stage import pad_rows, row_multiple
 
 __all__ = ["MODULATIONS", "DitContext", "DitLayer", "dit_block_submodules", "normalize"]
 
@@ -182,7 +186,11 @@ def dit_block_submodules(
 
 
 class _WholeRows:
-    """Builds a linear layer whose input rows every tensor-parallel rank holds whole."""
+    """Builds a linear layer whose input rows every tensor-parallel rank holds whole.
+
+    With 8-bit kernels their number is filled up inside the layer, so that text travels and is read
+    as it is.
+    """
 
     def __init__(self, linear: Any) -> None:
         self._linear = linear
@@ -191,4 +199,15 @@ class _WholeRows:
         plain = copy.copy(config)
         plain.sequence_parallel = False
         plain.tp_comm_overlap = False
-        return self._linear(*args, config=plain, **kwargs)
+        layer = self._linear(*args, config=plain, **kwargs)
+        multiple = row_multiple(config)
+        if multiple > 1:
+            layer.forward = partial(_fill_up, layer.forward, multiple)
+        return layer
+
+
+def _fill_up(
+    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]], multiple: int, rows: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    output, bias = forward(pad_rows(rows, padded_rows(len(rows), multiple)))
+    return output[: len(rows)], bias

@@ -58,6 +58,16 @@ class PackedT2v(PackedModel):
                 "leave it out (it works with --dip-schedule)"
             )
 
+    def check_handed_rows(self, multiple: int) -> None:
+        """
+        Raises:
+            UnsupportedError: Always; how many rows a clip has differs.
+        """
+        raise UnsupportedError(
+            "--fp8-format does not work with this model under Megatron's own schedule on several "
+            "pipeline ranks, which fixes the rows that stages hand on: use --dip-schedule"
+        )
+
     def num_rows(self, data: DitBatch) -> int:
         """Patches, text and time of the clips."""
         rows = sum(data.span_lengths) + sum(data.text_lengths)
