@@ -202,6 +202,7 @@ def config_builder(
     num_ranks: int,
     kernels: Kernels,
     num_tensor_ranks: int = 1,
+    num_context_ranks: int = 1,
     num_expert_ranks: int = 1,
     sequence_parallel: bool = False,
     optimizer_shards: int = 1,
@@ -217,7 +218,10 @@ def config_builder(
         ConfigError: The profile cannot be read, or was measured at other shapes or precision.
     """
     parallel = Parallelism(
-        tensor=num_tensor_ranks, expert=num_expert_ranks, sequence_parallel=sequence_parallel
+        tensor=num_tensor_ranks,
+        context=num_context_ranks,
+        expert=num_expert_ranks,
+        sequence_parallel=sequence_parallel,
     )
     for module in model.modules:
         _check_experts(module, num_expert_ranks)

@@ -21,11 +21,20 @@ class ItemSize:
     """Rows that are handed to the modules that read this one; as many as tokens if None."""
     loss_tokens: int = 0
     """Tokens whose loss counts: the weight of the item in the loss of its microbatch."""
+    context_loss_tokens: tuple[int, ...] = ()
+    """Of them those on each context-parallel rank; empty where the item is on one rank, or is never
+    apart from the others of its microbatch."""
 
     @property
     def num_output_rows(self) -> int:
         """Rows that are handed to the modules that read this one."""
         return self.tokens if self.output_tokens is None else self.output_tokens
+
+    def loss_tokens_on(self, context_rank: int) -> int:
+        """Tokens on a context-parallel rank whose loss counts."""
+        if not self.context_loss_tokens:
+            return self.loss_tokens
+        return self.context_loss_tokens[context_rank]
 
     @property
     def token_pairs(self) -> int:

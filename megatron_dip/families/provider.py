@@ -23,7 +23,7 @@ from megatron_dip.families.learning_rates import use_learning_rate_factors
 from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.registry import family_of
 from megatron_dip.families.trained_checkpoints import remember_trained
-from megatron_dip.integration.arguments import refusal_of_megatron, validation_of
+from megatron_dip.integration.arguments import optimizer_shards, refusal_of_megatron, validation_of
 from megatron_dip.integration.problems import run_builder
 
 __all__ = ["build_model"]
@@ -98,5 +98,5 @@ def _problem_builder(
         stages.shape,
         config.partition(num_ranks),
         base,
-        optimizer_shards=args.data_parallel_size if args.use_distributed_optimizer else 1,
+        optimizer_shards=optimizer_shards(args),
     )

@@ -28,6 +28,7 @@ __all__ = [
     "ScriptPart",
     "add_arguments",
     "check_schedule_arguments",
+    "optimizer_shards",
     "options_of",
     "refusal_of_megatron",
     "validation_of",
@@ -329,8 +330,15 @@ def options_of(args: argparse.Namespace) -> DipOptions | None:
         planner_cores=tuple(args.dip_planner_cores),
         check_parts=args.dip_check_parts,
         vary_parts=args.dip_vary_parts,
-        optimizer_shards=args.data_parallel_size if args.use_distributed_optimizer else 1,
+        optimizer_shards=optimizer_shards(args),
     )
+
+
+def optimizer_shards(args: argparse.Namespace) -> int:
+    """Ranks that share one optimizer state: replicas, and the context-parallel ranks in each."""
+    if not args.use_distributed_optimizer:
+        return 1
+    return int(args.data_parallel_size * args.context_parallel_size)
 
 
 def refusal_of_megatron(error: BaseException) -> ConfigError:

@@ -9,9 +9,9 @@ __all__ = ["CHECKPOINT_RULES", "SCHEDULE_RULES"]
 _BY_PARTITION = f"{LEAVE_OUT}; the schedule of --dip-config says which layers a rank holds"
 
 _IN_ORDER = f"{LEAVE_OUT}; a plan says when every rank computes, and Megatron's schedules do that"
-_NOT_DIVIDED = (
-    f"{LEAVE_OUT}; plans do not divide the rows of a sample, --tensor-model-parallel-size with "
-    f"--sequence-parallel does"
+_ONE_DIVISION = (
+    f"{LEAVE_OUT}; it needs one pipeline rank, and plans divide every sample alike: use "
+    f"--context-parallel-size"
 )
 _WHOLE_WEIGHTS = f"{LEAVE_OUT}; use --use-distributed-optimizer"
 _SHAPES = f"{LEAVE_OUT}; it needs one shape and order for all batches"
@@ -81,8 +81,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         allowed=(False,),
         remedy=_IN_ORDER,
     ),
-    *_rules(_NOT_DIVIDED, "--context-parallel-size", off=1),
-    *_rules(_NOT_DIVIDED, "--hybrid-context-parallel"),
+    *_rules(_ONE_DIVISION, "--hybrid-context-parallel"),
     *_rules(_WHOLE_WEIGHTS, "--use-megatron-fsdp", "--use-torch-fsdp2"),
     *_rules(_SHAPES, "--enable-cuda-graph", "--external-cuda-graph", "--tp-comm-overlap"),
     *_rules(_SHAPES, "--cuda-graph-impl", off="none"),

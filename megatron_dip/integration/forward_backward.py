@@ -20,7 +20,7 @@ from megatron_dip.integration.parameter_gathers import finish_gathers, start_gat
 from megatron_dip.integration.part_check import check_parts
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.run_arguments import note_iteration
-from megatron_dip.integration.runner import MegatronRunner
+from megatron_dip.integration.runner import ContextRank, MegatronRunner
 from megatron_dip.integration.stages import place_of
 from megatron_dip.integration.trace import iteration_number, trace_step, wants_records
 from megatron_dip.integration.wrappers import (
@@ -86,7 +86,7 @@ def forward_backward_dip(
         forward_step_func,
         batches,
         config=config,
-        context_parallel_size=mpu.get_context_parallel_world_size(),
+        context=ContextRank(mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()),
         reduces_early=reduces_early(model) and not forward_only,
         first_microbatch=schedules.check_first_val_step(first_val_step, forward_only, True),
         collect_non_loss_data=collect_non_loss_data,

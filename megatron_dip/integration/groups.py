@@ -10,7 +10,7 @@ from megatron.core import mpu
 from megatron_dip.partition import Partition
 from megatron_dip.runtime import PlanAgreement, connected_groups
 
-__all__ = ["create_agreement", "create_group", "gather_distinct"]
+__all__ = ["create_agreement", "create_group", "gather_distinct", "replica_ranks"]
 
 
 def gather_distinct(ranks: Sequence[int]) -> list[list[int]]:
@@ -20,13 +20,24 @@ def gather_distinct(ranks: Sequence[int]) -> list[list[int]]:
     return [list(ranks) for ranks in sorted({tuple(ranks) for ranks in gathered})]
 
 
+def replica_ranks() -> list[int]:
+    """The ranks that work on one batch: this one's tensor, context and pipeline peers.
+
+    Context peers hold other rows of the same samples, and meet in every attention: they run the
+    same plan, as tensor peers do.  A collective call of the whole world.
+    """
+    own = [mpu.get_model_parallel_group(), mpu.get_context_parallel_group()]
+    parts = [part for group in own for part in gather_distinct(dist.get_process_group_ranks(group))]
+    return next(ranks for ranks in connected_groups(parts) if dist.get_rank() in ranks)
+
+
 def create_agreement(
     partition: Partition, replica: Sequence[int], timeout_seconds: float
 ) -> PlanAgreement:
     """Of all ranks that run one plan: those of a replica, and of all that it shares experts with.
 
     Args:
-        replica: The tensor and pipeline peers of this rank.
+        replica: As :func:`replica_ranks`.
     """
     replicas = gather_distinct(replica)
     experts = dist.get_process_group_ranks(mpu.get_expert_tensor_and_model_parallel_group())

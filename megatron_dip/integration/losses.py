@@ -2,7 +2,9 @@
 
 Megatron divides a microbatch's loss by its own number of tokens and by the number of
 microbatches, or, with ``calculate_per_token_loss``, by the number of tokens in the batch.  A part
-of a microbatch must be divided by the tokens of the whole microbatch in the first case.
+of a microbatch must be divided by the tokens of the whole microbatch in the first case.  Where
+its rows are divided among context-parallel ranks, Megatron divides the sum of a rank by the tokens
+of that rank and averages over the ranks; a mean it takes to be one over all of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +19,12 @@ ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[torch.Tensor, Los
 
 
 def weighted_forward_step(
-    forward_step: ForwardStep, part_tokens: int, whole_tokens: int, per_token: bool
+    forward_step: ForwardStep,
+    *,
+    part_tokens: int,
+    whole_tokens: int,
+    rank_tokens: int,
+    per_token: bool,
 ) -> ForwardStep:
     """``forward_step`` for a part of a microbatch.
 
@@ -25,6 +32,7 @@ def weighted_forward_step(
         forward_step: The script's own.
         part_tokens: Tokens with loss in the part.
         whole_tokens: Tokens with loss in the whole microbatch.
+        rank_tokens: Of these, those on this context-parallel rank.
         per_token: Megatron's ``calculate_per_token_loss``.
     """
 
@@ -38,7 +46,7 @@ def weighted_forward_step(
             if len(result) == 3:
                 loss, num_tokens, report = result
                 if not per_token:
-                    num_tokens = torch.full_like(num_tokens, whole_tokens)
+                    num_tokens = torch.full_like(num_tokens, rank_tokens)
                 return loss, num_tokens, report
             loss, report = result
             weight = part_tokens / max(whole_tokens, 1)

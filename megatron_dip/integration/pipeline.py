@@ -9,7 +9,12 @@ from megatron.core import mpu
 from megatron_dip.costs import ProblemBuilder
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
-from megatron_dip.integration.groups import create_agreement, create_group, gather_distinct
+from megatron_dip.integration.groups import (
+    create_agreement,
+    create_group,
+    gather_distinct,
+    replica_ranks,
+)
 from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.trace import (
     agree_on_run,
@@ -78,7 +83,7 @@ class DipPipeline:
         channels = pipeline_channels(self.partition, upstream)
         pipelines = gather_distinct(own_pipeline)
         groups = create_channel_groups(channels, pipelines, timeout_seconds)
-        replica = dist.get_process_group_ranks(mpu.get_model_parallel_group())
+        replica = replica_ranks()
         self.writes_records = dist.get_rank() == replica[0]
         """Whether this rank writes what concerns its whole replica."""
         agreement = create_agreement(self.partition, replica, timeout_seconds)

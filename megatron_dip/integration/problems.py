@@ -37,6 +37,7 @@ def run_builder(
         num_ranks=mpu.get_pipeline_model_parallel_world_size(),
         kernels=kernels_of(config, on_cpu=cpu_mode.is_enabled()),
         num_tensor_ranks=mpu.get_tensor_model_parallel_world_size(),
+        num_context_ranks=mpu.get_context_parallel_world_size(),
         num_expert_ranks=mpu.get_expert_model_parallel_world_size(),
         sequence_parallel=config.sequence_parallel,
         optimizer_shards=optimizer_shards,

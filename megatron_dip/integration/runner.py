@@ -7,7 +7,7 @@ what it means under Megatron's own schedule.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import schedules
@@ -31,7 +31,14 @@ from megatron_dip.runtime import (
 )
 from megatron_dip.runtime.measure import StoredBytes
 
-__all__ = ["MegatronRunner"]
+__all__ = ["ContextRank", "MegatronRunner"]
+
+
+class ContextRank(NamedTuple):
+    """A context-parallel rank."""
+
+    rank: int
+    num_ranks: int
 
 
 class MegatronRunner:
@@ -44,7 +51,7 @@ class MegatronRunner:
         batches: What the script's iterator yields, per microbatch; Nones on ranks without data.
         planned: What is run.
         config: The configuration that Megatron's training loop reads and writes.
-        context_parallel_size: Ranks over which Megatron averages a two-part loss.
+        context: This rank among those that divide the rows of a sample among them.
         reduces_early: Whether a stage's gradients are reduced while others still compute.
         first_microbatch: False where cached fp8 weights stay valid (validation after its first).
         collect_non_loss_data: As in Megatron's schedules.
@@ -61,7 +68,7 @@ class MegatronRunner:
         planned: PlannedBatch,
         *,
         config: TransformerConfig,
-        context_parallel_size: int,
+        context: ContextRank,
         reduces_early: bool,
         first_microbatch: bool = True,
         collect_non_loss_data: bool = False,
@@ -74,7 +81,7 @@ class MegatronRunner:
         self._forward_step = forward_step
         self._batches = tuple(batches)
         self._planned = planned
-        self._context_parallel_size = context_parallel_size
+        self._context = context
         self._reduces_early = reduces_early
         self._collect_non_loss_data = collect_non_loss_data
         self._fresh_chunks = set(self._chunks) if first_microbatch else set()
@@ -105,7 +112,7 @@ class MegatronRunner:
                 self._inputs(call, part),
                 store,
                 self._config,
-                self._context_parallel_size,
+                self._context.num_ranks,
                 collect_non_loss_data=self._collect_non_loss_data,
                 is_first_microbatch=stage in self._fresh_chunks,
                 current_microbatch=number,
@@ -187,5 +194,6 @@ class MegatronRunner:
             self._forward_step,
             part_tokens=sum(whole[item].loss_tokens for item in sub.items),
             whole_tokens=sum(size.loss_tokens for size in whole),
+            rank_tokens=sum(size.loss_tokens_on(self._context.rank) for size in whole),
             per_token=self._config.calculate_per_token_loss,
         )

@@ -24,10 +24,10 @@ from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.problems import run_builder
 from megatron_dip.models.facts import gather_facts, read_facts
 from megatron_dip.models.registry import ModelRegistry
-from megatron_dip.models.staged import Part, RunFacts
+from megatron_dip.models.staged import Part, RunFacts, StagedModel
 from megatron_dip.partition import Partition, Stage
 
-__all__ = ["CallBuilder", "ChunkList", "Place", "build_stages", "place_of"]
+__all__ = ["CallBuilder", "ChunkList", "Place", "build_stages", "check_division", "place_of"]
 
 CallBuilder = Callable[[bool, bool], torch.nn.Module]
 """Calls a script's builder with ``pre_process`` and ``post_process``."""
@@ -75,6 +75,7 @@ def build_stages(call_builder: CallBuilder, options: DipOptions) -> ChunkList:
     registry = ModelRegistry(options.models)
     asked = registry.ask(lambda: call_builder(True, True))
     staged = asked.staged_type(asked.arguments, _run_facts())
+    check_division(staged)
     shapes = staged.modules()
     partition = build_partition(
         options.config.schedule,
@@ -131,6 +132,20 @@ def _ask_as_often_as_others(
     own = num_stages[mpu.get_pipeline_model_parallel_rank()]
     for _ in range(max(num_stages.values()) - own):
         registry.ask(partial(call_builder, True, True))
+
+
+def check_division(staged: StagedModel) -> None:
+    """
+    Raises:
+        UnsupportedError: Rows of samples are to be divided, and the class does not do that.
+    """
+    num_ranks = staged.run.num_context_ranks
+    if num_ranks > 1 and not staged.divides_rows:
+        raise UnsupportedError(
+            f"--context-parallel-size {num_ranks} with --dip-schedule: {type(staged).__name__} "
+            f"does not divide the rows of a sample among ranks (use 1; "
+            f"--tensor-model-parallel-size with --sequence-parallel divides activations as well)"
+        )
 
 
 def _run_facts() -> RunFacts:

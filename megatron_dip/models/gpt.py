@@ -29,6 +29,8 @@ MODULE = "language"
 class StagedGpt(StagedModel):
     """A language model of one module."""
 
+    divides_rows = True
+
     def modules(self) -> tuple[ModuleShape, ...]:
         """The one module."""
         given = self.arguments
@@ -101,6 +103,7 @@ class StagedGpt(StagedModel):
         mask = batch.get("loss_mask")
         losses = [num_tokens] * num_samples if mask is None else mask.sum(dim=1).int().tolist()
         spans: Sequence[tuple[int, ...]] = [(num_tokens,)] * num_samples
+        shares: Sequence[tuple[int, ...]] = [()] * num_samples
         if batch.get("cu_seqlens") is not None:
             if num_samples > 1:
                 raise UnsupportedError(
@@ -108,10 +111,14 @@ class StagedGpt(StagedModel):
                     f" one of them (expected --micro-batch-size 1 and longer samples)"
                 )
             spans = [document_lengths(row, num_tokens) for row in batch["cu_seqlens"]]
+        elif mask is not None and self.run.num_context_ranks > 1:
+            shares = context_shares(mask, self.run.num_context_ranks)
         return {
             MODULE: tuple(
-                ItemSize(tokens=num_tokens, spans=lengths, loss_tokens=loss)
-                for lengths, loss in zip(spans, losses, strict=True)
+                ItemSize(
+                    tokens=num_tokens, spans=lengths, loss_tokens=loss, context_loss_tokens=share
+                )
+                for lengths, loss, share in zip(spans, losses, shares, strict=True)
             )
         }
 
@@ -134,6 +141,19 @@ def document_lengths(starts: Tensor, num_tokens: int) -> tuple[int, ...]:
     positions = [*starts.tolist(), num_tokens]
     lengths = (end - start for start, end in pairwise(positions))
     return tuple(length for length in lengths if length > 0)
+
+
+def context_shares(mask: Tensor, num_ranks: int) -> list[tuple[int, ...]]:
+    """What of ``mask`` each context-parallel rank has of every sample, as Megatron divides them.
+
+    Args:
+        mask: [samples, tokens], 1 where a loss counts; two equal chunks of a sample for each rank,
+            of which it gets one from the front and one from the end.
+        num_ranks: Among which they are divided.
+    """
+    chunks = mask.unflatten(1, (2 * num_ranks, -1)).sum(dim=2).int()
+    shares = chunks[:, :num_ranks] + chunks[:, num_ranks:].flip(1)
+    return [tuple(row) for row in shares.tolist()]
 
 
 @contextmanager

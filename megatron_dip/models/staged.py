@@ -78,6 +78,9 @@ class StagedModel(ABC):
 
     model_types: ClassVar[tuple[type[torch.nn.Module] | str, ...]] = ()
     """Set by ``register``."""
+    divides_rows: ClassVar[bool] = False
+    """Whether the class and its scripts divide the rows of a sample among context-parallel ranks;
+    boundaries then are those of one rank, and items of all."""
 
     def __init__(self, arguments: Mapping[str, Any], run: RunFacts) -> None:
         self.arguments = arguments

@@ -135,6 +135,7 @@ def _item_record(size: ItemSize) -> tuple[Any, ...]:
         dict(size.needs),
         size.output_tokens,
         size.loss_tokens,
+        size.context_loss_tokens,
     )
 
 
@@ -155,6 +156,7 @@ def _parse_item(
     needs: Mapping[str, Sequence[int]],
     output_tokens: int | None,
     loss_tokens: int,
+    context_loss_tokens: Sequence[int],
 ) -> ItemSize:
     return ItemSize(
         tokens=tokens,
@@ -163,4 +165,5 @@ def _parse_item(
         needs={module: tuple(items) for module, items in needs.items()},
         output_tokens=output_tokens,
         loss_tokens=loss_tokens,
+        context_loss_tokens=tuple(context_loss_tokens),
     )

@@ -1,6 +1,7 @@
 """A pretrain script as users have it: GPTModel from Megatron's builder, its data sets as dicts.
 
 Only the first and the last pipeline rank have data, and of tensor-parallel ranks the first.
+Context-parallel ranks take their rows of every sample.
 """
 
 from functools import partial
@@ -11,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import broadcast_data
+from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -49,7 +51,11 @@ def read_batch(data_iterator):  # type: ignore[no-untyped-def]
     data = None if data_iterator is None else next(data_iterator)
     numbers = broadcast_data(["tokens", "position_ids", "labels"], data, torch.int64)
     mask = broadcast_data(["loss_mask"], data, torch.float32)
-    return [*numbers.values(), *mask.values()]
+    batch = {**numbers, **mask}
+    if mpu.get_context_parallel_world_size() > 1:
+        group = mpu.get_context_parallel_group()
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    return list(batch.values())
 
 
 def compute_loss(loss_mask, losses):  # type: ignore[no-untyped-def]

@@ -40,6 +40,24 @@ def test_tensor_parallel_ranks_without_data_run_parts_of_a_microbatch(runs: Scri
     assert_equal(runs.run(4, layout, UNEVEN), runs.run(4, layout))
 
 
+def test_context_parallel_ranks_compute_what_one_rank_computes_and_save_it(
+    runs: ScriptRuns, tmp_path: Path
+) -> None:
+    every = f"{PIPELINE} --calculate-per-token-loss --eval-iters 1"
+    saves = f"--context-parallel-size 2 --save-interval {NUM_ITERATIONS - 1} --save {tmp_path}"
+    alone = runs.run(2, every)
+    assert_equal(runs.run(4, f"{every} {saves}", UNEVEN), alone)
+    assert_equal(runs.run(2, f"{every} --ckpt-step {NUM_ITERATIONS - 1} --load {tmp_path}"), alone)
+
+
+def test_context_parallel_ranks_with_unequal_numbers_of_losses_run_parts_of_a_microbatch(
+    runs: ScriptRuns,
+) -> None:
+    # Megatron averages the means of the ranks, which differs from the mean of one rank.
+    layout = f"{PIPELINE} --context-parallel-size 2"
+    assert_equal(runs.run(4, layout, UNEVEN), runs.run(4, layout))
+
+
 def test_replicas_reduce_gradients_of_all_their_stages(runs: ScriptRuns) -> None:
     layout = f"{PIPELINE} --use-distributed-optimizer --overlap-grad-reduce"
     assert_equal(runs.run(4, layout, UNEVEN), runs.run(4, layout))

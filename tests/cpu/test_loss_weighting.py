@@ -49,7 +49,11 @@ def run(
             return losses[part], partial(loss_function, MASK[part].double())
 
         step = weighted_forward_step(
-            forward_step, int(MASK[part].sum()), int(MASK.sum()), per_token=per_token
+            forward_step,
+            part_tokens=int(MASK[part].sum()),
+            whole_tokens=int(MASK.sum()),
+            rank_tokens=int(MASK.sum()),
+            per_token=per_token,
         )
         output, loss = step(iter(()), torch.nn.Identity())
         store: list[Any] = []
@@ -88,9 +92,9 @@ def test_data_that_is_no_loss_passes_through() -> None:
     def forward_step(data: Any, model: Any) -> Any:
         return torch.ones(3), lambda output, non_loss_data: ("kept", output, non_loss_data)
 
-    _, function = weighted_forward_step(forward_step, 1, 2, per_token=False)(
-        iter(()), torch.nn.Identity()
-    )
+    _, function = weighted_forward_step(
+        forward_step, part_tokens=1, whole_tokens=2, rank_tokens=2, per_token=False
+    )(iter(()), torch.nn.Identity())
     assert function("output", non_loss_data=True) == ("kept", "output", True)
 
 

@@ -152,7 +152,7 @@ def test_specs_of_one_rank_only_are_refused_with_the_reason():
 
 def test_documents_in_a_sample_are_spans_of_their_own():
     batch = raw_batch(1) | {"cu_seqlens": torch.tensor([[0, 4, 9, 12, 12]])}
-    staged = StagedGpt(setting().arguments, None)
+    staged = StagedGpt(setting().arguments, RUN)
     (size,) = staged.items(batch)["language"]
     assert (size.tokens, size.spans, size.loss_tokens) == (12, (4, 5, 3), 7)
     with pytest.raises(UnsupportedError, match="2 samples with packed documents"):

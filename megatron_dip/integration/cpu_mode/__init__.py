@@ -2,10 +2,10 @@
 
 ``enable()`` gives torch's CUDA functions CPU meanings, so that Megatron's training, evaluation,
 checkpoints and optimizers run as they are; the same layers, the same loop, slower.  Tested are
-pipeline, tensor, sequence and data parallelism, Adam (also distributed) and SGD, 32-bit and
-bfloat16 parameters.  Expert parallelism, fp16 and Megatron's interleaved schedule are neither
-tested nor refused.  What exists only as a CUDA kernel (Transformer Engine, fp8, CUDA graphs, FSDP,
-context parallelism) is refused when arguments are parsed.
+pipeline, tensor, sequence, context and data parallelism, Adam (also distributed) and SGD, 32-bit
+and bfloat16 parameters.  Expert parallelism, fp16 and Megatron's interleaved schedule are neither
+tested nor refused.  What exists only as a CUDA kernel (Transformer Engine, fp8, CUDA graphs, FSDP)
+is refused when arguments are parsed.
 
 Nothing of it is in effect unless ``enable()`` is called: it changes torch for the whole process.
 """
@@ -43,6 +43,7 @@ def enable() -> None:
     import torch._dynamo  # noqa: F401
 
     from megatron_dip.integration.cpu_mode.arguments import wrap_argument_parsing
+    from megatron_dip.integration.cpu_mode.context_parallel import divide_rows_among_context_ranks
     from megatron_dip.integration.cpu_mode.cuda_functions import replace_cuda_functions
     from megatron_dip.integration.cpu_mode.devices import redirect_devices
     from megatron_dip.integration.cpu_mode.local_layers import complete_local_layers
@@ -56,6 +57,7 @@ def enable() -> None:
     redirect_process_groups()
     import_and_patch_megatron()
     complete_local_layers()
+    divide_rows_among_context_ranks()
     wrap_argument_parsing()
 
 

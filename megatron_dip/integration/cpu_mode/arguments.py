@@ -41,12 +41,6 @@ _RULES = (
     ),
     Rule(flag="--fp8-format", destination="fp8", allowed=(None,), remedy="use --bf16 or nothing"),
     Rule(flag="--fp4-format", destination="fp4", allowed=(None,), remedy="use --bf16 or nothing"),
-    Rule(
-        flag="--context-parallel-size",
-        destination="context_parallel_size",
-        allowed=(1,),
-        remedy="its attention needs Transformer Engine; use 1",
-    ),
     *(
         Rule(flag=flag, destination=destination, allowed=(False,), remedy=_USE_DISTRIBUTED)
         for flag, destination in (

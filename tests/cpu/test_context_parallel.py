@@ -1,0 +1,65 @@
+"""Rows of samples divided among context-parallel ranks."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from forked_ranks import run_modes
+
+from megatron_dip.errors import DataError, UnsupportedError
+from megatron_dip.integration.cpu_mode.context_parallel import rows_of_context_rank
+from megatron_dip.integration.flag_rules import SCHEDULE_RULES
+from megatron_dip.integration.rules import check_rules
+from megatron_dip.integration.stages import check_division
+from megatron_dip.models.gpt import StagedGpt, context_shares
+from megatron_dip.models.llava import StagedLlava
+from megatron_dip.models.staged import RunFacts
+
+WORKER = Path(__file__).with_name("context_parallel_worker.py")
+MODES = ("causal", "full", "packed")
+RUN = RunFacts(num_pipeline_ranks=2, num_tensor_ranks=1, num_context_ranks=2)
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    return run_modes(WORKER, tmp_path_factory.mktemp("context"), MODES)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_of_divided_rows_is_that_of_whole_samples(
+    differences: dict[str, list[float]], mode: str
+) -> None:
+    assert differences[mode] == pytest.approx([0.0, 0.0], abs=2e-6)
+
+
+def test_a_rank_has_a_chunk_from_the_front_of_every_sequence_and_one_from_its_end() -> None:
+    assert rows_of_context_rank([8, 4], 2, 0) == [0, 1, 6, 7, 8, 11]
+    assert rows_of_context_rank([8, 4], 2, 1) == [2, 3, 4, 5, 9, 10]
+    with pytest.raises(DataError, match=r"6 rows .* 2 context-parallel ranks .*multiple of 4"):
+        rows_of_context_rank([8, 6], 2, 0)
+
+
+def test_the_losses_of_a_sample_are_counted_for_every_rank_that_has_some_of_them() -> None:
+    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 1, 1, 0, 1]])
+    assert context_shares(mask, 2) == [(2, 1), (1, 3)]
+    assert context_shares(mask, 4) == [(1, 1, 1, 0), (1, 0, 2, 1)]
+
+
+def test_a_model_that_does_not_divide_samples_is_refused() -> None:
+    arguments = dict.fromkeys(
+        ("language_transformer_config", "vision_transformer_config"), SimpleNamespace()
+    ) | {"language_max_sequence_length": 8}
+    message = "--context-parallel-size 2 with --dip-schedule: StagedLlava does not divide"
+    with pytest.raises(UnsupportedError, match=message):
+        check_division(StagedLlava(arguments, RUN))
+    check_division(StagedLlava(arguments, RUN._replace(num_context_ranks=1)))
+    check_division(StagedGpt({}, RUN))
+
+
+def test_samples_divided_one_way_or_another_are_refused() -> None:
+    message = "--hybrid-context-parallel .* with --dip-schedule.* use --context-parallel-size"
+    with pytest.raises(UnsupportedError, match=message):
+        check_rules(
+            SimpleNamespace(hybrid_context_parallel=True), SCHEDULE_RULES, "with --dip-schedule"
+        )
