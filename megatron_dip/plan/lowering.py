@@ -12,10 +12,13 @@ that matters:
 - two messages between the same ranks stand in the same order on both sides;
 - the plan cannot deadlock even where a send waits for its receive, because every list is sorted
   by one and the same sequence.
+
+For ranks with one hardware queue receives are then placed anew, see
+:mod:`megatron_dip.plan.placing`.
 """
 
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -24,20 +27,48 @@ from megatron_dip.errors import PlanError
 from megatron_dip.plan.actions import Action, ActionType
 from megatron_dip.plan.collector import without_collection
 from megatron_dip.plan.graph import PipelineGraph
-from megatron_dip.plan.numbers import decode_tasks
+from megatron_dip.plan.numbers import TYPE_NUMBERS, decode_tasks
+from megatron_dip.plan.placing import rearranged
+from megatron_dip.plan.queues import ActionLists
 from megatron_dip.plan.wiring import IntArray, Wiring
 
-__all__ = ["canonical_reduce_order", "lower"]
+__all__ = ["Lowered", "canonical_reduce_order", "lower", "lower_lists"]
 
 # What stands at one place of the sequence: first the computing, then its messages, so that they
 # leave at once, then gradient reductions.
 _COMPUTE, _MESSAGE, _REDUCE = range(3)
 
 
+class Lowered(NamedTuple):
+    """What the ranks do, in their order; T actions in all."""
+
+    actions: list[Action]
+    """[T]: in any order."""
+    index: IntArray
+    """[T]: of the action in ``actions`` that stands at a place of the lists."""
+    lists: ActionLists
+
+    def arranged(self, order: IntArray) -> "Lowered":
+        """The same with the actions of every rank in another order."""
+        return Lowered(self.actions, self.index[order], rearranged(self.lists, order))
+
+    def ranks(self) -> tuple[tuple[Action, ...], ...]:
+        """The actions of every rank."""
+        index, ends = self.index.tolist(), self.lists.first.tolist()
+        return tuple(
+            tuple([self.actions[number] for number in index[start:end]])
+            for start, end in pairwise(ends)
+        )
+
+
 class _Entries(NamedTuple):
     """Some actions of the plan, in any order."""
 
     actions: list[Action]
+    type: IntArray
+    """See ``TYPE_NUMBERS``."""
+    number: IntArray
+    """See :class:`ActionLists`."""
     rank: IntArray
     place: IntArray
     """In the sequence; -1 for what goes before everything."""
@@ -61,9 +92,14 @@ def canonical_reduce_order(graph: PipelineGraph, rank: int) -> tuple[int, ...]:
     )
 
 
-@without_collection()
 def lower(graph: PipelineGraph, completion_order: IntArray) -> tuple[tuple[Action, ...], ...]:
-    """The complete actions of every rank: computing, transfers and gradient reductions.
+    """The complete actions of every rank; see :func:`lower_lists`."""
+    return lower_lists(graph, completion_order).ranks()
+
+
+@without_collection()
+def lower_lists(graph: PipelineGraph, completion_order: IntArray) -> Lowered:
+    """All that ranks do: computing, transfers and gradient reductions.
 
     Args:
         graph: The dependencies of the batch.
@@ -79,7 +115,9 @@ def lower(graph: PipelineGraph, completion_order: IntArray) -> tuple[tuple[Actio
     place[completion_order] = np.arange(len(completion_order))
     entries = [
         _Entries(
-            actions=decode_tasks(graph, completion_order),
+            actions=(computing := decode_tasks(graph, completion_order)),
+            type=np.array([TYPE_NUMBERS[action.type] for action in computing], dtype=np.int64),
+            number=completion_order % num_works,
             rank=wiring.rank[completion_order % num_works],
             place=place[completion_order],
             kind=_COMPUTE,
@@ -92,13 +130,15 @@ def lower(graph: PipelineGraph, completion_order: IntArray) -> tuple[tuple[Actio
     num_ties = 1 + max(int(entry.tie.max(initial=0)) for entry in entries)
     keys = np.concatenate([((e.place + 1) * 3 + e.kind) * num_ties + e.tie for e in entries])
     rank = np.concatenate([entry.rank for entry in entries])
-    order = np.argsort(rank * (keys.max(initial=0) + 1) + keys).tolist()
-    actions = [action for entry in entries for action in entry.actions]
-    ends = np.cumsum(np.bincount(rank, minlength=graph.problem.num_ranks)).tolist()
-    return tuple(
-        tuple([actions[index] for index in order[start:end]])
-        for start, end in zip([0, *ends], ends, strict=False)
+    order = np.argsort(rank * (keys.max(initial=0) + 1) + keys)
+    ends = np.cumsum(np.bincount(rank, minlength=graph.problem.num_ranks))
+    lists = ActionLists(
+        first=np.concatenate([[0], ends]),
+        rank=rank[order],
+        type=np.concatenate([entry.type for entry in entries])[order],
+        number=np.concatenate([entry.number for entry in entries])[order],
     )
+    return Lowered([action for entry in entries for action in entry.actions], order, lists)
 
 
 def _transfers(wiring: Wiring, place: IntArray) -> Iterator[_Entries]:
@@ -137,19 +177,30 @@ def _transfers(wiring: Wiring, place: IntArray) -> Iterator[_Entries]:
             if kind is send and (ready[messages] < 0).any():
                 odd = actions[int(np.argmin(ready[messages]))]
                 raise PlanError(f"{odd} has nothing to send: no rank runs what makes it")
-            yield _Entries(actions, rank, ready[messages], _MESSAGE, 2 * messages + direction)
+            yield _Entries(
+                actions=actions,
+                type=np.full_like(messages, TYPE_NUMBERS[kind]),
+                number=messages,
+                rank=rank,
+                place=ready[messages],
+                kind=_MESSAGE,
+                tie=2 * messages + direction,
+            )
 
 
 def _reductions(graph: PipelineGraph, rank: int, place: IntArray) -> _Entries:
     """``REDUCE_GRAD`` in the canonical order, each as early as that and its backwards allow."""
     wiring = graph.wiring
     stages = canonical_reduce_order(graph, rank)
+    places = {stage.stage: place for place, stage in enumerate(graph.stages)}
     is_here = wiring.rank == rank
     # The places of the backwards and weight gradients of this rank, by stage.
     ends = np.where(is_here, place.reshape(3, -1)[1:].max(axis=0), -1)
     last = [int(ends[wiring.stage == stage].max(initial=-1)) for stage in stages]
     return _Entries(
         actions=[Action(stage, ActionType.REDUCE_GRAD) for stage in stages],
+        type=np.full(len(stages), TYPE_NUMBERS[ActionType.REDUCE_GRAD]),
+        number=np.array([places[stage] for stage in stages], dtype=np.int64),
         rank=np.full(len(stages), rank),
         place=np.maximum.accumulate(np.array(last, dtype=np.int64)),
         kind=_REDUCE,

@@ -20,6 +20,7 @@ from megatron_dip.limits import Count, Layer
 from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action, format_actions, parse_actions
 from megatron_dip.plan.graph import PipelineGraph, Work
+from megatron_dip.plan.queues import QueueModel
 from megatron_dip.reading import read_json
 from megatron_dip.workload import Problem, SubMicrobatch
 
@@ -72,6 +73,9 @@ class Plan:
     """Per rank, in order: compute and transfer actions."""
     recompute: tuple[Recompute, ...] = ()
     estimate: Estimate | None = None
+    queues: QueueModel | None = None
+    """What receives are placed for, and time is reckoned by; None where every stream has a hardware
+    queue of its own."""
 
     @classmethod
     def of_graph(
@@ -81,6 +85,7 @@ class Plan:
         *,
         recompute: tuple[Recompute, ...] = (),
         estimate: Estimate | None = None,
+        queues: QueueModel | None = None,
     ) -> Self:
         """A schedule of the batch whose ``graph`` is at hand, so that it is not made again."""
         plan = cls(
@@ -90,6 +95,7 @@ class Plan:
             actions=actions,
             recompute=recompute,
             estimate=estimate,
+            queues=queues,
         )
         vars(plan)["graph"] = graph
         return plan
@@ -133,6 +139,7 @@ class Plan:
                 for r in self.recompute
             ],
             "estimate": None if self.estimate is None else self.estimate.model_dump(mode="json"),
+            **({} if self.queues is None else {"queues": self.queues.model_dump(mode="json")}),
             "partition": self.partition.model_dump(mode="json"),
             "problem": self.problem.model_dump(mode="json"),
         }
@@ -165,6 +172,7 @@ class _PlanForm(Form):
     ranks: tuple[_RankForm, ...]
     recompute: tuple[_RecomputeForm, ...] = ()
     estimate: Estimate | None = None
+    queues: QueueModel | None = None
     partition: Partition
     problem: Problem
 
@@ -196,6 +204,7 @@ def parse_plan(data: Mapping[str, Any], source: str = "") -> Plan:
         actions=_parse_ranks(form.ranks, source),
         recompute=tuple(Recompute(r.stage, r.microbatch, r.sub, r.layers) for r in form.recompute),
         estimate=form.estimate,
+        queues=form.queues,
     )
 
 

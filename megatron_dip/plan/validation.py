@@ -3,7 +3,7 @@
 Runs on every plan, always, whether searched, written by hand or read from a file.  It proves that
 every rank has exactly its actions, that nothing is read before it is there, that both ends of every
 channel agree on the order of messages, and that the plan makes progress even where a send waits for
-its receive.  What a plan costs is not checked here, except for memory in :func:`check_memory`.
+its receive, under the hardware queues that it is made for.  What a plan costs is not checked here, except for memory in :func:`check_memory`.
 """
 
 from collections import Counter
@@ -19,6 +19,7 @@ from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.plan.lowering import canonical_reduce_order
 from megatron_dip.plan.numbers import TYPE_NUMBERS, ActionNumbers, number_actions
 from megatron_dip.plan.plan import Plan
+from megatron_dip.plan.queues import ActionLists, QueueModel, list_kernels, run_kernels
 from megatron_dip.plan.wiring import BoolArray, IntArray
 
 __all__ = ["check_memory", "validate_plan"]
@@ -66,7 +67,10 @@ def validate_plan(plan: Plan) -> None:
     _check_channels(graph, numbers, positions)
     _check_reduce(graph, numbers, positions)
     _check_recompute(plan)
-    _check_progress(numbers, positions)
+    if plan.queues is None:
+        _check_progress(numbers, positions)
+    else:
+        _check_queues(graph, numbers, plan.queues)
 
 
 def check_memory(plan: Plan, peak_bytes: Iterable[int]) -> None:
@@ -333,6 +337,23 @@ def _check_progress(numbers: ActionNumbers, positions: _Positions) -> None:
         raise PlanDeadlockError(
             f"these actions can never run: {', '.join(blocked)} (each waits for the other side of "
             f"a transfer that stands behind another one of them)"
+        )
+
+
+def _check_queues(graph: PipelineGraph, numbers: ActionNumbers, queues: QueueModel) -> None:
+    """Prove that the lists run to their end with the hardware queues that they are made for."""
+    lists = ActionLists(numbers.first, numbers.rank, numbers.type, numbers.number)
+    kernels = list_kernels(graph.wiring, lists, queues.communicators)
+    # Whatever actions take: what waits in a circle waits for ever.
+    is_done = run_kernels(kernels, np.zeros(len(numbers.actions))).is_done
+    blocked = np.flatnonzero(~is_done)
+    _, heads = np.unique(numbers.rank[blocked], return_index=True)
+    if len(heads):
+        names = [f"rank {numbers.rank[b]}: {numbers.actions[b]}" for b in blocked[heads].tolist()]
+        raise PlanDeadlockError(
+            f"with one hardware queue these actions can never end: {', '.join(names)} (something "
+            f"that cannot start holds up all that stands behind it on its rank: a receive must "
+            f"stand behind what ends after the one before it on its communicator)"
         )
 
 

@@ -195,7 +195,12 @@ def restrict_plan(plan: Plan, problem: Problem) -> Plan:
         for one in plan.recompute
         if one.sub < len(graph.subs(plan.partition[one.stage].module, one.microbatch))
     )
-    restricted = Plan.of_graph(graph, _existing(graph, plan.actions), recompute=tuple(recompute))
+    restricted = Plan.of_graph(
+        graph,
+        _existing(graph, plan.actions),
+        recompute=tuple(recompute),
+        queues=plan.queues,
+    )
     validate_plan(restricted)
     estimated = replace(restricted, estimate=estimate_simulation(simulate(restricted)))
     vars(estimated)["graph"] = graph

@@ -10,8 +10,10 @@ import numpy as np
 from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import Partition
 from megatron_dip.plan.graph import PipelineGraph, Work
-from megatron_dip.plan.lowering import lower
+from megatron_dip.plan.lowering import lower_lists
+from megatron_dip.plan.placing import place_receives
 from megatron_dip.plan.plan import Estimate, Plan, Recompute
+from megatron_dip.plan.queues import QueueModel
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner.evaluator import Budget
 from megatron_dip.planner.greedy import GreedySchedule
@@ -20,7 +22,13 @@ from megatron_dip.planner.one_f_one_b import order_one_f_one_b
 from megatron_dip.planner.search import Search, check_workers, schedule_by_default, search_schedule
 from megatron_dip.planner.sub_microbatches import TokenLimit, form_sub_microbatches
 from megatron_dip.simulator.bounds import lower_bound_us
-from megatron_dip.simulator.simulate import ComputeOrder, Simulation, simulate_order
+from megatron_dip.simulator.simulate import (
+    ComputeOrder,
+    Simulation,
+    list_durations_us,
+    simulate_order,
+    simulate_queues,
+)
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
 from megatron_dip.workload import Problem
 
@@ -55,6 +63,7 @@ def make_plan(
     memory_program: bool = True,
     workers: int = 1,
     when_infeasible: WhenInfeasible = "raise",
+    queues: QueueModel | None = None,
 ) -> Plan:
     """Plan one batch.
 
@@ -76,6 +85,7 @@ def make_plan(
         memory_program: Whether layers may be recomputed.
         workers: Searches at the same time.
         when_infeasible: What to do where the dual queue finds nothing that keeps the limit.
+        queues: The hardware queues that the plan is for; one of its own for every stream if None.
 
     Raises:
         ConfigError: The budget is not above zero, there are two, 1F1B is to be searched, or there
@@ -93,7 +103,7 @@ def make_plan(
     subs = form_sub_microbatches(problem, sizes)
     table = build_task_table(PipelineGraph(problem, partition, subs))
     if algorithm == "one_f_one_b":
-        return _finish(_one_f_one_b(table, split_backward), ())
+        return _finish(_one_f_one_b(table, split_backward), (), queues)
 
     schedule = partial(
         schedule_by_default, split_backward=split_backward, memory_program=memory_program
@@ -112,7 +122,7 @@ def make_plan(
     limited, found = _within_limits(table, schedule, when_infeasible, memory_program)
     found = _faster(limited, found, split_backward, memory_program)
     simulation = simulate_order(table.with_recompute(found.num_recomputed), found.order)
-    return _finish(simulation, layers_to_recompute(table, found.num_recomputed))
+    return _finish(simulation, layers_to_recompute(table, found.num_recomputed), queues)
 
 
 def _check_budget(algorithm: Algorithm, budget: Budget) -> None:
@@ -179,7 +189,10 @@ def _with_least_limits(table: TaskTable, memory_program: bool) -> TaskTable:
 
 
 def plan_from_order(
-    graph: PipelineGraph, compute_order: ComputeOrder, recompute: Sequence[Recompute] = ()
+    graph: PipelineGraph,
+    compute_order: ComputeOrder,
+    recompute: Sequence[Recompute] = (),
+    queues: QueueModel | None = None,
 ) -> Plan:
     """The validated plan that computes in ``compute_order``, e.g. one written by hand.
 
@@ -188,16 +201,26 @@ def plan_from_order(
     """
     layers = {Work(r.stage, r.microbatch, r.sub): r.layers for r in recompute}
     table = build_task_table(graph, layers)
-    return _finish(simulate_order(table, compute_order), recompute)
+    return _finish(simulate_order(table, compute_order), recompute, queues)
 
 
-def _finish(simulation: Simulation, recompute: Sequence[Recompute]) -> Plan:
-    graph = simulation.table.graph
+def _finish(
+    simulation: Simulation, recompute: Sequence[Recompute], queues: QueueModel | None
+) -> Plan:
+    table = simulation.table
+    lowered = lower_lists(table.graph, simulation.completion_order)
+    if queues is not None:
+        durations_us = list_durations_us(table, lowered.lists)
+        lowered = lowered.arranged(
+            place_receives(table.graph.wiring, lowered.lists, durations_us, queues.communicators)
+        )
+        simulation = simulate_queues(table, lowered.lists, queues)
     plan = Plan.of_graph(
-        graph,
-        lower(graph, simulation.completion_order),
+        table.graph,
+        lowered.ranks(),
         recompute=tuple(recompute),
         estimate=estimate_simulation(simulation),
+        queues=queues,
     )
     validate_plan(plan)
     return plan

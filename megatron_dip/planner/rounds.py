@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dip.partition import Partition
-from megatron_dip.plan import Plan
+from megatron_dip.plan import Plan, QueueModel
 from megatron_dip.planner.joint import restrict_plan
 from megatron_dip.planner.planner import Algorithm, make_plan
 from megatron_dip.workload import Problem
@@ -38,6 +38,8 @@ class PlannerSettings:
     """Orders that the dual queue tries for a batch; 0 takes its default."""
     fixed: Plan | None = None
     """One plan of a joint problem, of which every batch runs what it has; then none is made."""
+    queues: QueueModel | None = None
+    """The hardware queues of the ranks that run the plans; see :class:`QueueModel`."""
     varied: tuple[str, ...] = ()
     """Modules whose microbatches are split, each in another way than the one before, so that what
     is measured differs in size."""
@@ -72,7 +74,9 @@ class PlannerSettings:
         # A mistake in the planner must not end training while there is another plan.
         except Exception as error:
             logger.warning("no plan but 1F1B's: %s: %s", type(error).__name__, error)
-            return make_plan(problem, partition, algorithm="one_f_one_b")
+            return make_plan(
+                problem, partition, algorithm="one_f_one_b", queues=self.queues
+            )
 
     def _plan(self, problem: Problem, partition: Partition, **budget: Any) -> Plan:
         return make_plan(
@@ -82,6 +86,7 @@ class PlannerSettings:
             max_tokens=self._varied_limits(problem),
             # The batch is there and must be trained: one rank may run out of memory, none waits.
             when_infeasible="least_memory",
+            queues=self.queues,
             **budget,
         )
 

@@ -15,7 +15,14 @@ from typing import Any
 from megatron_dip.costs import BatchSizes, ItemSize
 from megatron_dip.errors import PlanDigestError
 from megatron_dip.partition import Partition
-from megatron_dip.plan import Estimate, Plan, Recompute, format_actions, parse_actions
+from megatron_dip.plan import (
+    Estimate,
+    Plan,
+    QueueModel,
+    Recompute,
+    format_actions,
+    parse_actions,
+)
 from megatron_dip.planner.joint import restrict_plan
 from megatron_dip.planner.planned import PlannedBatch
 from megatron_dip.workload import Problem, SubMicrobatch
@@ -40,6 +47,7 @@ def pack_plan(plan: Plan, replicas: Sequence[BatchSizes]) -> bytes:
         "ranks": [format_actions(actions) for actions in plan.actions],
         "recompute": plan.recompute,
         "estimate": None if plan.estimate is None else plan.estimate.model_dump(mode="json"),
+        "communicators": None if plan.queues is None else plan.queues.communicators,
     }
     return zlib.compress(_text(record).encode())
 
@@ -82,6 +90,7 @@ def unpack_plan(
     _check("partition", record["partition_digest"], partition.digest(), _OTHER_CONFIG)
     sizes = _parse_sizes(replicas[replica]) if own is None else own
     problem = build(sizes)
+    communicators = record["communicators"]
     has_estimate = record["estimate"] is not None and len(replicas) == 1
     plan = Plan(
         problem=problem,
@@ -96,6 +105,7 @@ def unpack_plan(
             for stage, microbatch, sub, layers in record["recompute"]
         ),
         estimate=Estimate(**record["estimate"]) if has_estimate else None,
+        queues=None if communicators is None else QueueModel(communicators=communicators),
     )
     return PlannedBatch(plan if len(replicas) == 1 else restrict_plan(plan, problem), sizes)
 

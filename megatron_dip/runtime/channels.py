@@ -14,61 +14,24 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_dip.errors import ChannelError
-from megatron_dip.partition import Partition
-from megatron_dip.plan import Message
+from megatron_dip.plan import Channel, Message
 
 __all__ = [
-    "Channel",
     "Channels",
     "Receive",
     "create_channel_groups",
-    "pipeline_channels",
     "transfer_failure_reason",
 ]
 
 _LARGEST_TAG = 2**31 - 1
 _CONNECTION_LOST = re.compile("connection (closed|reset|refused)|reset by peer|broken pipe", re.I)
 _TIMED_OUT = re.compile("timed out|timeout", re.I)
-
-
-class Channel(NamedTuple):
-    """From pipeline rank ``sender`` to pipeline rank ``receiver``."""
-
-    sender: int
-    receiver: int
-    is_gradient: bool
-
-    def __str__(self) -> str:
-        carried = "gradients" if self.is_gradient else "outputs"
-        return f"rank {self.sender} to rank {self.receiver} ({carried})"
-
-
-def pipeline_channels(
-    partition: Partition, upstream: Mapping[str, Sequence[str]]
-) -> tuple[Channel, ...]:
-    """Every channel that a batch can use under ``partition``, in one order for all ranks.
-
-    Args:
-        partition: The stages.
-        upstream: For each module the modules that it reads.
-    """
-    links: set[tuple[int, int]] = set()
-    for chain in partition.chains.values():
-        links.update((a.rank, b.rank) for a, b in pairwise(chain))
-    for module, sources in upstream.items():
-        entry = partition.first_stage(module).rank
-        links.update((partition.last_stage(source).rank, entry) for source in sources)
-    crossing = [(a, b) for a, b in links if a != b]
-    forward = [Channel(a, b, False) for a, b in crossing]
-    backward = [Channel(b, a, True) for a, b in crossing]
-    return tuple(sorted(forward + backward))
 
 
 def create_channel_groups(

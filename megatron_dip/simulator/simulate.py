@@ -3,12 +3,13 @@
 A rank computes its actions strictly in order, each as soon as the rank is free and its inputs have
 arrived.  A transfer between ranks takes latency plus bytes over bandwidth and delays neither
 computing nor other transfers; a gradient message leaves when its last contributor ends, that is
-with ``I`` where the backward is split.  Not modelled: contention of transfers, the time of gradient
+with ``I`` where the backward is split.  A plan that is made for one hardware queue runs as
+:mod:`megatron_dip.plan.queues` says.  Not modelled: contention of transfers, the time of gradient
 reduction and of the optimizer, memory of messages under way.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from megatron_dip.plan.numbers import (
     number_actions,
 )
 from megatron_dip.plan.plan import Estimate, Plan
+from megatron_dip.plan.queues import ActionLists, QueueModel, list_kernels, run_kernels
 from megatron_dip.simulator.arrays import (
     FloatArray,
     IntArray,
@@ -41,8 +43,10 @@ __all__ = [
     "compute_order",
     "decode_order",
     "encode_order",
+    "list_durations_us",
     "simulate",
     "simulate_order",
+    "simulate_queues",
 ]
 
 ComputeOrder = Sequence[Sequence[Action]]
@@ -133,9 +137,57 @@ def compute_order(plan: Plan) -> tuple[tuple[Action, ...], ...]:
 
 
 def simulate(plan: Plan) -> Simulation:
-    """Simulate ``plan``; see :func:`simulate_order`."""
+    """Simulate ``plan``, with the hardware queues that it names; see :func:`simulate_order`.
+
+    Raises:
+        PlanError: As :func:`simulate_order`; or an action is not one of the batch.
+        PlanDeadlockError: As :func:`simulate_order`, or the queues let some actions never run.
+    """
     table = build_task_table(plan.graph, plan.recomputed_layers)
-    return simulate_order(table, compute_order(plan))
+    if plan.queues is None:
+        return simulate_order(table, compute_order(plan))
+    numbers = number_actions(plan.graph, plan.actions)
+    for index in np.flatnonzero(numbers.number < 0)[:1].tolist():
+        raise PlanError(f"{numbers.actions[index]} is not an action of this batch")
+    lists = ActionLists(numbers.first, numbers.rank, numbers.type, numbers.number)
+    return simulate_queues(table, lists, plan.queues)
+
+
+def simulate_queues(table: TaskTable, lists: ActionLists, queues: QueueModel) -> Simulation:
+    """Simulate complete lists of actions, transfers included, with one hardware queue per rank.
+
+    Raises:
+        PlanError: As :func:`simulate_order`.
+        PlanDeadlockError: Some actions can never run.
+    """
+    num_works = table.num_works
+    computes = np.flatnonzero(lists.type < len(_KINDS))
+    tasks = lists.number[computes] + num_works * np.array(_KINDS)[lists.type[computes]]
+    first = np.searchsorted(computes, lists.first)
+    simulation = simulate_order(table, TaskOrder(tasks, first))
+    kernels = list_kernels(table.graph.wiring, lists, queues.communicators)
+    times = run_kernels(kernels, list_durations_us(table, lists))
+    if not times.is_done.all():
+        raise PlanDeadlockError(
+            "with one hardware queue some actions can never run (`megatron-dip validate` names "
+            "them)"
+        )
+    starts_us, ends_us = np.zeros(3 * num_works), np.zeros(3 * num_works)
+    starts_us[tasks], ends_us[tasks] = times.starts_us[computes], times.ends_us[computes]
+    return replace(simulation, starts_us=starts_us, ends_us=ends_us)
+
+
+def list_durations_us(table: TaskTable, lists: ActionLists) -> FloatArray:
+    """[T] what computing and transfers take; nothing for gradient reductions."""
+    wiring = table.graph.wiring
+    durations_us = np.zeros(len(lists.type))
+    times_us = (table.forward_us, table.backward_us, table.input_grad_us, table.weight_grad_us)
+    for kind, works_us in enumerate(times_us):
+        found = lists.type == kind
+        durations_us[found] = works_us[lists.number[found]]
+    moves = (lists.type >= len(_KINDS)) & (lists.type != TYPE_NUMBERS[ActionType.REDUCE_GRAD])
+    durations_us[moves] = table.transfer_us[wiring.source[lists.number[moves]]]
+    return durations_us
 
 
 def simulate_order(table: TaskTable, order: ComputeOrder | TaskOrder) -> Simulation:

@@ -70,6 +70,8 @@ class TaskTable:
     """Layers that are computed again in the backward."""
     static_bytes: IntArray
     """[num_ranks]"""
+    transfer_us: FloatArray
+    """Of the work's output, or of its gradient, between two ranks."""
 
     def with_recompute(self, num_recomputed: IntArray) -> "TaskTable":
         """The same batch with ``num_recomputed`` ([N]) layers of every work recomputed."""
@@ -164,14 +166,14 @@ def build_task_table(
     source = wiring.reader_source
     crosses = wiring.rank[source] != wiring.rank[wiring.reader]
     transfer = problem.transfer
-    delay_us = transfer.latency_us + costs.boundary_bytes[source] / transfer.bytes_per_us
+    transfer_us = transfer.latency_us + costs.boundary_bytes / transfer.bytes_per_us
     return TaskTable(
         graph=graph,
         topology=Topology(
             graph=graph,
             source=source,
             target=wiring.reader,
-            delay_us=np.where(crosses, delay_us, 0.0),
+            delay_us=np.where(crosses, transfer_us[source], 0.0),
         ),
         costs=costs,
         num_layers=np.array(
@@ -182,4 +184,5 @@ def build_task_table(
             [static_bytes(problem, partition, rank) for rank in range(problem.num_ranks)],
             dtype=np.int64,
         ),
+        transfer_us=transfer_us,
     )
