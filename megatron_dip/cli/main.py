@@ -20,6 +20,7 @@ from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_p
 from megatron_dip.costs.mixtures import built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.errors import ConfigError, DipError, one_line, shown
 from megatron_dip.partition import load_partition
+from megatron_dip.plan.channels import one_queue_model
 from megatron_dip.plan.plan import load_plan, save_plan
 from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner.joint import joint_problem
@@ -63,6 +64,13 @@ class SearchChoice(StrEnum):
 
     LOCAL = "local"
     MCTS = "mcts"
+
+
+class QueueChoice(StrEnum):
+    """Hardware queues of a rank."""
+
+    ONE = "one"
+    MANY = "many"
 
 
 assert set(SearchChoice) == set(get_args(Search))
@@ -137,12 +145,18 @@ def plan(
         bool, typer.Option("--no-recompute", help="Keep the memory limit by holding work back.")
     ] = False,
     workers: Annotated[int, typer.Option(help="Searches at the same time, a core each.")] = 1,
+    hardware_queues: Annotated[
+        QueueChoice,
+        typer.Option(help="Of the ranks: one on GPUs with CUDA_DEVICE_MAX_CONNECTIONS below 32."),
+    ] = QueueChoice.MANY,
 ) -> None:
     """Plan one batch, or several together, and write the plan."""
     problems = [load_problem(path) for path in problem]
+    cut = load_partition(partition)
+    upstream = {module.name: module.upstream for module in problems[0].modules}
     made = make_plan(
         joint_problem(problems) if len(problems) > 1 else problems[0],
-        load_partition(partition),
+        cut,
         algorithm=algorithm.value,
         max_tokens=_parse_max_tokens(max_tokens or []),
         split_backward=split_backward,
@@ -152,6 +166,7 @@ def plan(
         seed=seed,
         memory_program=not no_recompute,
         workers=workers,
+        queues=one_queue_model(cut, upstream) if hardware_queues == QueueChoice.ONE else None,
     )
     write_file(output, lambda: save_plan(made, output))
     print_rows([Row.of_plan(str(output), made, simulate(made))])

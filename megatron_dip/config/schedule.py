@@ -81,6 +81,9 @@ class ScheduleConfig(Form):
     modules: dict[str, ModuleSchedule] = Field(default={})
     """By module of the model; one that is not named, and is in no ``partition``, is cut evenly into
     one segment."""
+    hardware_queues: Literal["auto", "one", "many"] = "auto"
+    """What plans are made for: streams of a GPU that share one hardware queue, or have one each.
+    ``auto`` is one on GPUs, unless CUDA_DEVICE_MAX_CONNECTIONS is at least 32, and many on CPUs."""
     plan: Path | None = None
     """One plan for all batches, of several problems as ``megatron-dip plan`` makes it: every batch
     runs what it has of it, in its order."""

@@ -122,6 +122,7 @@ def _run(
         pipeline.executor.run(planned, runner, recorder, forward_only=forward_only)
     for chunk in model:
         finish_gathers(chunk)
+    runner.gradient_checks.finish()
     return runner
 
 

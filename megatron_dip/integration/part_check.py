@@ -50,6 +50,7 @@ def check_parts(
         algorithm="one_f_one_b",
         max_tokens=dict.fromkeys(module.name for module in plan.problem.modules),
         when_infeasible="least_memory",
+        queues=plan.queues,
     )
     reports = []
     with _evaluating(model):

@@ -15,6 +15,7 @@ from megatron_dip.integration.groups import (
     gather_distinct,
     replica_ranks,
 )
+from megatron_dip.integration.hardware_queues import choose_queues
 from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.trace import (
     agree_on_run,
@@ -24,6 +25,7 @@ from megatron_dip.integration.trace import (
 )
 from megatron_dip.models.staged import StagedModel
 from megatron_dip.partition import Partition
+from megatron_dip.plan import pipeline_channels
 from megatron_dip.planner import PlannerSettings, load_joint_plan
 from megatron_dip.report.steps import StepRecord
 from megatron_dip.runtime import (
@@ -35,7 +37,6 @@ from megatron_dip.runtime import (
     ProcessLimits,
     ServiceLimits,
     create_channel_groups,
-    pipeline_channels,
 )
 
 __all__ = ["DipPipeline"]
@@ -80,9 +81,18 @@ class DipPipeline:
         self._problems = problems
         own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
         upstream = {module.name: module.upstream for module in problems.model.modules}
+        self.queues = choose_queues(
+            self.config.schedule.hardware_queues, self.partition, upstream, self._fixed_plan
+        )
+        """What plans are made for."""
         channels = pipeline_channels(self.partition, upstream)
         pipelines = gather_distinct(own_pipeline)
-        groups = create_channel_groups(channels, pipelines, timeout_seconds)
+        groups = create_channel_groups(
+            channels,
+            pipelines,
+            timeout_seconds,
+            num_communicators=1 if self.queues is None else self.queues.communicators,
+        )
         replica = replica_ranks()
         self.writes_records = dist.get_rank() == replica[0]
         """Whether this rank writes what concerns its whole replica."""
@@ -151,6 +161,7 @@ class DipPipeline:
                 algorithm=schedule.planner,
                 evaluations=schedule.evaluations,
                 fixed=self._fixed_plan,
+                queues=self.queues,
                 varied=self._varied_modules() if options.vary_parts else (),
             ),
             pool=PlannerPool(planning.workers, limits),

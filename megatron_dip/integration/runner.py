@@ -17,6 +17,7 @@ from megatron.core.utils import make_viewless_tensor
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
 from megatron_dip.integration.parameter_gathers import finish_gathers
 from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.integration.reductions import GradientChecks, bucket_reductions
 from megatron_dip.models.batches import needed
 from megatron_dip.models.recompute import recomputed_layers
 from megatron_dip.models.staged import Part, Received
@@ -24,6 +25,7 @@ from megatron_dip.partition import Stage
 from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime import (
     ForwardCall,
+    Reduction,
     SavedForward,
     StageInput,
     backward_inputs,
@@ -86,6 +88,8 @@ class MegatronRunner:
         self._collect_non_loss_data = collect_non_loss_data
         self._fresh_chunks = set(self._chunks) if first_microbatch else set()
         self.reports = LossReports()
+        self.gradient_checks = GradientChecks()
+        """Of gradients that were reduced early; to be finished before gradients are used."""
         self.stored: StoredBytes | None = None
         if counts_stored_bytes:
             parameters = [p for chunk in self._chunks.values() for p in chunk.parameters()]
@@ -157,12 +161,13 @@ class MegatronRunner:
                 saved.output, self._config.deallocate_pipeline_outputs
             )
 
-    def reduce_grad(self, stage: Stage) -> None:
-        if self._reduces_early:
-            chunk = self._chunks[stage.stage]
-            # With 8-bit parameters, gradients are in the buffer into which parameters are gathered.
-
-            chunk.start_grad_sync()  # type: ignore[operator]
+    def reductions(self, stage: Stage) -> Sequence[Reduction]:
+        if not self._reduces_early:
+            return ()
+        chunk = self._chunks[stage.stage]
+        # With 8-bit parameters, gradients are in the buffer into which parameters are gathered.
+        finish_gathers(chunk)
+        return bucket_reductions(chunk, self.gradient_checks)
 
     def _data(self, call: ForwardCall, part: Part) -> Iterator[Any] | None:
         """What the script's forward step reads: one item, or no iterator on ranks without data."""

@@ -44,19 +44,19 @@ class Lowered(NamedTuple):
 
     actions: list[Action]
     """[T]: in any order."""
-    index: IntArray
+    chosen: IntArray
     """[T]: of the action in ``actions`` that stands at a place of the lists."""
     lists: ActionLists
 
     def arranged(self, order: IntArray) -> "Lowered":
         """The same with the actions of every rank in another order."""
-        return Lowered(self.actions, self.index[order], rearranged(self.lists, order))
+        return Lowered(self.actions, self.chosen[order], rearranged(self.lists, order))
 
     def ranks(self) -> tuple[tuple[Action, ...], ...]:
         """The actions of every rank."""
-        index, ends = self.index.tolist(), self.lists.first.tolist()
+        chosen, ends = self.chosen.tolist(), self.lists.first.tolist()
         return tuple(
-            tuple([self.actions[number] for number in index[start:end]])
+            tuple([self.actions[number] for number in chosen[start:end]])
             for start, end in pairwise(ends)
         )
 

@@ -58,7 +58,12 @@ def place_receives(
         """Times under one queue, by the numbers of ``lists``."""
         kernels = list_kernels(wiring, rearranged(lists, order), num_communicators)
         found = run_kernels(kernels, duration_us[order])
-        times = KernelTimes(*map(np.empty_like, found))
+        times = KernelTimes(
+            np.empty_like(found.starts_us),
+            np.empty_like(found.ends_us),
+            np.empty_like(found.has_started),
+            np.empty_like(found.is_done),
+        )
         for into, values in zip(times, found, strict=True):
             into[order] = values
         return times

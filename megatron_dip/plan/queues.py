@@ -5,9 +5,9 @@ The host puts kernels into streams in the order of the rank's list.  Computing h
 ranks; message k of a channel travels on communicator k modulo their number.  A kernel starts when
 
 - the one before it in its stream has ended,
-- what it waits for has ended: a send for the computing that made its data, computing for the
-  receives that it reads (the one that a rank posts does not wait for computing: it is posted from
-  a stream of its own),
+- what it waits for has ended: a send for the computing before it in the list, which made its data;
+  computing for the receives that it reads.  A receive waits for no computing: it is posted from a
+  stream of its own,
 - and, with one hardware queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``), every kernel before it in the
   rank's list has *started*: what cannot start holds up all behind it.
 
@@ -42,8 +42,6 @@ __all__ = [
 ]
 
 _F, _B, _I, _W, _SEND_F, _RECV_F, _SEND_B, _RECV_B, _REDUCE = TYPE_NUMBERS.values()
-_STARTED = -1
-"""What stands in place of how much a kernel waits for."""
 
 
 class QueueModel(Form):
@@ -94,8 +92,10 @@ class KernelTimes(NamedTuple):
     """[T]"""
     ends_us: FloatArray
     """[T]"""
+    has_started: BoolArray
+    """[T]: False for what never can."""
     is_done: BoolArray
-    """[T]: False for kernels that never start, or transfers that never end."""
+    """[T]: False also for transfers of which one side never starts."""
 
 
 def communicator_numbers(channel: IntArray, num_communicators: int) -> tuple[IntArray, IntArray]:
@@ -154,7 +154,7 @@ def list_kernels(
     after[before[before >= 0]] = np.flatnonzero(before >= 0)
     if hardware_queues == "one":
         behind[:-1] = np.where(lists.rank[1:] == lists.rank[:-1], np.arange(1, num_actions), -1)
-    ended, waiting = _waits(wiring, at)
+    ended, waiting = _waits(wiring, lists, at)
     by_ended = np.argsort(ended, kind="stable")
     return Kernels(
         rank=lists.rank,
@@ -188,29 +188,20 @@ def _positions(wiring: Wiring, lists: ActionLists) -> _Positions:
     return _Positions(computed[_F], np.maximum(computed[_B], computed[_I]), moved)
 
 
-def _waits(wiring: Wiring, at: _Positions) -> tuple[IntArray, IntArray]:
+def _waits(wiring: Wiring, lists: ActionLists, at: _Positions) -> tuple[IntArray, IntArray]:
     """Pairs of actions of one rank, of which the second starts after the end of the first."""
-    send, receive, send_back, receive_back = at.moved
     message = np.repeat(np.arange(len(wiring.source)), np.diff(wiring.first_reader))
-    reads = receive[message] >= 0
-    gives = send_back[message] >= 0
-    sends, returns = send >= 0, receive_back >= 0
+    is_read = np.flatnonzero(at.moved[1][message] >= 0)
+    sends = np.flatnonzero((lists.type == _SEND_F) | (lists.type == _SEND_B))
+    returns = np.flatnonzero(at.moved[3] >= 0)
+    places = np.where(lists.type < _SEND_F, np.arange(len(lists.type)), -1)
+    last_computing = np.maximum.accumulate(places)
     return (
         np.concatenate(
-            [
-                at.forward[wiring.source[sends]],
-                receive[message[reads]],
-                at.backward[wiring.reader[gives]],
-                receive_back[returns],
-            ]
+            [last_computing[sends], at.moved[1][message[is_read]], at.moved[3][returns]]
         ),
         np.concatenate(
-            [
-                send[sends],
-                at.forward[wiring.reader[reads]],
-                send_back[message[gives]],
-                at.backward[wiring.source[returns]],
-            ]
+            [sends, at.forward[wiring.reader[is_read]], at.backward[wiring.source[returns]]]
         ),
     )
 
@@ -224,7 +215,10 @@ def run_kernels(kernels: Kernels, duration_us: FloatArray) -> KernelTimes:
     """
     num_actions = len(duration_us)
     times = KernelTimes(
-        np.zeros(num_actions), np.zeros(num_actions), np.zeros(num_actions, dtype=bool)
+        starts_us=np.zeros(num_actions),
+        ends_us=np.zeros(num_actions),
+        has_started=np.zeros(num_actions, dtype=bool),
+        is_done=np.zeros(num_actions, dtype=bool),
     )
     _run(kernels, duration_us, times, np.zeros(num_actions, np.int64), np.empty_like(kernels.rank))
     return times
@@ -262,7 +256,7 @@ def _run(
     while place < num_ready:
         kernel = ready[place]
         place += 1
-        num_waiting[kernel] = _STARTED
+        times.has_started[kernel] = True
         start_us = times.starts_us[kernel]
         if kernels.behind[kernel] >= 0:
             num_ready = _arrive(
@@ -272,7 +266,7 @@ def _run(
         if other < 0:
             end_us = start_us + duration_us[kernel]
             num_ready = _end(kernels, kernel, end_us, times, (num_waiting, ready, num_ready))
-        elif num_waiting[other] == _STARTED:
+        elif times.has_started[other]:
             end_us = max(start_us, times.starts_us[other]) + duration_us[kernel]
             num_ready = _end(kernels, kernel, end_us, times, (num_waiting, ready, num_ready))
             num_ready = _end(kernels, other, end_us, times, (num_waiting, ready, num_ready))

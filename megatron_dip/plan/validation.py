@@ -3,7 +3,8 @@
 Runs on every plan, always, whether searched, written by hand or read from a file.  It proves that
 every rank has exactly its actions, that nothing is read before it is there, that both ends of every
 channel agree on the order of messages, and that the plan makes progress even where a send waits for
-its receive, under the hardware queues that it is made for.  What a plan costs is not checked here, except for memory in :func:`check_memory`.
+its receive, under the hardware queues that it is made for.  What a plan costs is not checked here,
+except for memory in :func:`check_memory`.
 """
 
 from collections import Counter
@@ -345,15 +346,15 @@ def _check_queues(graph: PipelineGraph, numbers: ActionNumbers, queues: QueueMod
     lists = ActionLists(numbers.first, numbers.rank, numbers.type, numbers.number)
     kernels = list_kernels(graph.wiring, lists, queues.communicators)
     # Whatever actions take: what waits in a circle waits for ever.
-    is_done = run_kernels(kernels, np.zeros(len(numbers.actions))).is_done
-    blocked = np.flatnonzero(~is_done)
+    times = run_kernels(kernels, np.zeros(len(numbers.actions)))
+    blocked = np.flatnonzero(~times.has_started)
     _, heads = np.unique(numbers.rank[blocked], return_index=True)
     if len(heads):
         names = [f"rank {numbers.rank[b]}: {numbers.actions[b]}" for b in blocked[heads].tolist()]
         raise PlanDeadlockError(
-            f"with one hardware queue these actions can never end: {', '.join(names)} (something "
-            f"that cannot start holds up all that stands behind it on its rank: a receive must "
-            f"stand behind what ends after the one before it on its communicator)"
+            f"with one hardware queue these actions can never start: {', '.join(names)} (each "
+            f"holds up all that stands behind it on its rank: a receive must stand behind what "
+            f"ends after the one before it on its communicator)"
         )
 
 

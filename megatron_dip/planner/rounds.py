@@ -74,9 +74,7 @@ class PlannerSettings:
         # A mistake in the planner must not end training while there is another plan.
         except Exception as error:
             logger.warning("no plan but 1F1B's: %s: %s", type(error).__name__, error)
-            return make_plan(
-                problem, partition, algorithm="one_f_one_b", queues=self.queues
-            )
+            return make_plan(problem, partition, algorithm="one_f_one_b", queues=self.queues)
 
     def _plan(self, problem: Problem, partition: Partition, **budget: Any) -> Plan:
         return make_plan(

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from megatron_dip.costs import Boundary
 from megatron_dip.errors import DipError
 from megatron_dip.partition import Stage
-from megatron_dip.plan import ActionType
+from megatron_dip.plan import ActionType, pipeline_channels
 from megatron_dip.planner import PlannedBatch
 from megatron_dip.rehearsal.local_ranks import Done, Failed
 from megatron_dip.rehearsal.results import RankRun, RankTask, RehearsedSpan
@@ -30,9 +31,9 @@ from megatron_dip.runtime import (
     Executor,
     ForwardCall,
     Recorder,
+    Reduction,
     SavedForward,
     create_channel_groups,
-    pipeline_channels,
 )
 
 __all__ = ["run_rank"]
@@ -68,8 +69,12 @@ def _run(task: RankTask) -> list[RankRun]:
     )
     pipeline = range(num_ranks)
     upstream = {module.name: module.upstream for module in task.plan.problem.modules}
+    queues = task.plan.queues
     groups = create_channel_groups(
-        pipeline_channels(task.plan.partition, upstream), [pipeline], task.timeout_seconds
+        pipeline_channels(task.plan.partition, upstream),
+        [pipeline],
+        task.timeout_seconds,
+        num_communicators=1 if queues is None else queues.communicators,
     )
     channels = Channels(
         rank=task.rank,
@@ -175,8 +180,9 @@ class _SleepingRunner:
     def release_output(self, saved: SavedForward) -> None:
         saved.output = torch.empty(0)
 
-    def reduce_grad(self, stage: Stage) -> None:
+    def reductions(self, stage: Stage) -> Sequence[Reduction]:
         """One replica has nothing to reduce."""
+        return ()
 
     def _input_grads(self, saved: SavedForward, kind: ActionType) -> list[torch.Tensor | None]:
         grads: list[torch.Tensor | None] = [

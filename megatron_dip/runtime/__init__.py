@@ -2,7 +2,7 @@
 
 from megatron_dip.runtime.agreement import PlanAgreement, connected_groups
 from megatron_dip.runtime.boundary import BoundaryOf
-from megatron_dip.runtime.channels import Channels, create_channel_groups, pipeline_channels
+from megatron_dip.runtime.channels import Channels, create_channel_groups
 from megatron_dip.runtime.executor import Executor
 from megatron_dip.runtime.plan_ahead import PlanAhead
 from megatron_dip.runtime.plan_service import (
@@ -14,6 +14,7 @@ from megatron_dip.runtime.plan_service import (
 )
 from megatron_dip.runtime.planner_pool import PlannerPool
 from megatron_dip.runtime.planner_process import ProcessLimits
+from megatron_dip.runtime.reductions import Reduction
 from megatron_dip.runtime.runner import (
     ForwardCall,
     ModuleRunner,
@@ -41,6 +42,7 @@ __all__ = [
     "PlannerPool",
     "ProcessLimits",
     "Recorder",
+    "Reduction",
     "SavedForward",
     "ServiceLimits",
     "StageInput",
@@ -50,5 +52,4 @@ __all__ = [
     "connected_groups",
     "create_channel_groups",
     "create_recorder",
-    "pipeline_channels",
 ]

@@ -1,10 +1,15 @@
 """Ordered point-to-point channels between the ranks of one pipeline.
 
 A channel leads from one rank to another in one direction of the pipeline: outputs forward or
-gradients backward.  Each has a process group of its own, so that messages of one channel cannot
-be taken for those of another, and on each both sides post in the order that the plan fixes.
-Receives are posted ahead and waited for when their data is needed; sends are posted and retired
-later, so that computing never waits for a send.
+gradients backward.  Each has process groups of its own, so that messages of one channel cannot
+be taken for those of another, and on each both sides post in the order that the plan fixes; of
+several groups of a channel the messages take one after the other.  Receives are posted ahead and
+waited for when their data is needed; sends are posted and retired later, so that computing never
+waits for a send.
+
+NCCL puts a transfer into a stream of its group, behind what is in the current stream at that
+moment.  For a send that is what makes its data.  A receive need not wait for computing, so it is
+posted from a stream of its own.
 
 CUDA tensors over a gloo group are staged through pinned host memory: several ranks can then
 share one GPU, which NCCL refuses.
@@ -13,7 +18,9 @@ share one GPU, which NCCL refuses.
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -39,7 +46,8 @@ def create_channel_groups(
     pipelines: Sequence[Sequence[int]],
     timeout_seconds: float,
     backend: str | None = None,
-) -> dict[Channel, dist.ProcessGroup]:
+    num_communicators: int = 1,
+) -> dict[Channel, tuple[dist.ProcessGroup, ...]]:
     """The process groups of this process's pipeline; a collective call of the whole world.
 
     Args:
@@ -47,23 +55,31 @@ def create_channel_groups(
         pipelines: Global ranks of every pipeline, in order of pipeline rank; the same on all ranks.
         timeout_seconds: Limit of every wait on these groups.
         backend: As in ``torch.distributed.new_group``.
+        num_communicators: Groups of every channel.
 
     ``use_local_synchronization`` would spare ranks the calls for groups that they are not in, but
     it names groups by a counter that only members advance, so that two ranks with different
     neighbours disagree on the names of their groups.  A call by a non-member costs microseconds.
     """
-    own: dict[Channel, dist.ProcessGroup] = {}
+    own: dict[Channel, tuple[dist.ProcessGroup, ...]] = {}
+    options = None
+    if (backend or dist.get_backend()) == "nccl":
+        # From another pool than those of collectives: torch has 32 streams of each priority, and
+        # groups beyond them share one.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     for pipeline in pipelines:
         for channel in channels:
             members = [pipeline[channel.sender], pipeline[channel.receiver]]
-            group = dist.new_group(
-                members,
-                timeout=timedelta(seconds=timeout_seconds),
-                backend=backend,
-                group_desc=f"dip: {channel}",
-            )
-            if isinstance(group, dist.ProcessGroup) and dist.get_rank() in members:
-                own[channel] = group
+            for number in range(num_communicators):
+                group = dist.new_group(
+                    members,
+                    timeout=timedelta(seconds=timeout_seconds),
+                    backend=backend,
+                    pg_options=options,
+                    group_desc=f"dip: {channel}, {number}",
+                )
+                if isinstance(group, dist.ProcessGroup) and dist.get_rank() in members:
+                    own[channel] = (*own.get(channel, ()), group)
     return own
 
 
@@ -114,7 +130,7 @@ class Channels:
         *,
         rank: int,
         pipeline: Sequence[int],
-        groups: Mapping[Channel, dist.ProcessGroup],
+        groups: Mapping[Channel, Sequence[dist.ProcessGroup]],
         device: torch.device,
         timeout_seconds: float,
     ) -> None:
@@ -122,17 +138,16 @@ class Channels:
         self.device = device
         self._timeout = timedelta(seconds=timeout_seconds)
         # By the tuple that a channel is: making one for every message would cost more.
-        self._links: dict[tuple[int, int, bool], _Link] = {}
-        for channel, group in groups.items():
-            is_gloo = dist.get_backend(group) == "gloo"
-            self._links[channel] = _Link(
-                channel=channel,
-                group=group,
-                peer=pipeline[channel.receiver if channel.sender == rank else channel.sender],
-                is_staged=is_gloo and device.type == "cuda",
-                says_when_ended=not is_gloo,
-            )
-        self._any_says_when_ended = any(link.says_when_ended for link in self._links.values())
+        self._links: dict[tuple[int, int, bool], tuple[_Link, ...]] = {}
+        for channel, own in groups.items():
+            peer = pipeline[channel.receiver if channel.sender == rank else channel.sender]
+            self._links[channel] = tuple(_link(channel, group, peer, device) for group in own)
+        self._turns: dict[tuple[int, int, bool], int] = {}
+        """Messages of every channel since :meth:`begin`."""
+        self._num_communicators = 1
+        everywhere = [link for links in self._links.values() for link in links]
+        self._any_says_when_ended = any(link.says_when_ended for link in everywhere)
+        self._receiving = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._in_flight: dict[Message, _Send] = {}
         self._failure: str | None = None
 
@@ -146,7 +161,8 @@ class Channels:
         Raises:
             ChannelError: A peer died, or did not come within the time limit.
         """
-        for channel, link in sorted(self._links.items()):
+        in_order = sorted(self._links.items(), key=itemgetter(0))
+        for channel, link in ((channel, link) for channel, links in in_order for link in links):
             element = torch.zeros(1, device="cpu" if link.is_staged else self.device)
             try:
                 if link.channel.sender == self.rank:
@@ -159,6 +175,27 @@ class Channels:
                     f"rank {self.rank}: the channel {Channel(*channel)} could not be opened: "
                     f"{transfer_failure_reason(error)}"
                 ) from error
+
+    def begin(self, num_communicators: int) -> None:
+        """Let messages take so many communicators of each channel in turn, from the first one on.
+
+        Raises:
+            ChannelError: Channels have fewer.
+        """
+        fewest = min((len(links) for links in self._links.values()), default=num_communicators)
+        if num_communicators > fewest:
+            raise ChannelError(
+                f"rank {self.rank}: the plan takes {num_communicators} communicators of each "
+                f"channel (expected at most {fewest}, which this run has made: plan for the "
+                f"hardware queues of this run)"
+            )
+        self._turns.clear()
+        self._num_communicators = num_communicators
+
+    def _next_link(self, channel: tuple[int, int, bool]) -> _Link:
+        turn = self._turns.get(channel, 0)
+        self._turns[channel] = turn + 1
+        return self._links[channel][turn % self._num_communicators]
 
     def abandon(self, failure: str) -> None:
         """Refuse every later run: messages of the failed one may still lie in the channels."""
@@ -186,7 +223,7 @@ class Channels:
         Raises:
             ChannelError: The peer died.
         """
-        link = self._links[self.rank, receiver, message.is_gradient]
+        link = self._next_link((self.rank, receiver, message.is_gradient))
         tensor = tensor.contiguous()
         if link.is_staged:
             staged = torch.empty_like(tensor, device="cpu", pin_memory=True)
@@ -208,11 +245,14 @@ class Channels:
         Raises:
             ChannelError: The peer died.
         """
-        link = self._links[sender, self.rank, message.is_gradient]
+        link = self._next_link((sender, self.rank, message.is_gradient))
         device = "cpu" if link.is_staged else self.device
-        buffer = torch.empty(shape, dtype=dtype, device=device, pin_memory=link.is_staged)
         try:
-            work = dist.irecv(buffer, src=link.peer, group=link.group, tag=_tag(message))
+            # The buffer belongs to the stream in which it is filled, not to the computing that may
+            # still use the memory which the current stream would hand out.
+            with nullcontext() if self._receiving is None else torch.cuda.stream(self._receiving):
+                buffer = torch.empty(shape, dtype=dtype, device=device, pin_memory=link.is_staged)
+                work = dist.irecv(buffer, src=link.peer, group=link.group, tag=_tag(message))
         except RuntimeError as error:
             raise self._error(error, message, link.channel) from error
         return Receive(message, link, buffer, work)
@@ -226,6 +266,9 @@ class Channels:
         self._wait(receive)
         if receive.link.is_staged:
             return receive.buffer.to(self.device, non_blocking=True)
+        if self._receiving is not None:
+            # Its memory is handed out again once what reads it here has ended.
+            receive.buffer.record_stream(torch.cuda.current_stream(self.device))
         return receive.buffer
 
     def wait_send(self, message: Message) -> None:
@@ -278,6 +321,17 @@ class Channels:
             f"rank {self.rank}: {action} on the channel {channel} failed{after}: "
             f"{transfer_failure_reason(error)}"
         )
+
+
+def _link(channel: Channel, group: dist.ProcessGroup, peer: int, device: torch.device) -> _Link:
+    is_gloo = dist.get_backend(group) == "gloo"
+    return _Link(
+        channel=channel,
+        group=group,
+        peer=peer,
+        is_staged=is_gloo and device.type == "cuda",
+        says_when_ended=not is_gloo,
+    )
 
 
 def _tag(message: Message) -> int:

@@ -19,6 +19,7 @@ from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime.boundary import BoundaryOf
 from megatron_dip.runtime.channels import Channels, Receive
 from megatron_dip.runtime.program import Operand, RankProgram, Task, Transfer, rank_program
+from megatron_dip.runtime.reductions import ReductionQueue
 from megatron_dip.runtime.runner import ForwardCall, SavedForward, StageInput, StageRunner
 from megatron_dip.runtime.timeline import Recorder
 
@@ -86,13 +87,16 @@ class Executor:
             ChannelError: A send did not end within the time limit, or an earlier run failed.
         """
         self.channels.check_usable()
+        queues = batch.plan.queues
         try:
+            self.channels.begin(1 if queues is None else queues.communicators)
             steps = self.prepare(batch).steps
             if forward_only:
                 steps = tuple(step for step in steps if step[0].type in _FORWARD_TYPES)
             run = _PlanRun(self, batch, runner, recorder or Recorder(), forward_only)
             with torch.set_grad_enabled(not forward_only):
                 self._run_steps(run, steps)
+            run.reductions.finish()
             self.channels.drain()
             run.check_nothing_left()
         except DipError as error:
@@ -136,6 +140,7 @@ class _PlanRun:
         self.tensors: dict[Message, torch.Tensor] = {}
         """Arrived, or made here, and not yet sent or read by all of its readers; a gradient sums
         up here until its last contributor is done."""
+        self.reductions = ReductionQueue(one_at_a_time=batch.plan.queues is not None)
         self.unread = dict(executor.prepare(batch).num_readers)
         """Readers to come, of messages that had more than one."""
 
@@ -209,6 +214,7 @@ class _PlanRun:
         for message in task.outputs:
             self.tensors[message] = output.detach()
         self.channels.retire_completed()
+        self.reductions.advance()
 
     def backward(self, action: Action, task: Task) -> None:
         output_grad = self._output_grad(action, task)
@@ -221,6 +227,7 @@ class _PlanRun:
             grads = self.runner.backward(saved, output_grad)
         self.recorder.record(action, start)
         self._contribute(task, saved, grads)
+        self.reductions.advance()
 
     def input_grad(self, action: Action, task: Task) -> None:
         if not task.has_weight_grad:
@@ -245,7 +252,7 @@ class _PlanRun:
         self.recorder.record(action, start)
 
     def reduce_grad(self, action: Action, stage: Stage) -> None:
-        self.runner.reduce_grad(stage)
+        self.reductions.add(self.runner.reductions(stage))
 
     # ---- transfers --------------------------------------------------------------------------
 

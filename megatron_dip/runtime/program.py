@@ -3,9 +3,11 @@
 The graph answers for any work of any rank.  Asked in every action, it would cost more than a small
 action does; here it is asked once for every work, and forward and backward share the answer.
 
-Receives are posted one compute action before their place in the plan.  Posting waits for nothing,
-so nothing can come to wait for it; and a send whose receive is there already leaves at once, where
-gloo otherwise needs an answer first, for which a sender that computes has no processor.
+Where every stream has a hardware queue of its own, receives are posted one compute action before
+their place in the plan.  Posting waits for nothing, so nothing can come to wait for it; and a send
+whose receive is there already leaves at once, where gloo otherwise needs an answer first, for which
+a sender that computes has no processor.  With one hardware queue everything behind a receive that
+cannot start waits for it: there the plan says where receives stand, and nothing is moved.
 """
 
 from collections import Counter
@@ -98,7 +100,8 @@ def rank_program(batch: PlannedBatch, rank: int, boundary: BoundaryOf) -> RankPr
             tasks[work] = _task(batch, work)
         return tasks[work]
 
-    steps = tuple((action, operand(action)) for action in posted_early(plan.actions[rank]))
+    actions = plan.actions[rank] if plan.queues is not None else posted_early(plan.actions[rank])
+    steps = tuple((action, operand(action)) for action in actions)
     readers = Counter(source.message for task in tasks.values() for source in task.sources)
     return RankProgram(steps, {message: num for message, num in readers.items() if num > 1})
 

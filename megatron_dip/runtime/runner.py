@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_dip.costs import ItemSize
 from megatron_dip.partition import Stage
 from megatron_dip.plan import Work
+from megatron_dip.runtime.reductions import Reduction
 from megatron_dip.workload import SubMicrobatch
 
 __all__ = [
@@ -83,8 +84,8 @@ class StageRunner(Protocol):
     def release_output(self, saved: SavedForward) -> None:
         """Free the output's memory: it was sent, and a backward reads only its graph."""
 
-    def reduce_grad(self, stage: Stage) -> None:
-        """Start the reduction of a stage's gradients over its data-parallel replicas."""
+    def reductions(self, stage: Stage) -> Sequence[Reduction]:
+        """Those of a stage's gradients over its data-parallel replicas, to be started in order."""
 
 
 StageFunction = Callable[[ForwardCall, Any], torch.Tensor]
@@ -113,7 +114,7 @@ class ModuleRunner:
         self._data = data
         self._loss_weight = loss_weight
         self._group = data_parallel_group
-        self._reductions: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
+        self._reductions: list[_ModuleReduction] = []
         self.losses: dict[Work, torch.Tensor] = {}
 
     def forward(self, call: ForwardCall) -> torch.Tensor:
@@ -142,26 +143,44 @@ class ModuleRunner:
     def release_output(self, saved: SavedForward) -> None:
         """Plain autograd checks the output's shape in backward, so it stays."""
 
-    def reduce_grad(self, stage: Stage) -> None:
-        if self._group is None:
-            return
-        grads = _trainable_grads(self._stages[stage.stage])
-        if not grads:
-            return
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        flat /= self._group.size()
-        work = dist.all_reduce(flat, group=self._group, async_op=True)
-        assert work is not None
-        self._reductions.append((work, flat, grads))
+    def reductions(self, stage: Stage) -> Sequence[Reduction]:
+        module = self._stages[stage.stage]
+        if self._group is None or not any(p.requires_grad for p in module.parameters()):
+            return ()
+        reduction = _ModuleReduction(module, self._group)
+        self._reductions.append(reduction)
+        return (reduction,)
 
     def finish_reductions(self) -> None:
         """Wait for all reductions and put their results into the gradients."""
-        for work, flat, grads in self._reductions:
-            work.wait()
-            pieces: Sequence[torch.Tensor] = flat.split([grad.numel() for grad in grads])
-            for grad, piece in zip(grads, pieces, strict=True):
-                grad.copy_(piece.view_as(grad))
+        for reduction in self._reductions:
+            reduction.finish()
         self._reductions = []
+
+
+class _ModuleReduction:
+    """The mean of a module's gradients over a group."""
+
+    def __init__(self, module: torch.nn.Module, group: dist.ProcessGroup) -> None:
+        self._module, self._group = module, group
+        self._work: dist.Work | None = None
+        self._flat = torch.empty(0)
+
+    def start(self) -> None:
+        grads = _trainable_grads(self._module)
+        self._flat = torch.cat([grad.reshape(-1) for grad in grads]) / self._group.size()
+        self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
+
+    def is_ended(self) -> bool:
+        return self._work is not None and self._work.is_completed()
+
+    def finish(self) -> None:
+        assert self._work is not None, "the plan starts every reduction"
+        self._work.wait()
+        grads = _trainable_grads(self._module)
+        pieces: Sequence[torch.Tensor] = self._flat.split([grad.numel() for grad in grads])
+        for grad, piece in zip(grads, pieces, strict=True):
+            grad.copy_(piece.view_as(grad))
 
 
 def backward_inputs(

@@ -15,7 +15,7 @@ from toy_modules import WIDTH, Case, ToyStage, build_stages, plain_loop
 
 from megatron_dip.costs import Boundary
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import Plan, Recompute
+from megatron_dip.plan import Plan, Recompute, pipeline_channels
 from megatron_dip.planner import make_plan, pack_plan
 from megatron_dip.runtime import (
     Channels,
@@ -23,7 +23,6 @@ from megatron_dip.runtime import (
     ModuleRunner,
     PlanAgreement,
     create_channel_groups,
-    pipeline_channels,
 )
 
 TOLERANCE = 1e-12

@@ -13,7 +13,7 @@ from toy_modules import WIDTH, Case, build_stages
 
 from megatron_dip.costs import Boundary
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import Plan, parse_actions
+from megatron_dip.plan import Plan, parse_actions, pipeline_channels
 from megatron_dip.planner import make_plan
 from megatron_dip.runtime import (
     Channels,
@@ -21,7 +21,6 @@ from megatron_dip.runtime import (
     ForwardCall,
     ModuleRunner,
     create_channel_groups,
-    pipeline_channels,
 )
 
 UPSTREAM: dict[str, tuple[str, ...]] = {"vision": (), "language": ("vision",)}

@@ -4,7 +4,7 @@ import pytest
 from runtime_suites import LIMIT_S, CaseReport, run_suite
 
 from megatron_dip.partition import partition_from_layers
-from megatron_dip.runtime import pipeline_channels
+from megatron_dip.plan import pipeline_channels
 
 UPSTREAM = {"vision": (), "language": ("vision",)}
 
