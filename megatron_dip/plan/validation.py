@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_dip.compiled import compiled
 from megatron_dip.errors import PlanDeadlockError, PlanError, PlanMemoryError
 from megatron_dip.plan.actions import ActionType
 from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.plan.lowering import canonical_reduce_order
 from megatron_dip.plan.numbers import TYPE_NUMBERS, ActionNumbers, number_actions
 from megatron_dip.plan.plan import Plan
+from megatron_dip.plan.progress import run_to_the_end
 from megatron_dip.plan.queues import ActionLists, QueueModel, list_kernels, run_kernels
 from megatron_dip.plan.wiring import BoolArray, IntArray
 
@@ -328,7 +328,7 @@ def _check_progress(numbers: ActionNumbers, positions: _Positions) -> None:
         other_side[send[moves]] = receive[moves]
         other_side[receive[moves]] = send[moves]
     heads = numbers.first[:-1].copy()
-    _run_to_the_end(numbers.first, numbers.rank, other_side, heads)
+    run_to_the_end(numbers.first, numbers.rank, other_side, heads)
     blocked = [
         f"rank {rank}: {numbers.actions[head]}"
         for rank, head in enumerate(heads.tolist())
@@ -356,27 +356,3 @@ def _check_queues(graph: PipelineGraph, numbers: ActionNumbers, queues: QueueMod
             f"holds up all that stands behind it on its rank: a receive must stand behind what "
             f"ends after the one before it on its communicator)"
         )
-
-
-@compiled
-def _run_to_the_end(first: IntArray, rank: IntArray, other_side: IntArray, heads: IntArray) -> None:
-    """Advance ``heads``, the next action of every rank, until nothing can run any more.
-
-    Args:
-        first: [num_ranks + 1]: rank r has the actions first[r] to first[r + 1].
-        rank: [T] of every action.
-        other_side: [T]: the receive of a send and vice versa, -1 for what waits for nothing.
-        heads: [num_ranks]
-    """
-    has_moved = True
-    while has_moved:
-        has_moved = False
-        for number in range(len(heads)):
-            while heads[number] < first[number + 1]:
-                other = other_side[heads[number]]
-                if other >= 0:
-                    if heads[rank[other]] != other:
-                        break
-                    heads[rank[other]] += 1
-                heads[number] += 1
-                has_moved = True

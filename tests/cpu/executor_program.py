@@ -15,7 +15,7 @@ from toy_modules import WIDTH, Case, ToyStage, build_stages, plain_loop
 
 from megatron_dip.costs import Boundary
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import Plan, Recompute, pipeline_channels
+from megatron_dip.plan import Plan, QueueModel, Recompute, pipeline_channels
 from megatron_dip.planner import make_plan, pack_plan
 from megatron_dip.runtime import (
     Channels,
@@ -134,7 +134,9 @@ CASES: dict[int, list[Case]] = {
 }
 
 
-def packed_plan(case: Case, num_ranks: int, partition: Partition) -> bytes:
+def packed_plan(
+    case: Case, num_ranks: int, partition: Partition, queues: QueueModel | None
+) -> bytes:
     problem = case.problem(num_ranks)
     plan = make_plan(
         problem,
@@ -142,6 +144,7 @@ def packed_plan(case: Case, num_ranks: int, partition: Partition) -> bytes:
         algorithm=case.algorithm,
         max_tokens={name: case.max_tokens.get(name) for name in case.upstream},
         split_backward=case.split_backward,
+        queues=queues,
     )
     if case.recompute:
         plan = replace(plan, recompute=recompute_everything(plan))
@@ -157,7 +160,9 @@ def recompute_everything(plan: Plan) -> tuple[Recompute, ...]:
     )
 
 
-def run_case(case: Case, num_ranks: int, num_tensor_ranks: int = 1) -> None:
+def run_case(
+    case: Case, num_ranks: int, num_tensor_ranks: int = 1, queues: QueueModel | None = None
+) -> None:
     """Pipelines of ``num_ranks``: ranks of a tensor-parallel group run the same, each in its own,
     and only the first of them has data."""
     partition = partition_from_layers(case.cut, num_ranks)
@@ -171,10 +176,15 @@ def run_case(case: Case, num_ranks: int, num_tensor_ranks: int = 1) -> None:
     planned = agreement.agree(
         case.sizes() if has_data else None,
         lambda sizes: case.problem(num_ranks),
-        lambda: packed_plan(case, num_ranks, partition),
+        lambda: packed_plan(case, num_ranks, partition, queues),
     )
     plan, pipeline = planned.plan, pipelines[tensor_rank]
-    groups = create_channel_groups(pipeline_channels(partition, case.upstream), pipelines, 30.0)
+    groups = create_channel_groups(
+        pipeline_channels(partition, case.upstream),
+        pipelines,
+        30.0,
+        num_communicators=1 if queues is None else queues.communicators,
+    )
     channels = Channels(
         rank=rank,
         pipeline=pipeline,
@@ -226,6 +236,8 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for case in CASES[num_processes]:
         run_case(case, num_processes)
+    # Receives where the plan says, and the last case's messages on three groups in turn.
+    run_case(CASES[num_processes][-1], num_processes, queues=QueueModel(communicators=3))
     if num_processes == 4:
         run_case(CASES[2][1], num_ranks=2, num_tensor_ranks=2)
     dist.destroy_process_group()

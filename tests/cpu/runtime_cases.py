@@ -13,7 +13,7 @@ from toy_modules import WIDTH, Case, build_stages
 
 from megatron_dip.costs import Boundary
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import Plan, parse_actions, pipeline_channels
+from megatron_dip.plan import Plan, QueueModel, parse_actions, pipeline_channels
 from megatron_dip.planner import make_plan
 from megatron_dip.runtime import (
     Channels,
@@ -55,8 +55,8 @@ def partition_of(case: Case) -> Partition:
     return partition_from_layers(case.cut, 2)
 
 
-def plan_of(case: Case) -> Plan:
-    return make_plan(case.problem(2), partition_of(case), max_tokens=case.max_tokens)
+def plan_of(case: Case, queues: QueueModel | None = None) -> Plan:
+    return make_plan(case.problem(2), partition_of(case), max_tokens=case.max_tokens, queues=queues)
 
 
 def without(plan: Plan, action: str) -> Plan:
@@ -66,7 +66,9 @@ def without(plan: Plan, action: str) -> Plan:
     return replace(plan, actions=(parse_actions(kept), *plan.actions[1:]))
 
 
-def new_channels(pipeline: list[int] | None = None, limit_s: float = PATIENCE_S) -> Channels:
+def new_channels(
+    pipeline: list[int] | None = None, limit_s: float = PATIENCE_S, num_communicators: int = 1
+) -> Channels:
     """Channels of their own for every case: a failure leaves messages behind."""
     pipelines = [[0, 1]] if pipeline is None else [[0, 1], [2, 3]]
     own = pipelines[rank() // 2]
@@ -74,7 +76,9 @@ def new_channels(pipeline: list[int] | None = None, limit_s: float = PATIENCE_S)
     return Channels(
         rank=rank() % 2,
         pipeline=own,
-        groups=create_channel_groups(channels, pipelines, limit_s),
+        groups=create_channel_groups(
+            channels, pipelines, limit_s, num_communicators=num_communicators
+        ),
         device=torch.device("cpu"),
         timeout_seconds=limit_s,
     )

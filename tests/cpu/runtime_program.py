@@ -8,7 +8,7 @@ case: its name, how it ended, the message and the seconds it took.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -31,11 +31,12 @@ from runtime_cases import (
     without,
 )
 from runtime_suites import LIMIT_S, PATIENCE_S
-from toy_modules import Case, plain_loop
+from toy_modules import Case, build_stages, plain_loop
 
-from megatron_dip.plan import Message, parse_actions
+from megatron_dip.partition import Stage
+from megatron_dip.plan import Message, QueueModel, parse_actions
 from megatron_dip.planner import PlannedBatch
-from megatron_dip.runtime import Channels, ModuleRunner
+from megatron_dip.runtime import Channels, ModuleRunner, Reduction
 
 # ---- channels -------------------------------------------------------------------------------
 
@@ -96,9 +97,12 @@ def silent_receiver() -> None:
         dist.barrier()
 
 
-def lazy_communicators(*, connected: bool) -> None:
+def lazy_communicators(*, connected: bool, queues: QueueModel | None = None) -> None:
     """A plan where, as NCCL does it, the first transfer of a group waits for its other end."""
-    channels = new_channels(limit_s=LIMIT_S if not connected else PATIENCE_S)
+    channels = new_channels(
+        limit_s=LIMIT_S if not connected else PATIENCE_S,
+        num_communicators=1 if queues is None else queues.communicators,
+    )
     store, met = dist.distributed_c10d._get_default_store(), set()
 
     def meeting(transfer: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,11 +118,14 @@ def lazy_communicators(*, connected: bool) -> None:
     with patch.multiple(dist, isend=meeting(dist.isend), irecv=meeting(dist.irecv)):
         if connected:
             channels.connect()
-        run_case(channels, runner_of(rank()))
+        run_case(channels, runner_of(rank()), queues)
 
 
 def channels_suite() -> None:
     report("lazy, connected", lambda: lazy_communicators(connected=True))
+    one_queue = QueueModel(communicators=2)
+    report("lazy, one queue", lambda: lazy_communicators(connected=True, queues=one_queue))
+    report("too few", lambda: run_case(new_channels(), runner_of(rank()), one_queue))
     report("lazy, not connected", lambda: lazy_communicators(connected=False))
     report("receives posted first", lambda: exchange(send_first=False))
     report("sends posted first", lambda: exchange(send_first=True))
@@ -129,8 +136,10 @@ def channels_suite() -> None:
 # ---- executor -------------------------------------------------------------------------------
 
 
-def run_case(channels: Channels, runner: ModuleRunner, **options: Any) -> None:
-    executor_of(channels, **options).run(PlannedBatch(plan_of(CASE)), runner)
+def run_case(
+    channels: Channels, runner: ModuleRunner, queues: QueueModel | None = None, **options: Any
+) -> None:
+    executor_of(channels, **options).run(PlannedBatch(plan_of(CASE, queues)), runner)
 
 
 def missing_send() -> list[str]:
@@ -216,14 +225,48 @@ REPLICAS = [
 ]
 
 
-def replicas() -> dict[str, Any]:
+class Watched(ModuleRunner):
+    """Notes which reductions run when another one starts."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.started: list[tuple[int, list[int]]] = []
+
+    def reductions(self, stage: Stage) -> Sequence[Reduction]:
+        return [_WatchedReduction(self, stage.stage, one) for one in super().reductions(stage)]
+
+
+class _WatchedReduction:
+    """Ends when it was asked three times: the answer to ``is_completed`` is a matter of luck."""
+
+    def __init__(self, runner: Watched, stage: int, reduction: Reduction) -> None:
+        self.runner, self.stage, self.reduction = runner, stage, reduction
+        self.asked = 0
+
+    def start(self) -> None:
+        running = [one.stage for one in _running if one.asked < 3]
+        self.runner.started.append((self.stage, running))
+        _running.append(self)
+        self.reduction.start()
+
+    def is_ended(self) -> bool:
+        self.asked += 1
+        return self.asked >= 3
+
+
+_running: list[_WatchedReduction] = []
+
+
+def replicas(queues: QueueModel | None = None) -> dict[str, Any]:
     """Two pipelines with different batches; the largest error against the mean of plain loops."""
     replica = rank() // 2
     data_parallel = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank() % 2]
     case = REPLICAS[replica]
-    channels = new_channels([0, 1])
-    runner = runner_of(channels.rank, case, data_parallel_group=data_parallel)
-    plan = plan_of(case)
+    channels = new_channels([0, 1], num_communicators=2)
+    stages = build_stages(case, partition_of(case).stages_on(channels.rank))
+    runner = Watched(stages, case.rows(), data_parallel_group=data_parallel)
+    plan = plan_of(case, queues)
+    _running.clear()
     executor_of(channels).run(PlannedBatch(plan), runner)
     runner.finish_reductions()
     expected = [plain_loop(c, c.problem(2), partition_of(c))[1] for c in REPLICAS]
@@ -236,7 +279,17 @@ def replicas() -> dict[str, Any]:
             error = (parameter.grad - mean).abs().max() / mean.abs().max()
             worst = max(worst, float(error))
     actions = [str(action) for action in plan.actions[channels.rank]]
-    return {"worst": worst, "reduces": [a for a in actions if "REDUCE" in a], "actions": actions}
+    return {
+        "worst": worst,
+        "reduces": [a for a in actions if "REDUCE" in a],
+        "actions": actions,
+        "started": runner.started,
+    }
+
+
+def replicas_suite() -> None:
+    report("replicas", replicas)
+    report("replicas, one queue", lambda: replicas(QueueModel(communicators=2)))
 
 
 def main() -> None:
@@ -247,7 +300,7 @@ def main() -> None:
         "channels": channels_suite,
         "agreement": agreement_suite,
         "executor": executor_suite,
-        "replicas": lambda: report("replicas", replicas),
+        "replicas": replicas_suite,
     }
     suites[sys.argv[1]]()
     sys.stdout.flush()

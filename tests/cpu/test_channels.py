@@ -73,3 +73,13 @@ def test_connected_channels_wait_for_no_communicator_within_a_plan(
     ):
         assert connected is not None and connected.outcome == "ok", connected
         assert not_connected is not None and not_connected.outcome == "ExecutionError"
+    for one_queue in cases["lazy, one queue"]:
+        assert one_queue is not None and one_queue.outcome == "ok", one_queue
+
+
+def test_a_plan_with_more_communicators_than_channels_have_is_refused(
+    cases: dict[str, list[CaseReport | None]],
+) -> None:
+    for report in cases["too few"]:
+        assert report is not None and report.outcome == "ChannelError"
+        assert "takes 2 communicators of each channel (expected at most 1" in report.message

@@ -1,18 +1,47 @@
 """Data-parallel replicas with different plans: one order of reductions, the mean of gradients."""
 
-from runtime_suites import run_suite
+from typing import Any
+
+import pytest
+from runtime_suites import CaseReport, run_suite
 
 
-def test_replicas_with_different_plans_get_the_mean_of_their_gradients() -> None:
+@pytest.fixture(scope="module")
+def cases() -> dict[str, list[CaseReport | None]]:
     """Two pipelines of two ranks; one has images, the other text only."""
-    (reports,) = run_suite("replicas", 4).values()
+    return run_suite("replicas", 4)
+
+
+def results_of(reports: list[CaseReport | None]) -> list[dict[str, Any]]:
     results = []
     for report in reports:
         assert report is not None and report.outcome == "ok", report
         results.append(report.result)
+    return results
+
+
+@pytest.mark.parametrize("case", ["replicas", "replicas, one queue"])
+def test_replicas_with_different_plans_get_the_mean_of_their_gradients(
+    cases: dict[str, list[CaseReport | None]], case: str
+) -> None:
+    results = results_of(cases[case])
     for images, text in zip(results[:2], results[2:], strict=True):
         assert images["actions"] != text["actions"]
         assert images["reduces"] == text["reduces"] and len(text["reduces"]) == 3
         # As early as the order allows: not all of them at the end.
         assert "REDUCE_GRAD" in " ".join(images["actions"][:-3])
+        assert [stage for stage, _ in images["started"]] == [stage for stage, _ in text["started"]]
     assert max(result["worst"] for result in results) <= 1e-12
+
+
+def test_with_one_queue_reductions_are_held_back_until_the_one_before_has_ended_or_the_plan_has(
+    cases: dict[str, list[CaseReport | None]],
+) -> None:
+    """One that runs when another starts is one too many, unless everything else is issued."""
+    assert any(running for _, running in results_of(cases["replicas"])[0]["started"][:-1])
+    for result in results_of(cases["replicas, one queue"]):
+        (first, *_) = result["started"]
+        assert first[1] == []
+        # What is left at the end: each behind the one before it, all of which may still run.
+        crowded = [len(running) > 0 for _, running in result["started"]]
+        assert crowded == sorted(crowded)
