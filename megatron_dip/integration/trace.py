@@ -2,8 +2,8 @@
 
 ``--dip-trace-dir DIR`` switches it on.  A line holds the iteration, the rank, the start and end of
 the schedule, and a list of spans ``[action, start, end, is wait]``; times are microseconds of the
-host's monotonic clock.  The plan owner's line says where its plan came from.  The plan of the
-iteration lies beside them.  After the first 20 iterations only every ``--dip-trace-interval``-th is
+host's monotonic clock, and ``is_device`` says whether a device measured them.  The plan owner's
+line says where its plan came from.  The plan of the iteration lies beside them.  After the first 20 iterations only every ``--dip-trace-interval``-th is
 written in full; records of all steps are a line each.  Every line names the start of the run that
 it belongs to.
 """
@@ -163,6 +163,7 @@ def _line(schedule: str, recorder: Recorder, start_us: float, end_us: float) -> 
         "num_ranks": mpu.get_pipeline_model_parallel_world_size(),
         "start_us": start_us,
         "end_us": end_us,
+        "is_device": any(span.is_device for span in recorder.spans),
         "spans": [
             [str(span.label), span.start_us, span.end_us, span.is_wait] for span in recorder.spans
         ],

@@ -24,6 +24,8 @@ class Span(NamedTuple):
     start_us: float
     end_us: float
     is_wait: bool
+    is_device: bool = False
+    """Measured by events of a device, where the rank has one; see ``runtime.timeline``."""
 
     @property
     def duration_us(self) -> float:
@@ -178,7 +180,10 @@ def _parse_line(data: Any) -> _Line:
         raise TypeError("not an object")
     plan = data.get("plan")
     replica, num_ranks = data.get("replica"), data.get("num_ranks")
-    spans = tuple(_parse_span(*span) for span in data["spans"])
+    is_device = data.get("is_device", False)
+    if not isinstance(is_device, bool):
+        raise TypeError(f"is_device is {shown(is_device)}")
+    spans = tuple(_parse_span(*span, is_device=is_device) for span in data["spans"])
     trace = RankTrace(
         rank=_whole(data["rank"]),
         start_us=_time(data["start_us"]),
@@ -198,10 +203,12 @@ def _parse_line(data: Any) -> _Line:
     )
 
 
-def _parse_span(label: object, start_us: object, end_us: object, is_wait: object) -> Span:
+def _parse_span(
+    label: object, start_us: object, end_us: object, is_wait: object, *, is_device: bool
+) -> Span:
     if not isinstance(label, str) or not isinstance(is_wait, bool):
         raise TypeError(f"not a span: {shown(label)}")
-    return Span(label, _time(start_us), _time(end_us), is_wait)
+    return Span(label, _time(start_us), _time(end_us), is_wait, is_device)
 
 
 def _whole(value: object) -> int:

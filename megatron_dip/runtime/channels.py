@@ -147,7 +147,8 @@ class Channels:
         self._num_communicators = 1
         everywhere = [link for links in self._links.values() for link in links]
         self._any_says_when_ended = any(link.says_when_ended for link in everywhere)
-        self._receiving = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_device = self._any_says_when_ended and device.type == "cuda"
+        self._receiving = torch.cuda.Stream(device) if on_device else None
         self._in_flight: dict[Message, _Send] = {}
         self._failure: str | None = None
 

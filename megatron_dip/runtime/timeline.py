@@ -16,6 +16,9 @@ class MeasuredSpan(NamedTuple):
     start_us: float
     end_us: float
     is_wait: bool
+    is_device: bool = False
+    """Begin and end are events of the device's stream, between which it did nothing else; else the
+    host's clock when it called and returned."""
 
 
 class Recorder:
@@ -80,11 +83,13 @@ class DeviceRecorder(Recorder):
                 self._anchor_us + 1000.0 * self._anchor.elapsed_time(event)
                 for event in (begin, end)
             )
-            self.spans.append(MeasuredSpan(label, start_us, end_us, is_wait))
+            self.spans.append(MeasuredSpan(label, start_us, end_us, is_wait, is_device=True))
         self._pending = []
         self.spans.sort(key=lambda span: span.start_us)
 
 
 def create_recorder(device: torch.device) -> Recorder:
     """The recorder for stages that compute on ``device``."""
-    return DeviceRecorder() if device.type == "cuda" else Recorder()
+    # In CPU mode, tensors for a GPU are on the host, which then computes itself.
+    is_there = torch.empty(0, device=device).device.type == "cuda"
+    return DeviceRecorder() if is_there else Recorder()

@@ -77,6 +77,8 @@ class _Span(Protocol):
     def end_us(self) -> float: ...
     @property
     def is_wait(self) -> bool: ...
+    @property
+    def is_device(self) -> bool: ...
 
 
 class MeasuredActions(NamedTuple):
@@ -113,11 +115,12 @@ def stated_overheads(plan: Plan) -> dict[str, float]:
 
 
 def action_durations_us(spans: Sequence[_Span]) -> Iterator[tuple[Action, float]]:
-    """What every compute action of a rank took, from the end of what was before it to its own end,
-    or to the wait that follows it, where one does.
+    """What every compute action of a rank took.
 
-    So the host's part of an action belongs to it (sends and receives are posted after it), and its
-    wait does not.
+    Where the device measured, that is from its own begin to its own end: the host is elsewhere by
+    then, and its spans lie anywhere between.  Where the host computes, it is from the end of what
+    was before it to its own end, or to the wait that follows it, where one does: the host's part of
+    an action belongs to it (sends and receives are posted after it), and its wait does not.
 
     Args:
         spans: Of one rank in one iteration, in order; labels are actions, or text of them.
@@ -125,7 +128,9 @@ def action_durations_us(spans: Sequence[_Span]) -> Iterator[tuple[Action, float]
     before_us: float | None = None
     for number, span in enumerate(spans):
         action = None if span.is_wait else _action(span.label)
-        if action is not None:
+        if action is not None and span.is_device:
+            yield action, span.end_us - span.start_us
+        elif action is not None:
             begin_us = span.start_us if before_us is None else min(before_us, span.start_us)
             after = spans[number + 1] if number + 1 < len(spans) else span
             end_us = max(after.start_us, span.end_us) if after.is_wait else span.end_us

@@ -1,13 +1,15 @@
 """The numbers of a step reach what Megatron has for curves."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import torch
 
 from megatron_dip.integration import feedback
 from megatron_dip.plan import Action
 from megatron_dip.report.steps import RankRecord, StepRecord
-from megatron_dip.runtime.timeline import MeasuredSpan, Recorder
+from megatron_dip.runtime.timeline import DeviceRecorder, MeasuredSpan, Recorder
 from megatron_dip.simulator.measured import action_durations_us
 
 
@@ -91,3 +93,47 @@ def test_what_a_rank_does_after_an_action_is_the_actions_and_its_wait_is_not():
     ]
     durations = {str(action): us for action, us in action_durations_us(recorder.spans)}
     assert durations == {"0F0": 10.0, "0F1": 14.0, "0B0": 10.0}
+
+
+class SyntheticEvent:
+    """Stands for ``torch.cuda.Event``: the device comes to it at the next of the given times."""
+
+    times_us: ClassVar[list[float]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.is_awaited = False
+
+    def record(self) -> None:
+        self.at_us = SyntheticEvent.times_us.pop(0)
+
+    def synchronize(self) -> None:
+        self.is_awaited = True
+
+    def elapsed_time(self, other: "SyntheticEvent") -> float:
+        return (other.at_us - self.at_us) / 1000
+
+
+def test_a_device_says_itself_what_an_action_took_whatever_the_host_did_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The host runs ahead: its own spans lie between actions that the device is yet to come to."""
+    monkeypatch.setattr(torch.cuda, "Event", SyntheticEvent)
+    # The anchor; 0F0 from 100 to 200; a wait until 240; 0B0 from 240 to 300.
+    SyntheticEvent.times_us = [0.0, 100.0, 200.0, 200.0, 240.0, 240.0, 300.0]
+    recorder = DeviceRecorder()
+    recorder._anchor_us = 0.0
+    host = iter([50.0, 150.0, 250.0, 260.0])
+    monkeypatch.setattr(recorder, "now_us", lambda: next(host))
+    recorder.record("data", 10.0)
+    begin = recorder.begin()
+    recorder.record(Action.parse("0F0"), begin)
+    recorder.record("look-ahead", 120.0)
+    begin = recorder.begin()
+    recorder.record(Action.parse("0B0"), begin, is_wait=True)
+    recorder.record("plan", 210.0, is_wait=True)
+    begin = recorder.begin()
+    recorder.record(Action.parse("0B0"), begin)
+    recorder.finish()
+    durations = {str(action): us for action, us in action_durations_us(recorder.spans)}
+    assert durations == pytest.approx({"0F0": 100.0, "0B0": 60.0})
