@@ -3,9 +3,9 @@
 ``--dip-trace-dir DIR`` switches it on.  A line holds the iteration, the rank, the start and end of
 the schedule, and a list of spans ``[action, start, end, is wait]``; times are microseconds of the
 host's monotonic clock, and ``is_device`` says whether a device measured them.  The plan owner's
-line says where its plan came from.  The plan of the iteration lies beside them.  After the first 20 iterations only every ``--dip-trace-interval``-th is
-written in full; records of all steps are a line each.  Every line names the start of the run that
-it belongs to.
+line says where its plan came from.  The plan of the iteration lies beside them.  After the first 20
+iterations only every ``--dip-trace-interval``-th is written in full; records of all steps are a
+line each.  Every line names the start of the run that it belongs to.
 """
 
 import functools
