@@ -87,7 +87,7 @@ def forward_backward_dip(
         batches,
         config=config,
         context=ContextRank(mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()),
-        reduces_early=reduces_early(model) and not forward_only,
+        reduces_early=reduces_early(model) and not (forward_only or force_all_reduce),
         first_microbatch=schedules.check_first_val_step(first_val_step, forward_only, True),
         collect_non_loss_data=collect_non_loss_data,
         counts_stored_bytes=wants_records() and not forward_only,

@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 from training_runs import TrainingRun, train
 
-__all__ = ["NUM_ITERATIONS", "ScriptRuns", "assert_equal"]
+__all__ = ["GPT_ARGUMENTS", "GPT_SCRIPT", "NUM_ITERATIONS", "ScriptRuns", "assert_equal"]
 
+GPT_SCRIPT = Path(__file__).with_name("gpt_builder_script.py")
+GPT_ARGUMENTS = """
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16
+    --max-position-embeddings 16 --position-embedding-type rope --mock-data
+    --tokenizer-type NullTokenizer --vocab-size 64
+    --micro-batch-size 2 --global-batch-size 8 --lr 0.001 --min-lr 0.001
+"""
 NUM_ITERATIONS = 3
 # Relative; parts and orders of microbatches change the rounding of sums.
 _TOLERANCE = 1e-6

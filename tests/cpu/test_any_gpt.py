@@ -3,15 +3,14 @@
 from pathlib import Path
 
 import pytest
-from any_model_runs import NUM_ITERATIONS, ScriptRuns, assert_equal
+from any_model_runs import (
+    GPT_ARGUMENTS,
+    GPT_SCRIPT,
+    NUM_ITERATIONS,
+    ScriptRuns,
+    assert_equal,
+)
 
-SCRIPT = Path(__file__).with_name("gpt_builder_script.py")
-ARGUMENTS = """
-    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16
-    --max-position-embeddings 16 --position-embedding-type rope --mock-data
-    --tokenizer-type NullTokenizer --vocab-size 64
-    --micro-batch-size 2 --global-batch-size 8 --lr 0.001 --min-lr 0.001
-"""
 PIPELINE = "--pipeline-model-parallel-size 2"
 # Two segments, a rank without a layer in one of them, and every sequence a part of its own.
 UNEVEN = {"language": {"layers": [[2, 0], [1, 1]], "sub_microbatch_tokens": 16}}
@@ -19,8 +18,8 @@ UNEVEN = {"language": {"layers": [[2, 0], [1, 1]], "sub_microbatch_tokens": 16}}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> ScriptRuns:
-    untied = f"{ARGUMENTS} --untie-embeddings-and-output-weights"
-    return ScriptRuns(tmp_path_factory.mktemp("gpt"), SCRIPT, untied)
+    untied = f"{GPT_ARGUMENTS} --untie-embeddings-and-output-weights"
+    return ScriptRuns(tmp_path_factory.mktemp("gpt"), GPT_SCRIPT, untied)
 
 
 def test_a_cut_into_uneven_segments_computes_the_same_and_checkpoints_are_exchanged(
@@ -33,11 +32,6 @@ def test_a_cut_into_uneven_segments_computes_the_same_and_checkpoints_are_exchan
     loads = f"{PIPELINE} --eval-iters 1 --ckpt-step {NUM_ITERATIONS - 1} --load"
     assert_equal(runs.run(2, f"{loads} {tmp_path / 'planned'}"), stock)
     assert_equal(runs.run(2, f"{loads} {tmp_path / 'stock'}", UNEVEN), stock)
-
-
-def test_tensor_parallel_ranks_without_data_run_parts_of_a_microbatch(runs: ScriptRuns) -> None:
-    layout = f"{PIPELINE} --tensor-model-parallel-size 2 --sequence-parallel"
-    assert_equal(runs.run(4, layout, UNEVEN), runs.run(4, layout))
 
 
 def test_context_parallel_ranks_compute_what_one_rank_computes_and_save_it(
@@ -58,15 +52,12 @@ def test_context_parallel_ranks_with_unequal_numbers_of_losses_run_parts_of_a_mi
     assert_equal(runs.run(4, layout, UNEVEN), runs.run(4, layout))
 
 
-def test_replicas_reduce_gradients_of_all_their_stages(runs: ScriptRuns) -> None:
-    layout = f"{PIPELINE} --use-distributed-optimizer --overlap-grad-reduce"
-    assert_equal(runs.run(4, layout, UNEVEN), runs.run(4, layout))
-
-
 def test_experts_and_tied_embeddings_on_ranks_without_data(tmp_path: Path) -> None:
     experts = "--num-experts 4 --moe-router-topk 2 --moe-layer-freq ([0,1,1,0])"
     balanced = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"
-    runs = ScriptRuns(tmp_path, SCRIPT, f"{ARGUMENTS} {experts} {balanced} --disable-bias-linear")
+    runs = ScriptRuns(
+        tmp_path, GPT_SCRIPT, f"{GPT_ARGUMENTS} {experts} {balanced} --disable-bias-linear"
+    )
     layout = "--pipeline-model-parallel-size 4"
     cut = {"language": {"layers": [[1, 1, 0, 0], [0, 0, 1, 1]]}}
     assert_equal(runs.run(4, layout, cut), runs.run(4, layout))

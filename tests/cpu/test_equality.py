@@ -173,7 +173,6 @@ def test_plans_train_as_the_stock_schedule_with_sgd_and_the_mean_of_microbatches
         (PP2, WHOLE_2),
         (PP2, SPLIT_1_FALLBACK),
         (PP4, SPLIT_1),
-        (TP2_PP2, WHOLE_1),
     ],
     ids=identify,
 )
