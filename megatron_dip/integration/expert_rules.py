@@ -20,8 +20,27 @@ def check_expert_plans(config: Any, model: ModelShape, partition: Partition) -> 
     """
     for module in model.modules:
         if module.has_experts:
+            _check_balancing(config, module, partition)
             _check_not_split(config, module, partition)
             _check_shared(config, module, model)
+
+
+def _check_balancing(config: Any, module: ModuleShape, partition: Partition) -> None:
+    """Some ways to balance experts look beyond a microbatch, or at all tokens of one."""
+    for name in one_by_one(config, "moe_router_load_balancing_type", "aux_loss"):
+        flag = f"--moe-router-load-balancing-type {name} does not work with"
+        if name == "global_aux_loss":
+            raise UnsupportedError(
+                f"{flag} --dip-schedule: every forward would count the tokens of the same forward "
+                f"on all replicas, whose plans are in another order (use aux_loss or seq_aux_loss)"
+            )
+        tokens = partition.sub_microbatch_tokens.get(module.name)
+        if name in ("sinkhorn", "quantile_balancing") and tokens is not None:
+            raise UnsupportedError(
+                f"{flag} sub_microbatch_tokens {tokens} of module {module.name}: where a token "
+                f"goes depends on all tokens of a microbatch (remove sub_microbatch_tokens of "
+                f"{module.name} from the schedule, or use another way)"
+            )
 
 
 def _check_not_split(config: Any, module: ModuleShape, partition: Partition) -> None:
@@ -56,11 +75,15 @@ def _check_shared(config: Any, module: ModuleShape, model: ModelShape) -> None:
     if size == 1:
         return
     dispatcher = getattr(config, "moe_token_dispatcher_type", "allgather")
-    if dispatcher != "alltoall":
+    backend = getattr(config, "moe_flex_dispatcher_backend", "deepep")
+    takes_any = dispatcher == "alltoall" or (dispatcher == "flex" and backend == "deepep")
+    if not takes_any:
+        if dispatcher == "flex":
+            dispatcher += f" with --moe-flex-dispatcher-backend {backend}"
         raise UnsupportedError(
             f"--moe-token-dispatcher-type {dispatcher} does not work with "
-            f"--expert-model-parallel-size {size} and --dip-schedule: use 'alltoall'; the replicas "
-            f"have different numbers of tokens"
+            f"--expert-model-parallel-size {size} and --dip-schedule: use 'alltoall' (or 'flex' "
+            f"with 'deepep'); the replicas have different numbers of tokens"
         )
     backward = model.modules_with_backward()
     starts_trained = module.trains_first_extra or any(

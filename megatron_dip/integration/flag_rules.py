@@ -15,6 +15,12 @@ _ONE_DIVISION = (
 )
 _WHOLE_WEIGHTS = f"{LEAVE_OUT}; use --use-distributed-optimizer"
 _SHAPES = f"{LEAVE_OUT}; it needs one shape and order for all batches"
+_KEPT = f"{LEAVE_OUT}; plans count on what layers keep, and recompute layers where memory is short"
+_GATHERED = (
+    f"{LEAVE_OUT}; every forward would gather weights from other replicas, whose plans are in "
+    f"another order"
+)
+_COUNTED = f"{LEAVE_OUT}; it counts the microbatches of a step in the order of Megatron's schedules"
 
 
 def _rules(remedy: str, *flags: str, off: Any = False) -> tuple[Rule, ...]:
@@ -67,10 +73,18 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         "--pipeline-model-parallel-layout",
         off=None,
     ),
+    Rule(
+        flag="--microbatch-group-size-per-virtual-pipeline-stage",
+        destination="microbatch_group_size_per_vp_stage",
+        allowed=(None,),
+        remedy=_BY_PARTITION,
+    ),
+    *_rules(_BY_PARTITION, "--mtp-standalone"),
     *_rules(
         _IN_ORDER,
         "--overlap-param-gather-with-optimizer-step",
         "--overlap-moe-expert-parallel-comm",
+        "--overlap-dispatch-backward-with-experts-wgrad",
         "--delay-wgrad-compute",
         "--defer-embedding-wgrad-compute",
         "--use-ring-exchange-p2p",
@@ -83,12 +97,22 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     ),
     *_rules(_ONE_DIVISION, "--hybrid-context-parallel"),
     *_rules(_WHOLE_WEIGHTS, "--use-megatron-fsdp", "--use-torch-fsdp2"),
-    *_rules(_SHAPES, "--enable-cuda-graph", "--external-cuda-graph", "--tp-comm-overlap"),
-    *_rules(_SHAPES, "--cuda-graph-impl", off="none"),
     *_rules(
-        f"{LEAVE_OUT}; plans count on what layers keep, and recompute layers where memory is short",
-        "--fine-grained-activation-offloading",
+        _GATHERED,
+        "--tensor-parallel-num-weight-shards",
+        "--expert-tensor-parallel-num-weight-shards",
+        off=None,
     ),
+    *_rules(_SHAPES, "--enable-cuda-graph", "--external-cuda-graph"),
+    *_rules(_SHAPES, "--cuda-graph-impl", off="none"),
+    *_rules(_KEPT, "--fine-grained-activation-offloading", "--moe-paged-stash"),
+    *_rules(_KEPT, "--cpu-offloading-num-layers", off=0),
+    *_rules(
+        f"{LEAVE_OUT}; Megatron would run a plan's step again in parts",
+        "--moe-expert-rank-capacity-factor",
+        off=None,
+    ),
+    *_rules(_COUNTED, "--logits-save-dir", "--logits-load-dir", off=None),
     *_rules(
         f"{LEAVE_OUT}; what a stage holds is read off its weights when it is built",
         "--init-model-with-meta-device",
@@ -100,6 +124,7 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         "--inprocess-restart",
     ),
     *_rules(f"{LEAVE_OUT}; a plan is for batches that are there", "--perform-rl-step"),
+    *_rules(f"{LEAVE_OUT}; the ranks of a plan must be there", "--fake-process-group"),
 )
 
 CHECKPOINT_RULES: tuple[Rule, ...] = (

@@ -22,6 +22,7 @@ from megatron_dip.integration.expert_rules import check_expert_plans
 from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.problems import run_builder
+from megatron_dip.integration.tensor_overlap import check_tensor_overlap
 from megatron_dip.models.facts import gather_facts, read_facts
 from megatron_dip.models.registry import ModelRegistry
 from megatron_dip.models.staged import Part, RunFacts, StagedModel
@@ -93,6 +94,7 @@ def build_stages(call_builder: CallBuilder, options: DipOptions) -> ChunkList:
     run_config = get_model_config(next(iter(chunks.values())))
     model = ModelShape(name="model", modules=shapes)
     check_expert_plans(run_config, model, partition)
+    check_tensor_overlap(run_config, model, partition, varies_parts=options.vary_parts)
     own = [read_facts(chunk, Part.of(partition, stage)) for stage, chunk in chunks.items()]
     facts = gather_facts(own, mpu.get_pipeline_model_parallel_group())
     pipeline = DipPipeline(

@@ -84,13 +84,17 @@ class StagedGpt(StagedModel):
     def check_split(self, module: str) -> None:
         """
         Raises:
-            UnsupportedError: Several tokens are predicted.
+            UnsupportedError: A loss beside that of the script is a mean over a microbatch.
         """
-        if self.predicts_several_tokens:
+        config = self.arguments["config"]
+        flag = "--mtp-num-layers" if self.predicts_several_tokens else None
+        is_sparse = getattr(config, "experimental_attention_variant", None) == "dsa"
+        if is_sparse and getattr(config, "dsa_indexer_loss_coeff", None):
+            flag = "--dsa-indexer-loss-coeff"
+        if flag is not None:
             raise UnsupportedError(
-                f"sub_microbatch_tokens of module {module} does not work with --mtp-num-layers: "
-                f"the loss of its layers is a mean over a microbatch (leave sub_microbatch_tokens "
-                f"out)"
+                f"sub_microbatch_tokens of module {module} does not work with {flag}: the loss of "
+                f"its layers is a mean over a microbatch (leave sub_microbatch_tokens out)"
             )
 
     def items(self, batch: Mapping[str, Any]) -> ItemSizes:

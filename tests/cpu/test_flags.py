@@ -1,6 +1,7 @@
 """Every flag of Megatron's parser that a run states is honoured, or refused with the reason."""
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,12 @@ from megatron_dip.families.packed import configs
 from megatron_dip.families.packed.configs import make_language_config, make_vision_config
 from megatron_dip.integration import arguments
 from megatron_dip.integration.arguments import ArgumentValidation, check_schedule_arguments
-from megatron_dip.integration.cpu_mode.arguments import CPU_DEFAULTS
+from megatron_dip.integration.cpu_mode.arguments import (
+    CPU_DEFAULTS,
+    CPU_RULES,
+    check_cpu_arguments,
+)
+from megatron_dip.integration.flag_groups import CONDITIONS, PARSER_GROUPS, Answer
 from megatron_dip.integration.flag_rules import CHECKPOINT_RULES, SCHEDULE_RULES
 from megatron_dip.integration.parser_flags import ParserFlags
 from megatron_dip.integration.rules import Rule
@@ -332,17 +338,52 @@ def test_what_megatron_refuses_is_one_line_with_its_reason(monkeypatch: pytest.M
         reader.read("--train-iters", "1", "--micro-batch-size", "1", "--fp16", "--bf16")
 
 
-@pytest.mark.parametrize("rule", (*SCHEDULE_RULES, *CHECKPOINT_RULES), ids=lambda rule: rule.flag)
-def test_a_flag_that_plans_refuse_is_one_of_megatrons_and_off_by_default(rule: Rule) -> None:
-    parser = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    (action,) = [one for one in parser._actions if one.dest == rule.destination]
-    assert rule.flag in action.option_strings
-    assert action.default in rule.allowed
-    args = argparse.Namespace(
-        **{rule.destination: "something else"}, use_distributed_optimizer=False, save="runs/saved"
-    )
-    with pytest.raises(UnsupportedError, match=f"{rule.flag}.* does not work with --dip-schedule"):
-        check_schedule_arguments(args)
+def test_every_flag_that_plans_refuse_is_one_of_megatrons_and_off_by_default(
+    reader: Reader,
+) -> None:
+    """Each is given on a command line, with whatever script."""
+    own = ["--save", "runs/saved", "--dip-schedule", "--dist-ckpt-optim-fully-reshardable"]
+    assert reader.validation(reader.parser.parse_args(own), {}) is None
+    for rule in (*SCHEDULE_RULES, *CHECKPOINT_RULES):
+        args = reader.parser.parse_args([*own, *refused_words(reader, rule)])
+        message = f"{rule.flag}.* does not work with --dip-schedule: {re.escape(rule.remedy)}"
+        with pytest.raises(UnsupportedError, match=message):
+            reader.validation(args, {})
+
+
+def test_every_flag_that_needs_a_gpu_is_refused_without_one(reader: Reader) -> None:
+    check_cpu_arguments(reader.parser.parse_args([]))
+    for rule in CPU_RULES:
+        args = reader.parser.parse_args(refused_words(reader, rule))
+        message = rf"{rule.flag}.* does not work on the CPU \(--cpu\): {re.escape(rule.remedy)}"
+        with pytest.raises(UnsupportedError, match=message):
+            check_cpu_arguments(args)
+
+
+def refused_words(reader: Reader, rule: Rule) -> list[str]:
+    """A command line that breaks ``rule``, which must be about a flag of Megatron's that is off."""
+    (action,) = [one for one in reader.actions if rule.flag in one.option_strings]
+    assert action.dest == rule.destination
+    default = CPU_DEFAULTS.get(action.dest, action.default)
+    assert default in rule.allowed
+    words = words_for(action)
+    if action.choices and words[-1] in rule.allowed:
+        words[-1] = next(choice for choice in action.choices if choice not in rule.allowed)
+    return [rule.flag, *words[1:]]
+
+
+def test_every_group_of_megatrons_parser_has_a_row_in_the_page(reader: Reader) -> None:
+    groups = {group.title: group._group_actions for group in reader.parser._action_groups}
+    of_megatron = {
+        title for title, actions in groups.items() if any(one in reader.actions for one in actions)
+    }
+    assert of_megatron - {"options", "kitchen"} == set(PARSER_GROUPS)
+    flags = {option for action in reader.actions for option in action.option_strings}
+    assert set(CONDITIONS) <= flags
+    refused = {rule.flag for rule in SCHEDULE_RULES}
+    for title, (answer, _) in PARSER_GROUPS.items():
+        options = {option for action in groups[title] for option in action.option_strings}
+        assert answer is not Answer.NO or options & refused, title
 
 
 def test_a_run_without_checkpoints_may_state_any_format_of_them() -> None:

@@ -87,6 +87,35 @@ def test_a_module_with_an_auxiliary_loss_is_not_split(
         check(split, **values)
 
 
+def plan_experts(config: FamilyConfig, **values: Any) -> None:
+    """Any script's options for experts, under plans."""
+    check_expert_plans(argparse.Namespace(**values), config.model_shape(), config.partition(2))
+
+
+def test_balancing_over_replicas_is_refused_under_plans(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    for name in ("seq_aux_loss", "sinkhorn", "quantile_balancing"):
+        plan_experts(config, moe_router_load_balancing_type=name)
+    with pytest.raises(UnsupportedError, match=r"global_aux_loss .*with --dip-schedule: every"):
+        plan_experts(config, moe_router_load_balancing_type=["aux_loss", "global_aux_loss"])
+
+
+@pytest.mark.parametrize("name", ["sinkhorn", "quantile_balancing"])
+def test_routing_by_all_tokens_of_a_microbatch_needs_it_whole(tmp_path: Path, name: str) -> None:
+    split = config_of(tmp_path, tokens=96)
+    plan_experts(split, moe_router_load_balancing_type="none")
+    with pytest.raises(UnsupportedError, match=f"{name} .*sub_microbatch_tokens 96.*all tokens"):
+        plan_experts(split, moe_router_load_balancing_type=name)
+
+
+def test_replicas_share_experts_by_what_takes_any_number_of_tokens(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    shared = {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "flex"}
+    plan_experts(config, **shared, moe_flex_dispatcher_backend="deepep")
+    with pytest.raises(UnsupportedError, match=r"flex with --moe-flex-dispatcher-backend hybridep"):
+        plan_experts(config, **shared, moe_flex_dispatcher_backend="hybridep")
+
+
 def test_an_auxiliary_loss_that_megatron_would_scale_wrongly_is_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     values = {"moe_aux_loss_coeff": 0.01, "calculate_per_token_loss": True}

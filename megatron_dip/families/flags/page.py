@@ -1,4 +1,4 @@
-"""The table of ``docs/flags.md``, from the groups of flags.
+"""The tables of ``docs/flags.md``, from the rules and the groups of flags.
 
     python -m megatron_dip.families.flags.page docs/flags.md
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from megatron_dip.errors import ConfigError
 from megatron_dip.families.flags.groups import FlagGroup, Verdict
 from megatron_dip.families.flags.table import GROUPS
+from megatron_dip.integration.cpu_mode.arguments import CPU_RULES
+from megatron_dip.integration.flag_groups import CONDITIONS, PARSER_GROUPS
 from megatron_dip.integration.flag_rules import CHECKPOINT_RULES, SCHEDULE_RULES
 from megatron_dip.reading import read_text
 
@@ -30,7 +32,8 @@ _SHOWN = {
 
 def tables(parser: argparse.ArgumentParser) -> str:
     """What ``docs/flags.md`` says of the flags of ``parser``, which is Megatron's."""
-    lines = ["## In the scripts of `examples/`", ""]
+    lines = _by_parser_group(parser)
+    lines += ["", "## In the scripts of `examples/`", ""]
     lines += ["| flags | | what becomes of them |", "|---|---|---|"]
     for group in GROUPS:
         flags = [flag for name in group.destinations for flag in _flags_of(parser, name, group)]
@@ -45,6 +48,29 @@ def tables(parser: argparse.ArgumentParser) -> str:
         when = ", with --save or --load" if rule in CHECKPOINT_RULES else ""
         lines.append(f"| `{rule.flag}`{when} | {allowed or 'not stated'} | {rule.remedy} |")
     return "\n".join(lines) + "\n"
+
+
+def _by_parser_group(parser: argparse.ArgumentParser) -> list[str]:
+    """What becomes of every group of the parser under a plan, with any script."""
+    refused = {rule.flag for rule in (*SCHEDULE_RULES, *CHECKPOINT_RULES)}
+    on_gpus = {rule.flag for rule in CPU_RULES}
+    lines = ["## By group of Megatron's parser", "", "With any script under `--dip-schedule`:", ""]
+    lines += ["| group | | refused ([why](#refused-with---dip-schedule)) | when | GPU only |"]
+    lines += ["|---|---|---|---|---|"]
+    for group in parser._action_groups:
+        options = [option for action in group._group_actions for option in action.option_strings]
+        if group.title not in PARSER_GROUPS:
+            continue
+        answer, note = PARSER_GROUPS[group.title]
+        conditions = [f"`{one}`: {CONDITIONS[one]}" for one in options if one in CONDITIONS]
+        cells = [
+            f"{answer}: {note}",
+            ", ".join(f"`{option}`" for option in options if option in refused),
+            "; ".join(conditions),
+            ", ".join(f"`{option}`" for option in options if option in on_gpus - refused),
+        ]
+        lines.append(f"| {group.title} | {' | '.join(cells)} |")
+    return lines
 
 
 def _flags_of(parser: argparse.ArgumentParser, name: str, group: FlagGroup) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.integration.rules import Rule, check_rules
 
-__all__ = ["CPU_DEFAULTS", "check_cpu_arguments", "wrap_argument_parsing"]
+__all__ = ["CPU_DEFAULTS", "CPU_RULES", "check_cpu_arguments", "wrap_argument_parsing"]
 
 # Fused kernels and Transformer Engine need CUDA.  Workers of the data loader would compete with
 # the ranks for the same cores.
@@ -26,7 +26,7 @@ CPU_DEFAULTS: dict[str, Any] = {
 
 
 _USE_DISTRIBUTED = "use --use-distributed-optimizer"
-_RULES = (
+CPU_RULES = (
     Rule(
         flag="--transformer-impl",
         destination="transformer_impl",
@@ -72,7 +72,7 @@ def check_cpu_arguments(args: argparse.Namespace) -> None:
     Raises:
         UnsupportedError: Names the flag, its value and what to use instead.
     """
-    check_rules(args, _RULES, "on the CPU (--cpu)")
+    check_rules(args, CPU_RULES, "on the CPU (--cpu)")
     repeated = getattr(args, "recompute_modules", None) or ()
     if getattr(args, "recompute_granularity", None) == "selective" and "layernorm" in repeated:
         raise UnsupportedError(
