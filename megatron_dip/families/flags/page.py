@@ -59,9 +59,10 @@ def _by_parser_group(parser: argparse.ArgumentParser) -> list[str]:
     lines += ["|---|---|---|---|---|"]
     for group in parser._action_groups:
         options = [option for action in group._group_actions for option in action.option_strings]
-        if group.title not in PARSER_GROUPS:
+        row = PARSER_GROUPS.get(group.title or "")
+        if row is None:
             continue
-        answer, note = PARSER_GROUPS[group.title]
+        answer, note = row
         conditions = [f"`{one}`: {CONDITIONS[one]}" for one in options if one in CONDITIONS]
         cells = [
             f"{answer}: {note}",

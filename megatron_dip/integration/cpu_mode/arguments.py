@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 from megatron_dip.errors import UnsupportedError
-from megatron_dip.integration.rules import Rule, check_rules
+from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
 
 __all__ = ["CPU_DEFAULTS", "CPU_RULES", "check_cpu_arguments", "wrap_argument_parsing"]
 
@@ -26,6 +26,7 @@ CPU_DEFAULTS: dict[str, Any] = {
 
 
 _USE_DISTRIBUTED = "use --use-distributed-optimizer"
+_WITH_ENGINE = f"it needs Transformer Engine; {LEAVE_OUT}"
 CPU_RULES = (
     Rule(
         flag="--transformer-impl",
@@ -61,7 +62,42 @@ CPU_RULES = (
             ("--use-nccl-ub", "nccl_ub"),
             # Gloo cannot average.
             ("--ddp-average-in-collective", "ddp_average_in_collective"),
+            ("--use-sharp", "use_sharp"),
+            ("--optimizer-cuda-graph", "optimizer_cuda_graph"),
         )
+    ),
+    *(
+        Rule(flag=flag, destination=destination, allowed=(False,), remedy=_WITH_ENGINE)
+        for flag, destination in (
+            ("--moe-permute-fusion", "moe_permute_fusion"),
+            ("--moe-router-fusion", "moe_router_fusion"),
+            ("--use-precision-aware-optimizer", "use_precision_aware_optimizer"),
+            ("--qk-clip", "qk_clip"),
+            ("--log-max-attention-logit", "log_max_attention_logit"),
+            ("--fp8-param-gather", "fp8_param_gather"),
+            ("--fp4-param-gather", "fp4_param_gather"),
+            ("--use-transformer-engine-op-fuser", "use_transformer_engine_op_fuser"),
+            ("--use-te-activation-func", "use_te_activation_func"),
+            ("--fine-grained-activation-offloading", "fine_grained_activation_offloading"),
+        )
+    ),
+    Rule(
+        flag="--cpu-offloading-num-layers",
+        destination="cpu_offloading_num_layers",
+        allowed=(0,),
+        remedy=_WITH_ENGINE,
+    ),
+    Rule(
+        flag="--symmetric-ar-type",
+        destination="symmetric_ar_type",
+        allowed=(None,),
+        remedy=_WITH_ENGINE,
+    ),
+    Rule(
+        flag="--moe-token-dispatcher-type",
+        destination="moe_token_dispatcher_type",
+        allowed=("allgather", "alltoall"),
+        remedy="DeepEP, HybridEP and NCCL EP need GPUs; use 'alltoall'",
     ),
 )
 
