@@ -78,6 +78,7 @@ class Cut:
     layers: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = ()
     """Layers per module, segment and rank; even where not given."""
     planner: str = "dual_queue"
+    hardware_queues: str = "auto"
 
     @classmethod
     def split(cls, num_segments: int, planner: str = "dual_queue") -> "Cut":
@@ -98,6 +99,7 @@ class Cut:
             sub_microbatch_tokens=(self.vision_tokens, self.language_tokens),
             layers=dict(self.layers) or None,
             planner=self.planner,
+            hardware_queues=self.hardware_queues,
         )
 
 

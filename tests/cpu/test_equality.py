@@ -62,7 +62,7 @@ ADAM_REPLICAS = Case(
 )
 SGD_REPLICAS = Case(
     layout=DP2_PP2,
-    cut=SPLIT_2,
+    cut=replace(SPLIT_2, hardware_queues="one"),
     arguments=f"{SGD} {MEAN}",
     own_arguments="--overlap-grad-reduce",
 )
@@ -207,6 +207,9 @@ def test_replicas_with_different_plans_reduce_gradients_and_train_alike(
     without_images = [(not any(num_images(a)), not any(num_images(b))) for a, b in pairs]
     assert (True, False) in without_images or (False, True) in without_images
     assert any(a.actions != b.actions for a, b in pairs)
+    # Over gloo every stream has a queue, unless the configuration says otherwise.
+    for plan in replicas[0]:
+        assert (plan.queues is not None) == (case.cut.hardware_queues == "one")
 
 
 @pytest.mark.parametrize("cut", [None, SNAKE], ids=["stock", "other-partition"])

@@ -64,6 +64,7 @@ def write_config(
     planning: Mapping[str, float] | None = None,
     feedback: bool = True,
     experts: Mapping[str, int] | None = None,
+    hardware_queues: str = "auto",
 ) -> Path:
     """A configuration file.
 
@@ -74,6 +75,7 @@ def write_config(
         layers: Per module, segment and rank; cut evenly where not given.
         planning: As in a configuration file.
         experts: Of the language module, as in a configuration file.
+        hardware_queues: As in a configuration file.
         feedback: Whether costs follow what is measured, so that plans differ from run to run.
     """
     segments = num_segments
@@ -110,6 +112,7 @@ def write_config(
             "num_ranks": num_ranks,
             "planner": planner,
             "evaluations": evaluations,
+            "hardware_queues": hardware_queues,
             "modules": modules,
             "costs": {"feedback": feedback},
         },

@@ -18,13 +18,13 @@ hooks.enable()
 import megatron.training  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
 from runtime_cases import CASE, partition_of  # noqa: E402
 
 from megatron_dip.families.lavin.adapter_files import stages_of  # noqa: E402
 from megatron_dip.families.packed.initialization import named_global_parameters  # noqa: E402
 from megatron_dip.families.packed.model import PackedModel  # noqa: E402
+from megatron_dip.integration import runner  # noqa: E402
 from megatron_dip.integration.saving import protect_saving  # noqa: E402
 from megatron_dip.launch import main  # noqa: E402
 from megatron_dip.planner import make_plan  # noqa: E402
@@ -85,15 +85,16 @@ def _watch(training: Any) -> dict[str, Any]:
         return result
 
     training.train_step, training.evaluate = watched_train_step, watched_evaluate
-    start_grad_sync = DistributedDataParallel.start_grad_sync
+    bucket_reductions = runner.bucket_reductions
 
-    def watched_start(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched_reductions(*args: Any) -> Any:
         # Finalizing does not come here: it starts what is left by itself, so that numbers alone
         # cannot tell whether anything was early.
-        seen["early_reductions"].append(len(seen["grad_norms"]))
-        return start_grad_sync(self, *args, **kwargs)
+        made = bucket_reductions(*args)
+        seen["early_reductions"] += [len(seen["grad_norms"])] * len(made)
+        return made
 
-    DistributedDataParallel.start_grad_sync = watched_start
+    runner.bucket_reductions = watched_reductions
     return seen
 
 
