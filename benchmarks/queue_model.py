@@ -17,43 +17,49 @@ Means of all problems of a model; ``hang`` where some come to rest for ever.  Ba
 left out: one kernel for two transfers ends with the later one, so that it only adds to what is
 waited for.
 
-    python benchmarks/queue_model.py FOLDER [--microbatches 64] [--evaluations 64]
-    python benchmarks/queue_model.py --random 10000 [--seed 0]
+    python benchmarks/queue_model.py FOLDER [--microbatches 64] [--ranks N] [--evaluations 64]
+    python benchmarks/queue_model.py FOLDER --reductions
+
+The second says what gradient reductions of two replicas with different batches add: issued where
+they stand in the lists, held back until the one before has ended (seen at once, or when the host,
+which is some actions ahead, has issued so many more), or all at the end.
 """
 
 import argparse
 import math
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from planner_speed import kept_partition, model_of, resized
+from planner_speed import kept_partition, make_table, model_of, resized
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dip.errors import PlanDeadlockError
-from megatron_dip.partition import load_partition, partition_from_layers
-from megatron_dip.plan import PipelineGraph, Plan, QueueModel
+from megatron_dip.partition import load_partition
+from megatron_dip.plan import ActionType, PipelineGraph, QueueModel
 from megatron_dip.plan.lowering import lower_lists
-from megatron_dip.plan.numbers import TYPE_NUMBERS, decode_tasks, number_actions
+from megatron_dip.plan.numbers import TYPE_NUMBERS
 from megatron_dip.plan.placing import place_receives, rearranged
-from megatron_dip.plan.progress import hosts_meet
-from megatron_dip.plan.queues import ActionLists, list_kernels, run_kernels
-from megatron_dip.plan.validation import validate_plan
+from megatron_dip.plan.queues import ActionLists, Kernels, KernelTimes, list_kernels, run_kernels
 from megatron_dip.plan.wiring import FloatArray, IntArray
-from megatron_dip.planner import form_sub_microbatches, make_plan, plan_from_order, search_schedule
-from megatron_dip.planner.joint import joint_problem
+from megatron_dip.planner import form_sub_microbatches, plan_from_order, search_schedule
+from megatron_dip.planner.greedy import GreedySchedule
+from megatron_dip.planner.memory import layers_to_recompute
 from megatron_dip.simulator import TaskTable, build_task_table, simulate_order
 from megatron_dip.simulator.simulate import decode_order, list_durations_us
-from megatron_dip.workload import Problem, load_problem, parse_problem
+from megatron_dip.workload import load_problem
 
 COMMUNICATORS = (1, 2, 4)
+PLANNED = 2
+"""What plans of a run take."""
 NOISE = 0.1
+BYTES_PER_US = 40000.0
+"""Of a gradient reduction."""
 _SEND_F, _RECV_F, _SEND_B, _RECV_B = (TYPE_NUMBERS[kind] for kind in list(TYPE_NUMBERS)[4:8])
+_REDUCE = TYPE_NUMBERS[ActionType.REDUCE_GRAD]
 
 
 # ---- the means -----------------------------------------------------------------------------------
@@ -136,10 +142,14 @@ class Lists(NamedTuple):
         return float(run_kernels(kernels, duration_us[order]).ends_us.max())
 
 
-def case_of(path: Path, num_microbatches: int) -> TaskTable:
-    """The batch with so many microbatches, on the partition kept for its model."""
+def case_of(path: Path, num_microbatches: int, num_ranks: int | None) -> TaskTable:
+    """The batch with so many microbatches and ranks, on the partition kept for its model if that
+    has as many."""
     problem = load_problem(path)
-    problem = resized(problem, problem.num_ranks, num_microbatches)
+    is_kept = num_ranks in (None, problem.num_ranks)
+    problem = resized(problem, num_ranks or problem.num_ranks, num_microbatches)
+    if not is_kept:
+        return make_table(problem)
     partition = load_partition(kept_partition(path.stem))
     groups = form_sub_microbatches(problem, partition.sub_microbatch_tokens)
     return build_task_table(PipelineGraph(problem, partition, groups))
@@ -160,12 +170,14 @@ def rows_of(lists: Lists, base_us: float) -> dict[tuple[str, int], float]:
     return found
 
 
-def cost_table(paths: Sequence[Path], num_microbatches: int, evaluations: int) -> Table:
+def cost_table(
+    paths: Sequence[Path], num_microbatches: int, num_ranks: int | None, evaluations: int
+) -> Table:
     """One line per model and number of communicators."""
     found: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     planned: dict[str, list[float]] = defaultdict(list)
     for path in paths:
-        table = case_of(path, num_microbatches)
+        table = case_of(path, num_microbatches, num_ranks)
         schedule = search_schedule(table, evaluations=evaluations)
         table = table.with_recompute(schedule.num_recomputed)
         simulation = simulate_order(table, schedule.order)
@@ -178,14 +190,19 @@ def cost_table(paths: Sequence[Path], num_microbatches: int, evaluations: int) -
     printed = Table("model", "communicators", *(name.replace("_", " ") for name in names), "plan")
     for (model, count), row in found.items():
         cells = [mean_of(row[name]) for name in names]
-        printed.add_row(model, str(count), *cells, mean_of(planned[model]) if count == 2 else "")
+        printed.add_row(
+            model, str(count), *cells, mean_of(planned[model]) if count == PLANNED else ""
+        )
     return printed
 
 
-def check_plan(table: TaskTable, schedule: Any, base_us: float) -> float:
-    """The whole plan for one queue with two communicators, proven; its time over ``base_us``."""
+def check_plan(table: TaskTable, schedule: GreedySchedule, base_us: float) -> float:
+    """The whole plan for one queue, proven; its time over ``base_us``."""
     plan = plan_from_order(
-        table.graph, decode_order(table, schedule.order), queues=QueueModel(communicators=2)
+        table.graph,
+        decode_order(table, schedule.order),
+        layers_to_recompute(table, schedule.num_recomputed),
+        queues=QueueModel(communicators=PLANNED),
     )
     assert plan.estimate is not None
     return plan.estimate.makespan_us / base_us
@@ -198,176 +215,151 @@ def mean_of(ratios: Sequence[float]) -> str:
     return f"{hangs} of {len(ratios)} hang" if hangs else f"{statistics.mean(ratios):.4f}"
 
 
-# ---- random plans --------------------------------------------------------------------------------
-
-GRAPHS: tuple[tuple[tuple[str, tuple[str, ...], bool], ...], ...] = (
-    (("language", (), True),),
-    (("vision", (), True), ("language", ("vision",), True)),
-    (("vision", (), False), ("language", ("vision",), True)),
-    (("vision", (), True), ("language", ("vision",), False)),
-    (("vision", (), True), ("audio", (), False), ("language", ("vision", "audio"), True)),
-    (("vision", (), True), ("text", ("vision",), False), ("dit", ("text", "vision"), True)),
-)
+# ---- reductions ----------------------------------------------------------------------------------
 
 
-def random_problem(random: np.random.Generator) -> tuple[Problem, Any]:
-    """Some modules on some ranks in some segments, items of all sizes, slow and fast transfers."""
-    num_ranks = int(random.integers(2, 6))
-    modules = GRAPHS[random.integers(len(GRAPHS))]
-    layers = {
-        name: random.integers(0, 3, (random.integers(1, 4), num_ranks)).tolist()
-        for name, _, _ in modules
+class Replica(NamedTuple):
+    """One of two replicas, its plan for one queue and when its actions run."""
+
+    lists: ActionLists
+    kernels: Kernels
+    duration_us: FloatArray
+    times: KernelTimes
+
+
+def replica_of(table: TaskTable, evaluations: int) -> Replica:
+    """With reductions of gradients that take twice their bytes over the bandwidth."""
+    problem, wiring = table.graph.problem, table.graph.wiring
+    schedule = search_schedule(table, evaluations=evaluations)
+    table = table.with_recompute(schedule.num_recomputed)
+    simulation = simulate_order(table, schedule.order)
+    lists = lower_lists(table.graph, simulation.completion_order).lists
+    order = place_receives(wiring, lists, list_durations_us(table, lists), PLANNED)
+    lists = rearranged(lists, order)
+    duration_us = list_durations_us(table, lists)
+    for place, stage in enumerate(table.graph.stages):
+        module = problem.module(stage.module)
+        # Of 6 bytes per weight, 4 are its gradient.
+        gradient = module.num_trained(stage.layers) * module.layer_static_bytes * 4 / 6
+        found = (lists.type == _REDUCE) & (lists.number == place)
+        duration_us[found] = problem.transfer.latency_us + 2 * gradient / BYTES_PER_US
+    kernels = list_kernels(wiring, lists, PLANNED)
+    return Replica(lists, kernels, duration_us, run_kernels(kernels, duration_us))
+
+
+def together(pair: Sequence[Replica], *, one_queue: bool) -> float:
+    """Both replicas with every reduction issued where it stands, each with its own on the other."""
+    offset = len(pair[0].duration_us)
+    joined = {
+        name: np.concatenate(
+            [getattr(pair[0].kernels, name), _shifted(getattr(pair[1].kernels, name), offset)]
+        )
+        for name in ("rank", "before", "after", "behind", "other_side", "waiting")
     }
-    for cut in layers.values():
-        cut[0][0] += not any(map(sum, cut))
-
-    def item(number: int) -> dict[str, Any]:
-        forward_us, grad_us, weight_us = random.choice([0.0, 0.5, 1.0, 3.0, 10.0], 3).tolist()
-        return {
-            "item": number,
-            "tokens": int(random.integers(1, 4)),
-            "forward_us": forward_us,
-            "input_grad_us": grad_us,
-            "weight_grad_us": weight_us,
-            "activation_bytes": 1,
-            "boundary_bytes": int(random.integers(0, 9)),
-        }
-
-    last = modules[-1][0]
-    microbatches = [
-        {
-            name: [item(number) for number in range(random.integers(0 if name != last else 1, 4))]
-            for name, _, _ in modules
-        }
-        for _ in range(random.integers(1, 9))
+    ended = [
+        np.repeat(np.arange(len(one.duration_us)), np.diff(one.kernels.first_waiting))
+        for one in pair
     ]
-    problem = parse_problem(
-        {
-            "num_ranks": num_ranks,
-            "memory_limit_bytes": [10**15] * num_ranks,
-            "transfer": {
-                "latency_us": float(random.choice([0.0, 0.25, 2.0])),
-                "bytes_per_us": float(random.choice([0.5, 3.0, 1e12])),
-            },
-            "modules": [
-                {
-                    "name": name,
-                    "num_layers": sum(map(sum, layers[name])),
-                    "upstream": list(upstream),
-                    "trainable": trainable,
-                    "layer_overhead_us": float(random.choice([0.0, 0.5])),
-                    "layer_static_bytes": 1,
-                }
-                for name, upstream, trainable in modules
-            ],
-            "microbatches": microbatches,
-        }
+    edges = [np.concatenate([ended[0], ended[1] + offset]), joined["waiting"]]
+    reduces = []
+    for number, one in enumerate(pair):
+        types, first = one.lists.type, number * offset
+        computing = np.maximum.accumulate(np.where(types < _SEND_F, np.arange(len(types)), -1))
+        found = np.flatnonzero(types == _REDUCE)
+        # Behind what is in the current stream when it is issued, as NCCL does it.
+        edges[0] = np.concatenate([edges[0], computing[found] + first])
+        edges[1] = np.concatenate([edges[1], found + first])
+        same = one.lists.rank[found[1:]] == one.lists.rank[found[:-1]]
+        joined["before"][found[1:][same] + first] = found[:-1][same] + first
+        joined["after"][found[:-1][same] + first] = found[1:][same] + first
+        reduces.append(found + first)
+    joined["other_side"][reduces[0]] = reduces[1]
+    joined["other_side"][reduces[1]] = reduces[0]
+    if not one_queue:
+        joined["behind"][:] = -1
+    by_ended = np.argsort(edges[0], kind="stable")
+    total = offset + len(pair[1].duration_us)
+    joined["waiting"] = edges[1][by_ended]
+    kernels = Kernels(
+        first_waiting=np.searchsorted(edges[0][by_ended], np.arange(total + 1)), **joined
     )
-    return problem, partition_from_layers(layers, num_ranks)
+    duration_us = np.concatenate([one.duration_us for one in pair])
+    times = run_kernels(kernels, duration_us)
+    return float(times.ends_us.max()) if times.is_done.all() else math.inf
 
 
-def random_order(table: TaskTable, random: np.random.Generator, split: bool) -> Any:
-    """Any order that respects dependencies: ready actions drawn at random."""
-    graph = table.split if split else table.whole
-    num_waiting = graph.num_inputs.copy()
-    ready = np.flatnonzero(graph.exists & (num_waiting == 0)).tolist()
-    ranks: list[list[int]] = [[] for _ in range(table.num_ranks)]
-    while ready:
-        task = ready.pop(int(random.integers(len(ready))))
-        ranks[graph.rank[task % table.num_works]].append(task)
-        for edge in range(graph.first_output[task], graph.first_output[task + 1]):
-            follower = graph.output[edge]
-            num_waiting[follower] -= 1
-            if num_waiting[follower] == 0:
-                ready.append(int(follower))
-    return ranks
+def _shifted(values: IntArray, offset: int) -> IntArray:
+    return np.where(values >= 0, values + offset, values)
 
 
-def random_plan(random: np.random.Generator) -> Plan:
-    """By any planner, or in any order; validated by whoever makes it."""
-    problem, partition = random_problem(random)
-    queues = QueueModel(communicators=int(random.choice(COMMUNICATORS)))
-    maker = random.integers(4)
-    split = bool(random.integers(2))
-    if maker == 0:
-        return make_plan(
-            problem, partition, algorithm="one_f_one_b", split_backward=split, queues=queues
-        )
-    limits = {name: int(random.integers(1, 5)) for name in problem.module_order}
-    if maker == 1:
-        return make_plan(
-            problem,
-            partition,
-            max_tokens=limits,
-            evaluations=int(random.integers(1, 40)),
-            split_backward=split,
-            queues=queues,
-        )
-    if maker == 2:
-        return make_plan(joint_problem([problem]), partition, max_tokens=limits, queues=queues)
-    graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, limits))
-    table = build_task_table(graph)
-    ranks = random_order(table, random, split)
-    actions = [decode_tasks(graph, np.array(line, dtype=np.int64)) for line in ranks]
-    return plan_from_order(graph, actions, queues=queues)
+def held_back(pair: Sequence[Replica], num_actions_ahead: int | None) -> float:
+    """Reductions that hold up nothing: each issued when the one before it has ended, so many
+    actions later as the host is ahead; at the end of the plan where that is None."""
+    end_us = max(float(one.times.ends_us.max()) for one in pair)
+    for rank in range(int(pair[0].lists.rank.max()) + 1):
+        reductions = [
+            np.flatnonzero((p.lists.rank == rank) & (p.lists.type == _REDUCE)) for p in pair
+        ]
+        free_us = 0.0
+        for places in zip(*reductions, strict=True):
+            issued = [
+                _issued_us(one, place, free_us, num_actions_ahead)
+                for one, place in zip(pair, places, strict=True)
+            ]
+            free_us = max(issued) + float(pair[0].duration_us[places[0]])
+        end_us = max(end_us, free_us)
+    return end_us
 
 
-def check_random_plans(count: int, seed: int) -> str:
-    """How many of so many random plans can hang, under one queue or at first uses."""
-    random = np.random.default_rng(seed)
-    started, hanging, actions, early_hanging, not_meeting = time.monotonic(), 0, 0, 0, 0
-    for _ in range(count):
-        try:
-            plan = random_plan(random)
-            validate_plan(plan)
-        except PlanDeadlockError:
-            hanging += 1
-            continue
-        actions += sum(map(len, plan.actions))
-        early_hanging += hangs_when_early(plan)
-        numbers = number_actions(plan.graph, plan.actions)
-        lists = ActionLists(numbers.first, numbers.rank, numbers.type, numbers.number)
-        assert plan.queues is not None
-        not_meeting += not hosts_meet(plan.graph.wiring, lists, plan.queues.communicators)
-    return (
-        f"{hanging} of {count} random plans (seed {seed}, {actions:,} actions) can hang with one "
-        f"hardware queue; with all receives first {early_hanging} would, and at first uses of "
-        f"channels that are not opened before {not_meeting} ({time.monotonic() - started:.0f} s)"
+def _issued_us(one: Replica, place: int, free_us: float, num_actions_ahead: int | None) -> float:
+    """The start of the first action of its rank that is issued behind a reduction."""
+    rank = one.lists.rank[place]
+    computing = np.flatnonzero((one.lists.rank == rank) & (one.lists.type < _SEND_F))
+    starts_us, end_us = one.times.starts_us[computing], float(one.times.ends_us[computing].max())
+    if num_actions_ahead is None:
+        return max(end_us, free_us)
+    ready = int(np.searchsorted(computing, place))
+    free = int(np.searchsorted(starts_us, free_us)) + num_actions_ahead
+    number = max(ready, free)
+    return float(starts_us[number]) if number < len(computing) else max(end_us, free_us)
+
+
+def reduction_table(paths: Sequence[Path], num_microbatches: int, evaluations: int) -> Table:
+    """Per model two replicas, with the first two batches; times over that of many queues."""
+    by_model: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        by_model[model_of(path.stem)].append(path)
+    printed = Table(
+        "model", "in the list", "held back", "2 actions late", "8 actions late", "at the end"
     )
-
-
-def hangs_when_early(plan: Plan) -> bool:
-    """The same plan with the receives of every rank before everything else."""
-    early = tuple(
-        tuple(sorted(line, key=lambda action: not action.type.is_receive)) for line in plan.actions
-    )
-    try:
-        validate_plan(
-            Plan.of_graph(plan.graph, early, recompute=plan.recompute, queues=plan.queues)
-        )
-    except PlanDeadlockError:
-        return True
-    return False
+    for model, own in by_model.items():
+        pair = [replica_of(case_of(path, num_microbatches, None), evaluations) for path in own[:2]]
+        base_us = together(pair, one_queue=False)
+        found = [
+            together(pair, one_queue=True),
+            *(held_back(pair, ahead) for ahead in (0, 2, 8, None)),
+        ]
+        cells = ["hangs" if math.isinf(us) else f"{us / base_us:.4f}" for us in found]
+        printed.add_row(model, *cells)
+    return printed
 
 
 def main() -> None:
-    """Print the table, or the proof."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", help="folder with *-test-*.json problems")
+    parser.add_argument("folder", type=Path, help="folder with *-test-*.json problems")
     parser.add_argument("--microbatches", type=int, default=64)
+    parser.add_argument("--ranks", type=int, help="instead of those of the problems")
     parser.add_argument("--evaluations", type=int, default=64, help="of the search for each plan")
-    parser.add_argument("--random", type=int, help="check so many random plans instead")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reductions", action="store_true", help="two replicas instead of one")
     arguments = parser.parse_args()
-    if arguments.random is not None:
-        print(check_random_plans(arguments.random, arguments.seed))
-        return
-    if arguments.folder is None:
-        parser.error("expected a folder, or --random")
     paths = sorted(arguments.folder.glob("*-test-*.json"))
     if not paths:
         parser.error(f"{arguments.folder} holds no *-test-*.json problems")
-    table = cost_table(paths, arguments.microbatches, arguments.evaluations)
+    if arguments.reductions:
+        table = reduction_table(paths, arguments.microbatches, arguments.evaluations)
+    else:
+        table = cost_table(paths, arguments.microbatches, arguments.ranks, arguments.evaluations)
     Console(width=120).print(table)
 
 
