@@ -46,6 +46,20 @@ def test_plan_writes_a_plan_that_validates(files):
     assert run("validate", files / "plan.json").exit_code == 0
 
 
+def test_a_plan_for_one_hardware_queue_says_so_validates_and_is_simulated_by_its_rules(files):
+    result = run(*plan_arguments(files), "--hardware-queues", "one")
+    assert result.exit_code == 0, result.output
+    made = load_plan(files / "plan.json")
+    assert made.queues is not None and made.queues.communicators == 2
+    assert run("validate", files / "plan.json").exit_code == 0
+    spoiled = made.to_json()
+    line = spoiled["ranks"][0]["actions"]
+    line.sort(key=lambda action: "RECV" not in action)
+    (files / "plan.json").write_text(json.dumps(spoiled))
+    refused = run("validate", files / "plan.json")
+    assert refused.exit_code == 2 and "with one hardware queue" in refused.output
+
+
 def test_several_problems_get_one_plan_that_holds_for_each(files):
     problem, partition = encoder_case()
     text_only = problem.model_copy(update={"microbatches": problem.microbatches[1:] * 2})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planning_cases import cases, chain_case, encoder_case
+from planning_cases import cases, chain_case, encoder_case, sizes_of
 
 from megatron_dip.errors import PlanDeadlockError
 from megatron_dip.partition import partition_from_layers
@@ -28,7 +28,14 @@ from megatron_dip.plan.numbers import number_actions
 from megatron_dip.plan.progress import hosts_meet
 from megatron_dip.plan.queues import ActionLists
 from megatron_dip.plan.validation import validate_plan
-from megatron_dip.planner import make_plan, plan_from_order
+from megatron_dip.planner import (
+    PlannerSettings,
+    make_plan,
+    pack_plan,
+    plan_from_order,
+    plan_in_rounds,
+    unpack_plan,
+)
 from megatron_dip.planner.joint import joint_problem, restrict_plan
 from megatron_dip.simulator import simulate
 from megatron_dip.simulator.tasks import build_task_table
@@ -323,6 +330,25 @@ def test_a_plan_says_its_queues_and_one_for_many_says_nothing():
     form = plan.to_json()
     assert form["queues"] == {"hardware_queues": "one", "communicators": 2}
     assert parse_plan(form) == plan
+    problem, partition = case
+    sizes = sizes_of(problem)
+    packed = pack_plan(plan, [sizes])
+    assert unpack_plan(packed, lambda _: problem, partition, own=sizes).plan == plan
+
+
+def test_all_plans_of_a_run_are_for_its_queues(monkeypatch):
+    """The searched one, the one without a search, and what is left where planning fails."""
+    problem, partition = encoder_case()
+    settings = PlannerSettings(algorithm="dual_queue", evaluations=80, queues=QueueModel())
+    found = list(plan_in_rounds(problem, partition, settings, limit_ms=1e9))
+    assert len(found) > 1
+    assert {one.plan.queues for one in found} == {QueueModel()}
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(PlannerSettings, "first_plan", fail)
+    assert settings.fallback(problem, partition).queues == QueueModel()
 
 
 def test_channels_beyond_the_streams_of_a_device_get_one_communicator():
