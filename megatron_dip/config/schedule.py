@@ -76,6 +76,9 @@ class ScheduleConfig(Form):
     planner: Literal["dual_queue", "one_f_one_b"] = "dual_queue"
     evaluations: Annotated[int, Field(ge=0, le=MOST_EVALUATIONS)] = 64
     """Orders of a batch that the dual queue tries before it takes the best; 0 tries one."""
+    split_backward: bool = False
+    """Plan input and weight gradients apart, so that the latter fill gaps. Needs layers that keep
+    them apart: Transformer Engine's, from 2.8 on. Beside ``plan``: run its two parts as two."""
     partition: Path | None = None
     """A cut as ``megatron-dip partition`` writes it; modules then state none."""
     modules: dict[str, ModuleSchedule] = Field(default={})

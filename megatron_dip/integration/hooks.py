@@ -155,6 +155,9 @@ def hook_models() -> None:
     Megatron's does with the data of such models beside its schedule."""
     from megatron.training import training
 
+    from megatron_dip.integration.weight_gradients import hook_data_parallel
+
+    hook_data_parallel()
     _hook_skipping()
     _hook_door(training, "get_model", _build_by_provider)
     try:

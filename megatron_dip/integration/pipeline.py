@@ -160,6 +160,7 @@ class DipPipeline:
             settings=PlannerSettings(
                 algorithm=schedule.planner,
                 evaluations=schedule.evaluations,
+                split_backward=schedule.split_backward,
                 fixed=self._fixed_plan,
                 queues=self.queues,
                 varied=self._varied_modules() if options.vary_parts else (),

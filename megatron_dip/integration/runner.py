@@ -18,18 +18,18 @@ from megatron_dip.integration.losses import LossReports, weighted_forward_step
 from megatron_dip.integration.parameter_gathers import finish_gathers
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.reductions import GradientChecks, bucket_reductions
+from megatron_dip.integration.weight_gradients import StoredWeightGradients
 from megatron_dip.models.batches import needed
 from megatron_dip.models.recompute import recomputed_layers
 from megatron_dip.models.staged import Part, Received
 from megatron_dip.partition import Stage
+from megatron_dip.plan import Work
 from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime import (
     ForwardCall,
     Reduction,
     SavedForward,
     StageInput,
-    backward_inputs,
-    backward_weights,
 )
 from megatron_dip.runtime.measure import StoredBytes
 
@@ -86,6 +86,13 @@ class MegatronRunner:
         self._context = context
         self._reduces_early = reduces_early
         self._collect_non_loss_data = collect_non_loss_data
+        splits = pipeline.config.schedule.split_backward
+        self._stored_weights = {
+            stage: StoredWeightGradients(chunk.modules() if splits else ())
+            for stage, chunk in self._chunks.items()
+        }
+        self._put_off: dict[Work, tuple[int, ...]] = {}
+        """Weight gradients that each backward has stored, per layer of its stage."""
         self._fresh_chunks = set(self._chunks) if first_microbatch else set()
         self.reports = LossReports()
         self.gradient_checks = GradientChecks()
@@ -138,22 +145,31 @@ class MegatronRunner:
     def backward(
         self, saved: SavedForward, output_grad: torch.Tensor | None
     ) -> list[torch.Tensor | None]:
-        inputs = [tensor if tensor.requires_grad else None for tensor in saved.input_tensors]
-        grads: list[torch.Tensor | None] = schedules.backward_step(
-            inputs, saved.output, output_grad, self._config
-        )
+        grads = self.input_grad(saved, output_grad)
+        self.weight_grad(saved)
         return grads
 
     def input_grad(
         self, saved: SavedForward, output_grad: torch.Tensor | None
     ) -> list[torch.Tensor | None]:
-        scale = self._config.grad_scale_func
-        if output_grad is None and scale is not None:
-            saved.output = scale(saved.output)
-        return backward_inputs(saved, output_grad)
+        """A whole backward, but for the weight gradients that layers put off.
+
+        Not two walks of the graph: layers that add to their gradients themselves would do it twice.
+        """
+        stored = self._stored_weights[saved.call.stage.stage]
+        before = stored.counts()
+        inputs = [tensor if tensor.requires_grad else None for tensor in saved.input_tensors]
+        grads: list[torch.Tensor | None] = schedules.backward_step(
+            inputs, saved.output, output_grad, self._config
+        )
+        added = zip(stored.counts(), before, strict=True)
+        self._put_off[saved.call.work] = tuple(now - earlier for now, earlier in added)
+        return grads
 
     def weight_grad(self, saved: SavedForward) -> None:
-        backward_weights(saved, self._chunks[saved.call.stage.stage])
+        """What the layers have put off; nothing where they put nothing off."""
+        put_off = self._put_off.pop(saved.call.work)
+        self._stored_weights[saved.call.stage.stage].make(put_off)
 
     def release_output(self, saved: SavedForward) -> None:
         if not saved.call.is_loss:

@@ -19,10 +19,12 @@ from megatron_dip.costs import ModelShape
 from megatron_dip.costs.builder import measured_model
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.integration.expert_rules import check_expert_plans
+from megatron_dip.integration.groups import gather_distinct
 from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.problems import run_builder
 from megatron_dip.integration.tensor_overlap import check_tensor_overlap
+from megatron_dip.integration.weight_gradients import delay_weight_gradients, require_delays
 from megatron_dip.models.facts import gather_facts, read_facts
 from megatron_dip.models.registry import ModelRegistry
 from megatron_dip.models.staged import Part, RunFacts, StagedModel
@@ -96,6 +98,10 @@ def build_stages(call_builder: CallBuilder, options: DipOptions) -> ChunkList:
     check_expert_plans(run_config, model, partition)
     check_tensor_overlap(run_config, model, partition, varies_parts=options.vary_parts)
     own = [read_facts(chunk, Part.of(partition, stage)) for stage, chunk in chunks.items()]
+    if options.config.schedule.split_backward:
+        num_delaying = sum(delay_weight_gradients(chunk) for chunk in chunks.values())
+        counts = [count for (count,) in gather_distinct([num_delaying])]
+        require_delays(counts, in_8_bits=bool(run_config.fp8))
     facts = gather_facts(own, mpu.get_pipeline_model_parallel_group())
     pipeline = DipPipeline(
         options=options,

@@ -36,6 +36,8 @@ class PlannerSettings:
     algorithm: Algorithm
     evaluations: int
     """Orders that the dual queue tries for a batch; 0 takes its default."""
+    split_backward: bool = False
+    """Input and weight gradients apart, so that the latter can fill gaps."""
     fixed: Plan | None = None
     """One plan of a joint problem, of which every batch runs what it has; then none is made."""
     queues: QueueModel | None = None
@@ -82,6 +84,7 @@ class PlannerSettings:
             partition,
             algorithm=self.algorithm,
             max_tokens=self._varied_limits(problem),
+            split_backward=self.split_backward,
             # The batch is there and must be trained: one rank may run out of memory, none waits.
             when_infeasible="least_memory",
             queues=self.queues,

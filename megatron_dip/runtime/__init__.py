@@ -21,8 +21,6 @@ from megatron_dip.runtime.runner import (
     SavedForward,
     StageInput,
     StageRunner,
-    backward_inputs,
-    backward_weights,
 )
 from megatron_dip.runtime.timeline import MeasuredSpan, Recorder, create_recorder
 
@@ -47,8 +45,6 @@ __all__ = [
     "ServiceLimits",
     "StageInput",
     "StageRunner",
-    "backward_inputs",
-    "backward_weights",
     "connected_groups",
     "create_channel_groups",
     "create_recorder",

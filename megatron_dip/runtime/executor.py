@@ -237,6 +237,7 @@ class _PlanRun:
         saved = self.stash[task.work]
         saved.output_grad = self._output_grad(action, task)
         self._end_sends(task)
+        self.runner.release_output(saved)
         start = self.recorder.begin()
         grads = []
         if task.is_loss or saved.output_grad is not None:

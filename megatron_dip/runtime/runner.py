@@ -23,8 +23,6 @@ __all__ = [
     "SavedForward",
     "StageInput",
     "StageRunner",
-    "backward_inputs",
-    "backward_weights",
 ]
 
 
@@ -135,10 +133,10 @@ class ModuleRunner:
     def input_grad(
         self, saved: SavedForward, output_grad: torch.Tensor | None
     ) -> list[torch.Tensor | None]:
-        return backward_inputs(saved, output_grad)
+        return _backward_inputs(saved, output_grad)
 
     def weight_grad(self, saved: SavedForward) -> None:
-        backward_weights(saved, self._stages[saved.call.stage.stage])
+        _backward_weights(saved, self._stages[saved.call.stage.stage])
 
     def release_output(self, saved: SavedForward) -> None:
         """Plain autograd checks the output's shape in backward, so it stays."""
@@ -183,18 +181,18 @@ class _ModuleReduction:
             grad.copy_(piece.view_as(grad))
 
 
-def backward_inputs(
+def _backward_inputs(
     saved: SavedForward, output_grad: torch.Tensor | None
 ) -> list[torch.Tensor | None]:
-    """Gradients of a forward's inputs alone; its graph stays for :func:`backward_weights`."""
+    """Gradients of a forward's inputs alone; its graph stays for :func:`_backward_weights`."""
     wanted = [tensor for tensor in saved.input_tensors if tensor.requires_grad]
     if wanted and saved.output.requires_grad:
         torch.autograd.backward(saved.output, output_grad, inputs=wanted, retain_graph=True)
     return [tensor.grad for tensor in saved.input_tensors]
 
 
-def backward_weights(saved: SavedForward, module: torch.nn.Module) -> None:
-    """Gradients of a module's parameters alone, after :func:`backward_inputs`.
+def _backward_weights(saved: SavedForward, module: torch.nn.Module) -> None:
+    """Gradients of a module's parameters alone, after :func:`_backward_inputs`.
 
     Autograd walks the graph a second time for them: the halves together cost more than one full
     backward.  They pay only where layers keep their weight gradients apart themselves.

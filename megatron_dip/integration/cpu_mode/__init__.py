@@ -3,7 +3,7 @@
 ``enable()`` gives torch's CUDA functions CPU meanings, so that Megatron's training, evaluation,
 checkpoints and optimizers run as they are; the same layers, the same loop, slower.  Tested are
 pipeline, tensor, sequence, context and data parallelism, Adam (also distributed) and SGD, 32-bit
-and bfloat16 parameters.  Expert parallelism, fp16 and Megatron's interleaved schedule are neither
+and 16-bit parameters.  Expert parallelism and Megatron's interleaved schedule are neither
 tested nor refused.  What exists only as a CUDA kernel (Transformer Engine, fp8, CUDA graphs, FSDP)
 is refused when arguments are parsed.
 

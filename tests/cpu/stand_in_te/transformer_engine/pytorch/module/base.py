@@ -44,6 +44,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         self.gemm_bias_unfused_add = bias and not return_bias and parallel_mode == "row"
         self.apply_bias = bias and not return_bias
         self.wgrad_store = WeightGradStore(delay)
+        self.weight_names, self.bias_names = ["weight"], ["bias"]
         self.wgrad_accumulation_and_reduce_hooks = []
         return size
 

@@ -1,0 +1,37 @@
+"""Megatron's GPT builder in CPU mode, which is let take the stand-in for Transformer Engine.
+
+With ``FUSED_ACCUMULATION=1`` layers add to their gradients themselves, as on GPUs.  In the end
+every rank says how many weight gradients its layers have put off.
+"""
+
+import os
+import runpy
+from pathlib import Path
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from transformer_engine.pytorch.module.base import WeightGradStore
+
+from megatron_dip.integration.cpu_mode import arguments
+
+assert HAVE_TE
+arguments._RULES = tuple(
+    rule for rule in arguments._RULES if rule.destination not in ("transformer_impl", "fp8")
+)
+arguments.CPU_DEFAULTS |= {
+    "transformer_impl": "transformer_engine",
+    "apply_rope_fusion": True,
+    "gradient_accumulation_fusion": os.environ.get("FUSED_ACCUMULATION") == "1",
+}
+stored = []
+put = WeightGradStore.put
+
+
+def count_and_put(self, *given):
+    stored.append(self)
+    put(self, *given)
+
+
+WeightGradStore.put = count_and_put
+runpy.run_path(str(Path(__file__).with_name("gpt_builder_script.py")), run_name="__main__")
+assert not any(store.context.qsize() for store in stored)
+print(f"weight gradients put off: {len(stored)}", flush=True)
