@@ -41,6 +41,8 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "bash scripts/test.sh"): ".ci/run runs it as written, and it runs these tests",
     ("README.md", "torchrun --nproc-per-node 8"): CLUSTER,
     ("docs/data.md", "energon prepare"): "tests/cpu/test_energon.py runs it on a shard of its own",
+    ("docs/gpu.md", "pip install"): "needs CUDA's headers, and a quarter of an hour",
+    ("docs/gpu.md", "torchrun --nproc-per-node 8"): CLUSTER,
     ("docs/integration.md", "def forward_step"): FRAGMENT,
     ("docs/integration.md", "sbatch scripts/slurm/train.sbatch"): SLURM,
     ("docs/own_model.md", '"""Stages of SpeechModel'): "tests/cpu/test_own_model.py runs it",
@@ -59,9 +61,12 @@ GIVEN = {"docs/baselines.md": {"plan.json": "all.json"}}
 """By page: names that stand for any such file, and the file that stands in for it."""
 FLAGS_OF_OTHERS = {
     "--container-mounts",
+    "--cpp_ext",
+    "--cuda_ext",
     "--dip",  # "the arguments `--dip-...`"
     "--dry-run",
     "--export",
+    "--no-build-isolation",
     "--nodes",
     "--non-interactive",
     "--sample-type",
