@@ -101,7 +101,7 @@ def build_stages(call_builder: CallBuilder, options: DipOptions) -> ChunkList:
     if options.config.schedule.split_backward:
         num_delaying = sum(delay_weight_gradients(chunk) for chunk in chunks.values())
         counts = [count for (count,) in gather_distinct([num_delaying])]
-        require_delays(counts, in_8_bits=bool(run_config.fp8))
+        require_delays(counts, run_config)
     facts = gather_facts(own, mpu.get_pipeline_model_parallel_group())
     pipeline = DipPipeline(
         options=options,

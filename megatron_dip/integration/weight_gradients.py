@@ -72,20 +72,22 @@ def _can_delay(layer: Any) -> bool:
     return all(hasattr(layer, name) for name in _OF_DELAYING_LAYERS)
 
 
-def require_delays(num_layers: Iterable[int], *, in_8_bits: bool) -> None:
+def require_delays(num_layers: Iterable[int], config: Any) -> None:
     """
     Args:
         num_layers: That put weight gradients off, of all ranks.
-        in_8_bits: Whether layers compute so.
+        config: Megatron's, of the run.
 
     Raises:
-        UnsupportedError: There are none; or gradients of biases come with those of inputs, as in 8
-            bits, which Megatron's wrapper of chunks does not expect of layers that put them off.
+        UnsupportedError: There are none.  Or in 8 bits, where gradients of biases come with those
+            of inputs, which Megatron's wrapper of chunks does not expect of layers that put them
+            off.  Or layers exchange while they compute weight gradients.
     """
-    if in_8_bits:
-        raise UnsupportedError(
-            "schedule.split_backward does not work with --fp8-format: leave one of the two out"
-        )
+    for name, flag in (("fp8", "--fp8-format"), ("tp_comm_overlap", "--tp-comm-overlap")):
+        if getattr(config, name):
+            raise UnsupportedError(
+                f"schedule.split_backward does not work with {flag}: leave one of the two out"
+            )
     if not any(num_layers):
         raise UnsupportedError(
             "schedule.split_backward needs layers that keep their weight gradients apart, and this "

@@ -98,12 +98,14 @@ def test_layers_that_add_to_their_gradients_themselves_do_it_once(is_split):
 
 
 def test_split_backwards_need_layers_that_keep_weight_gradients_apart():
-    require_delays([0, 3], in_8_bits=False)
+    plain = {"fp8": None, "tp_comm_overlap": False}
+    require_delays([0, 3], SimpleNamespace(**plain))
     with pytest.raises(UnsupportedError, match="split_backward needs layers") as refused:
-        require_delays([0, 0], in_8_bits=False)
+        require_delays([0, 0], SimpleNamespace(**plain))
     assert "--transformer-impl transformer_engine" in str(refused.value)
-    with pytest.raises(UnsupportedError, match="does not work with --fp8-format"):
-        require_delays([3], in_8_bits=True)
+    for field, flag in (("fp8", "--fp8-format"), ("tp_comm_overlap", "--tp-comm-overlap")):
+        with pytest.raises(UnsupportedError, match=f"does not work with {flag}"):
+            require_delays([3], SimpleNamespace(**plain | {field: True}))
 
 
 def test_weight_gradients_that_nobody_would_add_up_are_refused():
