@@ -44,7 +44,7 @@ _OF_THE_RUN = (
     "distribute_saved_activations",
     # regularisation and initial weights
     "hidden_dropout", "attention_dropout", "layernorm_epsilon", "init_method_std",
-    "embedding_init_method_std", "perform_initialization", "use_cpu_initialization",
+    "embedding_init_method_std", "use_cpu_initialization",
     "init_model_with_meta_device", "calculate_per_token_loss",
 )  # fmt: skip
 
@@ -67,7 +67,10 @@ _PLACEMENT = (
 
 
 def _of_the_run(base: TransformerConfig, names: tuple[str, ...] = _OF_THE_RUN) -> dict[str, Any]:
-    return {name: getattr(base, name) for name in names if hasattr(base, name)}
+    stated = {name: getattr(base, name) for name in names if hasattr(base, name)}
+    # Weights are drawn once the stage stands (``initialization``): what Megatron's layers would
+    # draw before that is lost, and with --use-cpu-initialization every rank would draw all of it.
+    return stated | {"perform_initialization": False}
 
 
 def _own_norms(norm_epsilon: float | None) -> dict[str, Any]:

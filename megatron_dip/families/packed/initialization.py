@@ -1,20 +1,26 @@
 """Initial weights that do not depend on how a model is laid out over ranks.
 
-Every parameter is drawn in full from a generator of its own, seeded by the run's seed and the
-parameter's global name; a tensor-parallel rank keeps its shard.  Runs with other cuts, pipeline
-sizes or tensor-parallel sizes then start from the same weights.  The cost: each rank draws the
-full tensors of its parameters, in 32 bits, on the CPU, one at a time.  Experts are named by their
-numbers among all experts, so that it makes no difference how they are divided among ranks.
+Every value is a function of the run's seed, the parameter's global name and its place in the full
+parameter (``counter_random``); a tensor-parallel rank draws its shard and nothing else.  Runs with
+other cuts, pipeline sizes or tensor-parallel sizes then start from the same weights.  Shards are
+drawn in 32 bits on the CPU, one at a time.  Experts are named by their numbers among all experts,
+so that it makes no difference how they are divided among ranks.
 
 Which distribution a weight has stays Megatron's choice: ``init_method`` of the module's config,
 ``output_layer_init_method`` (scaled by depth) for the last linear layer of each residual branch,
 ``embedding_init_method`` for word embeddings.  Biases are zero, norms stay as constructed.
-A stage may name other distributions for parameters that Megatron does not know.
+A stage may name other distributions for parameters that Megatron does not know.  All are stated as
+functions of ``torch.nn.init``, which are read here and not called: those draw from one generator,
+value after value.
 """
 
 import hashlib
+import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
@@ -23,6 +29,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor
 
 from megatron_dip.errors import UnsupportedError
+from megatron_dip.families.packed.counter_random import draw_normal, draw_uniform
 from megatron_dip.families.packed.stage import StageModule
 
 __all__ = [
@@ -72,7 +79,7 @@ def named_global_parameters(stage: StageModule) -> Iterator[tuple[str, torch.nn.
 def initialize_parameters(stage: StageModule, seed: int) -> None:
     """Give every parameter of ``stage`` its initial value; call it before any wrapper is put on.
 
-    The state of torch's generators is left as it was.
+    No generator of torch is used.
 
     Raises:
         UnsupportedError: A parameter whose distribution is not known.
@@ -86,8 +93,9 @@ def initialize_parameters(stage: StageModule, seed: int) -> None:
         if init_method is None:
             init_method = _init_method(name, _config_of(stage, name))
         group = stage.pg_collection.expt_tp if _is_expert(name) else stage.tp_group
-        full = _draw(init_method, _full_shape(parameter, group.size()), f"{seed}:{name}")
-        shard = tensor_parallel_shard(full, parameter, rank=group.rank(), size=group.size())
+        shard = _draw_shard(
+            parameter, init_method, f"{seed}:{name}", rank=group.rank(), size=group.size()
+        )
         parameter.data.copy_(shard)
 
 
@@ -139,14 +147,68 @@ def _full_shape(parameter: torch.nn.Parameter, size: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _draw(init_method: Callable[[Tensor], object], shape: tuple[int, ...], key: str) -> Tensor:
-    digest = hashlib.sha256(key.encode()).digest()
-    # Megatron's init methods draw from torch's default generator and take no other.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
-        full = torch.empty(shape, dtype=torch.float32, device="cpu")
-        init_method(full)
-    return full
+def _draw_shard(
+    parameter: torch.nn.Parameter,
+    init_method: Callable[[Tensor], object],
+    key: str,
+    *,
+    rank: int,
+    size: int,
+) -> Tensor:
+    """What a tensor-parallel rank holds of a parameter, float32 on the CPU.
+
+    Raises:
+        UnsupportedError: ``init_method`` is none of the distributions that are known.
+    """
+    shard = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    draw = _distribution(init_method, _full_shape(parameter, size))
+    if draw is None:
+        return shard.zero_()
+    digest = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    # Of a vector a row; of more dimensions, all behind the first are columns.
+    matrix = shard.reshape(1, -1) if shard.dim() == 1 else shard.flatten(1)
+    partition = _partition(parameter)
+    if partition is None:
+        draw(matrix.numpy(), digest)
+        return shard
+    dimension, stride = partition
+    assert dimension < 2, "Megatron divides weights by rows or columns"
+    axis = 1 if shard.dim() == 1 else dimension
+    # Gated layers: a part of the gate and the same part of the rest.
+    for number, part in enumerate(matrix.chunk(stride, dim=axis)):
+        first = [0, 0]
+        first[axis] = (number * size + rank) * part.shape[axis]
+        draw(part.numpy(), digest, first)
+    return shard
+
+
+def _distribution(
+    init_method: Callable[[Tensor], object], full_shape: tuple[int, ...]
+) -> Callable[..., None] | None:
+    """What draws a part of a parameter; None for zeros.
+
+    Raises:
+        UnsupportedError: ``init_method`` is another function than these of ``torch.nn.init``.
+    """
+    stated = partial(init_method)
+    known: Any = stated.func
+    if known is torch.nn.init.zeros_:
+        return None
+    call = inspect.signature(known).bind(None, *stated.args, **stated.keywords)
+    call.apply_defaults()
+    given = call.arguments
+    if known is torch.nn.init.normal_:
+        return partial(draw_normal, mean=given["mean"], deviation=given["std"])
+    if known is torch.nn.init.uniform_:
+        return partial(draw_uniform, low=given["a"], high=given["b"])
+    if known is torch.nn.init.xavier_uniform_:
+        fans = sum(full_shape[:2]) * math.prod(full_shape[2:])
+        bound = given["gain"] * math.sqrt(6 / fans)
+        return partial(draw_uniform, low=-bound, high=bound)
+    raise UnsupportedError(
+        f"no layout-independent initial weights by {init_method!r} (expected normal_, uniform_, "
+        f"xavier_uniform_ or zeros_ of torch.nn.init, or a functools.partial of one)"
+    )
 
 
 def _is_expert(name: str) -> bool:
