@@ -1,8 +1,12 @@
 """What crosses the boundaries of stages: one rule for shapes of messages and bytes of items.
 
 Ranks never exchange shapes: sender and receiver apply the rule to the sizes of the same items.  A
-message holds rows of its items, one for each token, divided among the ranks of a sequence-parallel
+message holds rows of its items, one for each token, divided among the ranks of a tensor-parallel
 group (the joined rows are padded to fit), and behind them rows that every rank holds whole.
+
+Rows are divided where sequence parallelism divides them already, and where a module hands on rows
+that every rank holds whole: each rank then sends its part, and the receiving ranks gather them.
+Sent whole, they would cross once for every rank.
 """
 
 from collections.abc import Sequence
@@ -31,9 +35,21 @@ class Boundary(NamedTuple):
     carries_context: bool = False
     """Whether the rows that cross-attention reads go along, whole on every rank."""
     num_shards: int = 1
-    """Ranks among which the rows of tokens are divided (sequence parallelism)."""
+    """Ranks among which the rows of tokens are divided."""
     row_multiple: int = 1
     """Of which each rank's rows of tokens are a multiple: 8-bit kernels want that."""
+    is_gathered: bool = False
+    """Whether the rows are divided for the way alone: whole on every rank before and after."""
+
+    def num_rows(self, sizes: Sequence[ItemSize], *, outer: bool) -> int:
+        """Rows of tokens of a message before they are divided; of one item where ``batched``.
+
+        Args:
+            sizes: Of its items.
+            outer: As of :meth:`shape`.
+        """
+        rows = [size.num_output_rows if outer else size.tokens for size in sizes]
+        return rows[0] if self.form == "batched" else sum(rows)
 
     def shape(self, sizes: Sequence[ItemSize], *, outer: bool) -> tuple[int, ...]:
         """Of one message on one rank.
@@ -76,10 +92,12 @@ def shape_boundary(
     """The boundary of a module that is known by its shape, with packed rows.
 
     Stages of a ``dit`` module hand on its text and its modulation as well.  Modules that read
-    others get all of their rows on every rank, and none that only fill up.
+    others get all of their rows on every rank, in parts, and none that only fill up.
     """
     if outer:
-        return Boundary("packed", module.output_size)
+        return Boundary(
+            "packed", module.output_size, num_shards=parallel.tensor, is_gathered=parallel.tensor > 1
+        )
     is_dit = module.kind == "dit"
     return Boundary(
         "packed",

@@ -10,12 +10,14 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core import mpu
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
 from megatron_dip.integration.parameter_gathers import finish_gathers
+from megatron_dip.integration.divided_rows import all_rows, own_rows
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.reductions import GradientChecks, bucket_reductions
 from megatron_dip.integration.weight_gradients import StoredWeightGradients
@@ -84,6 +86,7 @@ class MegatronRunner:
         self._batches = tuple(batches)
         self._planned = planned
         self._context = context
+        self._tensor_group = mpu.get_tensor_model_parallel_group()
         self._reduces_early = reduces_early
         self._collect_non_loss_data = collect_non_loss_data
         splits = pipeline.config.schedule.split_backward
@@ -136,6 +139,9 @@ class MegatronRunner:
         (tensor,) = output
         if call.is_loss:
             return tensor
+        if part.last:
+            rule = self._staged.boundary(part.module, outer=True)
+            tensor = own_rows(tensor, rule, self._tensor_group)
         # A view would keep its base alive when its own memory is freed.
         viewless: torch.Tensor = make_viewless_tensor(
             tensor, requires_grad=tensor.requires_grad, keep_graph=True
@@ -202,8 +208,11 @@ class MegatronRunner:
         message = Received(sub.module, sub.items, stage_input.sizes, stage_input.tensor)
         if sub.module == part.module:
             return message
-        is_batched = self._staged.boundary(sub.module, outer=True).form == "batched"
-        return needed(message, call.sizes, dim=1 if is_batched else 0)
+        rule = self._staged.boundary(sub.module, outer=True)
+        num_rows = rule.num_rows(stage_input.sizes, outer=True)
+        whole = all_rows(stage_input.tensor, rule, num_rows, self._tensor_group)
+        message = message._replace(tensor=whole)
+        return needed(message, call.sizes, dim=1 if rule.form == "batched" else 0)
 
     def _forward_step_of(self, call: ForwardCall) -> Callable[..., Any]:
         sub = call.sub_microbatch

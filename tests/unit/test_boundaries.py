@@ -49,6 +49,19 @@ def test_bytes_of_an_item_are_those_of_a_message_of_it_alone():
     assert context.num_bytes(size, bytes_per_value=2) == 10 * 8
 
 
+def test_what_other_modules_read_crosses_in_parts_and_is_gathered():
+    images = [ItemSize(tokens=8, spans=(8,), output_tokens=2), item(3)]
+    for sequence_parallel in (False, True):
+        parallel = Parallelism(tensor=4, sequence_parallel=sequence_parallel)
+        boundary = shape_boundary(vit(), parallel, outer=True)
+        assert boundary.is_gathered
+        assert boundary.num_rows(images, outer=True) == 5
+        # 5 rows on 4 ranks: 8 with those that fill up.
+        assert boundary.shape(images, outer=True) == (2, 1, 8)
+        assert boundary.num_bytes(item(16), bytes_per_value=2, outer=True) == 16 * 8 * 2 // 4
+    assert not shape_boundary(vit(), Parallelism(), outer=True).is_gathered
+
+
 def test_stages_of_a_diffusion_transformer_hand_on_text_and_modulation_whole():
     boundary = shape_boundary(dit(), Parallelism(tensor=2, sequence_parallel=True))
     assert boundary.shape([item(10, context=3)], outer=False) == (5 + 3 + 7, 1, 8)
