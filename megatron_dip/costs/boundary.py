@@ -96,7 +96,10 @@ def shape_boundary(
     """
     if outer:
         return Boundary(
-            "packed", module.output_size, num_shards=parallel.tensor, is_gathered=parallel.tensor > 1
+            "packed",
+            module.output_size,
+            num_shards=parallel.tensor,
+            is_gathered=parallel.tensor > 1,
         )
     is_dit = module.kind == "dit"
     return Boundary(

@@ -22,7 +22,9 @@ from models_setup import (
     vision_stages,
 )
 
+from megatron_dip.costs import Boundary
 from megatron_dip.families.packed.initialization import named_global_parameters
+from megatron_dip.integration.divided_rows import all_rows, own_rows
 
 _MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride")
 
@@ -36,7 +38,10 @@ def main() -> None:
 
 
 def run(tensor_parallel, mode):
-    """One step.  39 tokens do not divide by 2: with sequence parallelism rows are padded."""
+    """One step, features handed on as between pipeline ranks.
+
+    39 tokens do not divide by 2: with sequence parallelism rows are padded.  Nor do the features.
+    """
     base = base_config(tensor_parallel=tensor_parallel, sequence_parallel="sequence" in mode)
     vision, language = vision_stages(base, (1,)), language_stages(base, (2,))
     stages = [*vision, *language]
@@ -45,11 +50,19 @@ def run(tensor_parallel, mode):
     recompute = "recompute" in mode
     features = run_chain(vision, images, recompute_layers=[1] if recompute else [])
     features.retain_grad()
-    losses = run_chain(language, text, features, [0, 3] if recompute else [])
+    group = parallel_state.get_tensor_model_parallel_group()
+    width, is_divided = features.shape[-1], tensor_parallel > 1
+    rule = Boundary("packed", width, num_shards=tensor_parallel, is_gathered=is_divided)
+    sent = own_rows(features, rule, group)
+    arrived = sent.detach().requires_grad_()
+    read = all_rows(arrived, rule, features.shape[0], group)
+    losses = run_chain(language, text, read, [0, 3] if recompute else [])
     (losses * text.loss_mask).sum().backward()
+    sent.backward(arrived.grad)
     add_partial_gradients(stages, base)
     return {
-        "features": features.detach(),
+        "features": read.detach(),
+        "sent rows": sent.shape[0],
         "features gradient": features.grad,
         "losses": losses.detach(),
         "weights": weights,

@@ -66,6 +66,12 @@ def test_every_rank_has_all_image_features(one_rank, two_ranks):
         )
 
 
+def test_every_rank_sends_its_part_of_the_features(one_rank, two_ranks):
+    num_rows = one_rank["sent rows"]
+    assert num_rows % 2 == 1, "rows that do not divide are filled up"
+    assert [results["sent rows"] for results in two_ranks] == [(num_rows + 1) // 2] * 2
+
+
 def test_every_rank_has_the_losses_of_all_tokens(one_rank, two_ranks):
     for results in two_ranks:
         torch.testing.assert_close(
