@@ -1,1 +1,2 @@
-def draw_scale(r): return ""
+def draw_scale(r):
+    return ""

@@ -5,6 +5,8 @@ The modules that read gathered rows give every rank their whole gradient, so a r
 cut out, crosses back, and is gathered by the sender's own backward.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
@@ -13,7 +15,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_dip.costs import Boundary
+from megatron_dip.costs import Boundary, ItemSize
 
 __all__ = ["all_rows", "own_rows"]
 
@@ -35,13 +37,15 @@ def own_rows(rows: Tensor, rule: Boundary, group: dist.ProcessGroup) -> Tensor:
     return part
 
 
-def all_rows(part: Tensor, rule: Boundary, num_rows: int, group: dist.ProcessGroup) -> Tensor:
+def all_rows(
+    part: Tensor, rule: Boundary, sizes: Sequence[ItemSize], group: dist.ProcessGroup
+) -> Tensor:
     """The inverse of :func:`own_rows`.
 
     Args:
         part: What this rank has got.
         rule: As of :func:`own_rows`.
-        num_rows: Without those that fill up.
+        sizes: Of the items of the message.
         group: As of :func:`own_rows`.
     """
     if not rule.is_gathered:
@@ -49,4 +53,4 @@ def all_rows(part: Tensor, rule: Boundary, num_rows: int, group: dist.ProcessGro
     whole: Tensor = gather_from_sequence_parallel_region(
         part, tensor_parallel_output_grad=False, group=group
     )
-    return whole[:num_rows]
+    return whole[: rule.num_rows(sizes, outer=True)]

@@ -1,5 +1,7 @@
 """Groups of processes that plans need beside Megatron's own; making one is a call of the world."""
 
+import os
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -8,9 +10,15 @@ import torch.distributed as dist
 from megatron.core import mpu
 
 from megatron_dip.partition import Partition
-from megatron_dip.runtime import PlanAgreement, connected_groups
+from megatron_dip.runtime import PlanAgreement, RankPlace, connected_groups
 
-__all__ = ["create_agreement", "create_group", "gather_distinct", "replica_ranks"]
+__all__ = [
+    "create_agreement",
+    "create_group",
+    "gather_distinct",
+    "gather_places",
+    "replica_ranks",
+]
 
 
 def gather_distinct(ranks: Sequence[int]) -> list[list[int]]:
@@ -18,6 +26,26 @@ def gather_distinct(ranks: Sequence[int]) -> list[list[int]]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(ranks))
     return [list(ranks) for ranks in sorted({tuple(ranks) for ranks in gathered})]
+
+
+def gather_places(planner_cores: Sequence[int], *, is_owner: bool) -> list[RankPlace]:
+    """Where all ranks of the world run, in their order; a collective call.
+
+    Args:
+        planner_cores: Those that are named for planners; none where planners run beside ranks.
+        is_owner: Whether this rank has planners.
+    """
+    cores = tuple(planner_cores) or tuple(sorted(os.sched_getaffinity(0)))
+    place = RankPlace(
+        # A hash of numbers is the same in all processes; the cores themselves may be hundreds.
+        name=f"{socket.gethostname()}/{hash(cores)}",
+        num_cores=len(cores),
+        is_for_planners=bool(planner_cores),
+        is_owner=is_owner,
+    )
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, tuple(place))
+    return [RankPlace(*one) for one in gathered]
 
 
 def replica_ranks() -> list[int]:

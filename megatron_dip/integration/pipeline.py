@@ -1,5 +1,6 @@
 """What a rank needs to run plans under Megatron: the cut, groups, channels, planning, executor."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from megatron_dip.integration.groups import (
     create_agreement,
     create_group,
     gather_distinct,
+    gather_places,
     replica_ranks,
 )
 from megatron_dip.integration.hardware_queues import choose_queues
@@ -35,8 +37,10 @@ from megatron_dip.runtime import (
     PlannerPool,
     PlanService,
     ProcessLimits,
+    RankPlace,
     ServiceLimits,
     create_channel_groups,
+    num_planners,
 )
 
 __all__ = ["DipPipeline"]
@@ -98,7 +102,8 @@ class DipPipeline:
         """Whether this rank writes what concerns its whole replica."""
         agreement = create_agreement(self.partition, replica, timeout_seconds)
         self.is_plan_owner = agreement.is_owner
-        service = self._create_service(options) if self.is_plan_owner else None
+        places = gather_places(options.planner_cores, is_owner=self.is_plan_owner)
+        service = self._create_service(options, places) if self.is_plan_owner else None
         self.plans = PlanAhead(lambda: self._problems, agreement, service)
         """The plans of batches to come; the same calls on all ranks."""
         self.feedback = StepFeedback(
@@ -147,7 +152,7 @@ class DipPipeline:
         if self.writes_records:
             write_record(record)
 
-    def _create_service(self, options: DipOptions) -> PlanService:
+    def _create_service(self, options: DipOptions, places: Sequence[RankPlace]) -> PlanService:
         schedule, planning = self.config.schedule, self.config.planning
         limits = ProcessLimits(
             memory_bytes=int(planning.worker_memory_gib * 2**30),
@@ -165,7 +170,7 @@ class DipPipeline:
                 queues=self.queues,
                 varied=self._varied_modules() if options.vary_parts else (),
             ),
-            pool=PlannerPool(planning.workers, limits),
+            pool=PlannerPool(num_planners(planning.workers, places, dist.get_rank()), limits),
             limits=ServiceLimits(
                 wait_ms=planning.wait_limit_ms,
                 search_ms=planning.search_limit_ms,

@@ -15,9 +15,9 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
+from megatron_dip.integration.divided_rows import all_rows, own_rows
 from megatron_dip.integration.losses import LossReports, weighted_forward_step
 from megatron_dip.integration.parameter_gathers import finish_gathers
-from megatron_dip.integration.divided_rows import all_rows, own_rows
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.reductions import GradientChecks, bucket_reductions
 from megatron_dip.integration.weight_gradients import StoredWeightGradients
@@ -209,8 +209,7 @@ class MegatronRunner:
         if sub.module == part.module:
             return message
         rule = self._staged.boundary(sub.module, outer=True)
-        num_rows = rule.num_rows(stage_input.sizes, outer=True)
-        whole = all_rows(stage_input.tensor, rule, num_rows, self._tensor_group)
+        whole = all_rows(stage_input.tensor, rule, stage_input.sizes, self._tensor_group)
         message = message._replace(tensor=whole)
         return needed(message, call.sizes, dim=1 if rule.form == "batched" else 0)
 

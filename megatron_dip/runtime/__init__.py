@@ -12,6 +12,7 @@ from megatron_dip.runtime.plan_service import (
     PlanService,
     ServiceLimits,
 )
+from megatron_dip.runtime.planner_cores import RankPlace, num_planners
 from megatron_dip.runtime.planner_pool import PlannerPool
 from megatron_dip.runtime.planner_process import ProcessLimits
 from megatron_dip.runtime.reductions import Reduction
@@ -39,6 +40,7 @@ __all__ = [
     "PlanService",
     "PlannerPool",
     "ProcessLimits",
+    "RankPlace",
     "Recorder",
     "Reduction",
     "SavedForward",
@@ -48,4 +50,5 @@ __all__ = [
     "connected_groups",
     "create_channel_groups",
     "create_recorder",
+    "num_planners",
 ]

@@ -22,7 +22,7 @@ from models_setup import (
     vision_stages,
 )
 
-from megatron_dip.costs import Boundary
+from megatron_dip.costs import Boundary, ItemSize
 from megatron_dip.families.packed.initialization import named_global_parameters
 from megatron_dip.integration.divided_rows import all_rows, own_rows
 
@@ -55,7 +55,9 @@ def run(tensor_parallel, mode):
     rule = Boundary("packed", width, num_shards=tensor_parallel, is_gathered=is_divided)
     sent = own_rows(features, rule, group)
     arrived = sent.detach().requires_grad_()
-    read = all_rows(arrived, rule, features.shape[0], group)
+    num_rows = features.shape[0]
+    sizes = [ItemSize(tokens=num_rows, spans=(num_rows,))]
+    read = all_rows(arrived, rule, sizes, group)
     losses = run_chain(language, text, read, [0, 3] if recompute else [])
     (losses * text.loss_mask).sum().backward()
     sent.backward(arrived.grad)
