@@ -141,9 +141,10 @@ def setup(world: int) -> dict[str, Any]:
     pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
     own = create_channel_groups(channels, groups.gather_distinct(pipeline), 60)
     transfers = watch.step()
-    replica = dist.get_process_group_ranks(mpu.get_model_parallel_group())
+    replica = groups.replica_ranks()
     groups.create_agreement(partition, replica, 60)
     groups.create_group(groups.gather_distinct(replica), 60, "times")
+    groups.gather_places((), is_owner=True)
     return {
         "megatron": megatron,
         "transfers": transfers | {"own_groups": len(own)},
@@ -152,14 +153,19 @@ def setup(world: int) -> dict[str, Any]:
 
 
 def gathered_by(world: int) -> Any:
-    """``all_gather_object`` of rank lists as all ranks would have given them.
+    """``all_gather_object`` of rank lists, and of places, as all ranks would have given them.
 
     Ranks are numbered as Megatron numbers them: tensor, then data, then pipeline.
     """
     per_stage = world // PIPELINE
 
-    def gather(gathered: list[Any], own: Sequence[int]) -> None:
-        if len(own) == PIPELINE:
+    def gather(gathered: list[Any], own: Sequence[Any]) -> None:
+        lists: list[Any]
+        if isinstance(own, tuple):
+            lists = [own] * world
+        elif len(own) == 1:
+            lists = [[r] for r in range(world)]
+        elif len(own) == PIPELINE:
             lists = [[r % per_stage + p * per_stage for p in range(PIPELINE)] for r in range(world)]
         elif len(own) == TENSOR:
             lists = [[r - r % TENSOR + t for t in range(TENSOR)] for r in range(world)]
@@ -172,7 +178,7 @@ def gathered_by(world: int) -> Any:
                 ]
                 for r in range(world)
             ]
-        assert lists[0] == list(own)
+        assert lists[0] == own
         # As they come through the network.
         gathered[:] = [pickle.loads(pickle.dumps(one)) for one in lists]
 
@@ -187,8 +193,7 @@ def inputs(world: int) -> dict[str, float]:
 
     from megatron_dip.integration.same_inputs import Input, compare_inputs
 
-    with tempfile.TemporaryDirectory():
-        store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=60))
+    store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=60))
     given = {"argument": Input("value", "value")}
     compare_inputs(store, given, rank=0, num_ranks=1, timeout_seconds=60)
     digest = store.get("digest/0")

@@ -5,6 +5,7 @@ words ``sequence`` (parallelism) and ``recompute``, joined by ``+``, or ``plain`
 """
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -47,6 +48,9 @@ def run(tensor_parallel, mode):
     stages = [*vision, *language]
     weights = collect(stages, "data")
     images, text = vision_batch(), language_batch()
+    if parallel_state.get_tensor_model_parallel_rank() > 0:
+        # As a rank's data set has it: one decode for all ranks.
+        images = replace(images, patches=None)
     recompute = "recompute" in mode
     features = run_chain(vision, images, recompute_layers=[1] if recompute else [])
     features.retain_grad()

@@ -3,9 +3,11 @@
 import copy
 import pickle
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
+from megatron.core import mpu
 from PIL import Image
 from tiny_data_set import conversation, make_settings, sample_of, with_samples
 from torch.utils.data import DataLoader
@@ -14,6 +16,8 @@ from megatron_dip.errors import DataError
 from megatron_dip.families.data.index import build_index
 from megatron_dip.families.data.packing import PackingOptions
 from megatron_dip.families.data.statistics import microbatch_statistics
+from megatron_dip.families.packed.media import decodes_media
+from megatron_dip.families.vlm import dataset as dataset_module
 from megatron_dip.families.vlm.batches import PackedSequence, VlmMicrobatch
 from megatron_dip.families.vlm.dataset import VlmDataset
 
@@ -135,6 +139,24 @@ def test_a_rank_without_pixels_knows_the_same_metadata(settings, microbatch):
     batch = other.sub_batch("vision", range(len(other.images)))
     assert batch.patches is None
     assert batch.span_lengths == tokens_of(microbatch, "vision")
+
+
+def test_of_a_pipeline_one_rank_decodes_each_image_once(settings, monkeypatch):
+    decoded = Counter()
+    read = dataset_module.recorded_patches
+
+    def counted(*args):
+        decoded[place] += 1
+        return read(*args)
+
+    monkeypatch.setattr(dataset_module, "recorded_patches", counted)
+    for place in product(range(2), range(4)):
+        pipeline_rank, tensor_rank = place
+        monkeypatch.setattr(mpu, "get_pipeline_model_parallel_rank", lambda r=pipeline_rank: r)
+        monkeypatch.setattr(mpu, "get_tensor_model_parallel_rank", lambda r=tensor_rank: r)
+        dataset = make(settings, decode_images=decodes_media())
+        num_images = sum(len(dataset[i].images) for i in range(4))
+    assert decoded == {(0, 0): num_images}
 
 
 def test_an_image_that_changed_after_indexing_is_named(tmp_path):

@@ -9,7 +9,6 @@ from typing import NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
-from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
@@ -47,6 +46,7 @@ from megatron_dip.families.lavin.language import LavinLanguageStage
 from megatron_dip.families.lavin.scienceqa import read_scienceqa, to_instruction
 from megatron_dip.families.lavin.stages import freeze_towers
 from megatron_dip.families.lavin.vision import ClipStage, make_clip_config
+from megatron_dip.families.packed.media import decodes_media
 from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.packed.parts import set_learning_rate_factor
 from megatron_dip.families.packed.stage import StageLayers, StageModule
@@ -185,7 +185,7 @@ class LavinFamily(ModelFamily[LavinConfig]):
             LavinDataset,
             lavin_settings(config),
             seed=args.seed,
-            decode_images=mpu.get_pipeline_model_parallel_rank() == 0,
+            decode_images=decodes_media(),
             skip_bad_samples=skips_bad_samples(data),
             source=str(data.path),
         )

@@ -30,6 +30,7 @@ from megatron_dip.families.forms import TransformerSizes
 from megatron_dip.families.lavin.adapter import AdapterOptions, Routing, initial_distribution
 from megatron_dip.families.lavin.layers import adapted_block_submodules, routed_span_params
 from megatron_dip.families.packed.configs import make_vision_config
+from megatron_dip.families.packed.media import media_of_first_rank
 from megatron_dip.families.packed.stage import StageLayers, StageModule, pad_rows
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class ClipModel(MegatronModule):
 
     def embed(self, patches: Tensor) -> Tensor:
         """``[n, P - 1, values]`` to ``[n P, 1, H]``."""
-        rows = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        rows = self.patch_embedding(patches)
         first = self.class_embedding.expand(rows.shape[0], 1, -1)
         placed = torch.cat([first, rows], dim=1) + self.position_embedding
         normed: Tensor = self.input_norm(placed)
@@ -191,9 +192,10 @@ class ClipStage(StageModule):
         return features if self.post_process else torch.cat([rows, features])
 
     def _first_rows(self, batch: "ClipBatch", num_rows: int) -> Tensor:
-        if batch.patches is None:
-            raise ValueError("the first vision stage needs pixels, but the batch has none")
-        rows = pad_rows(self.vision_model.embed(batch.patches), num_rows)
+        weight = self.vision_model.patch_embedding.weight
+        shape = (len(batch.items), self.rows_per_image - 1, weight.shape[1])
+        patches = media_of_first_rank(batch.patches, shape, weight, self.tp_group, "patches")
+        rows = pad_rows(self.vision_model.embed(patches), num_rows)
         if self.config.sequence_parallel:
             rows = scatter_to_sequence_parallel_region(rows, group=self.tp_group)
         if torch.is_grad_enabled() and not rows.requires_grad:

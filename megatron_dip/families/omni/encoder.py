@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dip.families.packed.encoder import EncoderModel, EncoderStage
+from megatron_dip.families.packed.media import media_of_first_rank
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ class AudioModel(EncoderModel):
 
     def embed(self, batch: "AudioBatch") -> Tensor:
         """``[F, mels]`` to ``[N, H]``, clip by clip: convolutions never reach into another."""
-        if batch.mels is None:
-            raise ValueError("the first audio stage needs log-mel frames, but the batch has none")
+        weight = self.conv_in.weight
+        shape = (2 * sum(batch.span_lengths), weight.shape[1])
+        mels = media_of_first_rank(batch.mels, shape, weight, self.tp_group, "log-mel frames")
         gelu = torch.nn.functional.gelu
-        mels = batch.mels.to(self.conv_in.weight.dtype)
         rows = []
         for clip in mels.split([2 * length for length in batch.span_lengths]):
             found = gelu(self.conv_out(gelu(self.conv_in(clip.T[None]))))[0].T

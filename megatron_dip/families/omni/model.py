@@ -7,7 +7,6 @@ from functools import partial
 from typing import Unpack
 
 import torch
-from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
@@ -30,6 +29,7 @@ from megatron_dip.families.omni.data import (
 )
 from megatron_dip.families.omni.encoder import AudioStage
 from megatron_dip.families.packed.configs import make_projection_config, make_vision_config
+from megatron_dip.families.packed.media import decodes_media
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
 from megatron_dip.families.vlm.model import VlmStages, measured_image, measured_sequence
@@ -117,7 +117,7 @@ class OmniFamily(ModelFamily[OmniConfig]):
             settings,
             index,
             seed=args.seed,
-            decode_media=mpu.is_pipeline_first_stage(),
+            decode_media=decodes_media(),
             skip_bad_samples=skips_bad_samples(data),
         )
         return (

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dip.families.packed.encoder import EncoderModel, EncoderStage
+from megatron_dip.families.packed.media import media_of_first_rank
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 
 if TYPE_CHECKING:
@@ -62,9 +63,10 @@ class VisionModel(EncoderModel):
 
     def embed(self, batch: "VisionBatch") -> Tensor:
         """``[N, 3 * p * p]`` to ``[N, H]``."""
-        if batch.patches is None:
-            raise ValueError("the first vision stage needs patches, but the batch has none")
-        rows: Tensor = self.patch_embedding(batch.patches.to(self.patch_embedding.weight.dtype))
+        weight = self.patch_embedding.weight
+        shape = (sum(batch.span_lengths), weight.shape[1])
+        patches = media_of_first_rank(batch.patches, shape, weight, self.tp_group, "patches")
+        rows: Tensor = self.patch_embedding(patches)
         # 16-bit tables are interpolated in 32 bits: the weights of four points need the precision.
         stored = self.position_table
         table = stored if stored.dtype == torch.float64 else stored.float()

@@ -9,7 +9,6 @@ from math import isqrt
 from typing import Unpack
 
 import torch
-from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
@@ -27,6 +26,7 @@ from megatron_dip.families.data.sources import DataSettings, open_source
 from megatron_dip.families.omni.config import OmniConfig
 from megatron_dip.families.packed.configs import make_projection_config, make_vision_config
 from megatron_dip.families.packed.language import LanguageStage
+from megatron_dip.families.packed.media import decodes_media
 from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.packed.vision import VisionStage
@@ -146,7 +146,7 @@ class VlmFamily(ModelFamily[VlmConfig]):
             index,
             source=source,
             seed=args.seed,
-            decode_images=mpu.get_pipeline_model_parallel_rank() == 0,
+            decode_images=decodes_media(),
             skip_bad_samples=skips_bad_samples(config.data),
             packing=PackingOptions(separation=config.data.separation),
         )
