@@ -35,6 +35,8 @@ from scale_picture import draw_scale
 ROOT = Path(__file__).resolve().parents[1]
 WORLDS = (64, 256, 1024, 4096, 16384)
 TENSOR, PIPELINE = 8, 4
+# Of every channel where a GPU has one hardware queue, as with CUDA_DEVICE_MAX_CONNECTIONS=1.
+COMMUNICATORS = 2
 MODELS = {"vlm_s": "h100_16", "vlm_m": "h100_32", "vlm_l": "h100_64"} | {
     "t2v_s": "h100_16",
     "t2v_l": "h100_64",
@@ -121,7 +123,8 @@ def setup(world: int) -> dict[str, Any]:
 
     from megatron_dip.integration import groups
     from megatron_dip.partition import load_partition
-    from megatron_dip.runtime import create_channel_groups, pipeline_channels
+    from megatron_dip.plan import pipeline_channels
+    from megatron_dip.runtime import create_channel_groups
 
     watch = Stopwatch()
     make = dist.new_group
@@ -139,7 +142,8 @@ def setup(world: int) -> dict[str, Any]:
     partition = load_partition(ROOT / "configs" / "partitions" / "vlm_m.json")
     channels = pipeline_channels(partition, {"vision": (), "language": ("vision",)})
     pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
-    own = create_channel_groups(channels, groups.gather_distinct(pipeline), 60)
+    pipelines = groups.gather_distinct(pipeline)
+    own = create_channel_groups(channels, pipelines, 60, num_communicators=COMMUNICATORS)
     transfers = watch.step()
     replica = groups.replica_ranks()
     groups.create_agreement(partition, replica, 60)
@@ -147,7 +151,7 @@ def setup(world: int) -> dict[str, Any]:
     groups.gather_places((), is_owner=True)
     return {
         "megatron": megatron,
-        "transfers": transfers | {"own_groups": len(own)},
+        "transfers": transfers | {"own_groups": COMMUNICATORS * len(own)},
         "plans": watch.step(),
     }
 

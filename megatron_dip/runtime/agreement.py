@@ -281,17 +281,22 @@ class PlanAgreement:
 
 def connected_groups(parts: Sequence[Sequence[int]]) -> list[list[int]]:
     """The ranks that belong together because some of ``parts`` hold them in common, each once."""
-    groups: list[set[int]] = []
+    # Every rank points to another one of its group, and the last of a chain to itself: the groups
+    # of a large world are found in one pass.
+    towards: dict[int, int] = {}
+
+    def last_of(rank: int) -> int:
+        while towards.setdefault(rank, rank) != rank:
+            towards[rank] = rank = towards[towards[rank]]
+        return rank
+
     for part in parts:
-        joined = set(part)
-        apart = []
-        for group in groups:
-            if joined.isdisjoint(group):
-                apart.append(group)
-            else:
-                joined |= group
-        groups = [*apart, joined]
-    return sorted(sorted(group) for group in groups)
+        for rank in part:
+            towards[last_of(rank)] = last_of(part[0])
+    groups: dict[int, list[int]] = {}
+    for rank in sorted(towards):
+        groups.setdefault(last_of(rank), []).append(rank)
+    return sorted(groups.values())
 
 
 class _Explained:
