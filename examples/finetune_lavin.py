@@ -7,14 +7,11 @@
 """
 
 import torch
-from megatron.core.enums import ModelType
-from megatron.training import pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 
 from megatron_dip.families.iterators import data_sets, get_batch
 from megatron_dip.families.lavin.adapter_files import AdapterFiles, add_adapter_arguments
 from megatron_dip.families.provider import build_model
+from megatron_dip.integration.versions import parse_arguments, pretrain
 
 
 def loss_func(
@@ -40,12 +37,6 @@ def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    args = parse_and_validate_args(extra_args_provider=add_adapter_arguments)
+    args = parse_arguments(add_adapter_arguments)
     with AdapterFiles(load=args.load_adapters, save=args.save_adapters):
-        pretrain(
-            pretrain_cfg_container_from_args(args),
-            data_sets,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            model_provider=build_model,
-        )
+        pretrain(args, data_sets, build_model, forward_step)

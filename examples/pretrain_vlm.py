@@ -7,14 +7,11 @@ tower with the first language layers on the first pipeline rank.
 """
 
 import torch
-from megatron.core.enums import ModelType
-from megatron.training import pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 
 from megatron_dip.families.arguments import add_arguments
 from megatron_dip.families.iterators import data_sets, get_batch
 from megatron_dip.families.provider import build_model
+from megatron_dip.integration.versions import parse_arguments, pretrain
 
 
 def loss_func(
@@ -40,14 +37,8 @@ def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
 
 def main(forward_step=forward_step):  # type: ignore[no-untyped-def]
     """Train the model of the configuration."""
-    args = parse_and_validate_args(extra_args_provider=add_arguments)
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        data_sets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider=build_model,
-    )
+    args = parse_arguments(add_arguments)
+    pretrain(args, data_sets, build_model, forward_step)
 
 
 if __name__ == "__main__":

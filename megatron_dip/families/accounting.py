@@ -23,6 +23,7 @@ from megatron_dip.costs.work import static_bytes
 from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.packed.batches import Microbatch
 from megatron_dip.integration.stages import place_of
+from megatron_dip.integration.versions import needed
 from megatron_dip.planner.baselines.flat_chain import FlatChain, StaticCut
 from megatron_dip.planner.baselines.static import StaticSimulator
 
@@ -116,8 +117,9 @@ class BatchAccounting:
 
 def use_accounting(accounting: BatchAccounting) -> None:
     """Have this run's training loop report by ``accounting``."""
-    setattr(training, _OPERATIONS, accounting)
-    setattr(training, _MEMORY, accounting.report_memory)
+    for name, report in ((_OPERATIONS, accounting), (_MEMORY, accounting.report_memory)):
+        needed(training, name)
+        setattr(training, name, report)
 
 
 def note_microbatch(microbatch: Microbatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.integration.rules import LEAVE_OUT
+from megatron_dip.integration.versions import evaluates_in_batches_of_its_own
 
 __all__ = ["check_data_arguments", "complete_evaluation", "complete_full_validation"]
 
@@ -62,6 +63,12 @@ def _check_length(args: argparse.Namespace) -> None:
 
 
 def _check_full_validation(args: argparse.Namespace, explicit: Mapping[str, Any]) -> None:
+    if not evaluates_in_batches_of_its_own(args):
+        raise UnsupportedError(
+            "--full-validation does not work with this Megatron, which evaluates in batches of "
+            "training and would take samples several times: use megatron-core 0.18 or later, or "
+            f"{LEAVE_OUT}"
+        )
     for flag, destination in (
         ("--eval-iters", "eval_iters"),
         ("--eval-micro-batch-size", "eval_micro_batch_size"),

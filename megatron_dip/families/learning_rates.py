@@ -16,6 +16,7 @@ from megatron.training import training
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.packed.parts import learning_rate_factor
+from megatron_dip.integration.versions import needed
 
 __all__ = ["add_factor_overrides", "factors_of", "use_learning_rate_factors"]
 
@@ -38,8 +39,7 @@ def use_learning_rate_factors(args: argparse.Namespace, config: FamilyConfig) ->
     """Have the optimizer of this run made with the factors of ``config``.
 
     Raises:
-        UnsupportedError: Another option sets learning rates of single parameters, or this Megatron
-            has no groups of parameters that can be added to.
+        UnsupportedError: Another option sets learning rates of single parameters.
     """
     factors = factors_of(config)
     if not factors:
@@ -52,14 +52,9 @@ def use_learning_rate_factors(args: argparse.Namespace, config: FamilyConfig) ->
                 f"{args.dip_config}: both set the learning rates of single parameters (leave one "
                 f"of them out)"
             )
-    make_config = getattr(training, _HOOKED, None)
+    make_config = needed(training, _HOOKED)
     if getattr(make_config, "dip_factors", None) == factors:
         return
-    if make_config is None:
-        raise UnsupportedError(
-            f"learning_rate_factor in {args.dip_config} does not work with this Megatron, which "
-            f"has no overrides of groups of parameters (use megatron-core 0.19, or leave it out)"
-        )
 
     @functools.wraps(make_config)
     def with_factors(*given: Any, **named: Any) -> tuple[Any, Any]:

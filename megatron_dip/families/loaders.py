@@ -21,6 +21,7 @@ from megatron.training import get_args, training
 from megatron_dip.errors import DataError
 from megatron_dip.families.base import SampleSet
 from megatron_dip.families.packed.batches import Microbatch
+from megatron_dip.integration.versions import needed
 from megatron_dip.runtime.signals import hear_stop_signals, started_deaf
 
 __all__ = ["BatchLoader", "LoadedSet", "install_loaders"]
@@ -137,7 +138,7 @@ def install_loaders() -> None:
         "evaluate_and_print_results": _with_number_of_batches,
     }
     for name, wrap in wrappers.items():
-        original = getattr(training, name)
+        original = needed(training, name)
         if not getattr(original, "reads_dip_data", False):
             wrapped = functools.update_wrapper(wrap(original), original)
             wrapped.reads_dip_data = True  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from megatron.training import checkpointing
 
 from megatron_dip.errors import ConfigError, shown
 from megatron_dip.families.forms import FamilyConfig
+from megatron_dip.integration.versions import needed
 
 __all__ = ["describe_trained", "remember_trained"]
 
@@ -36,7 +37,7 @@ def describe_trained(config: FamilyConfig) -> dict[str, str]:
 def remember_trained(args: argparse.Namespace, config: FamilyConfig) -> None:
     """Have this run's checkpoints say what ``config`` trains, and those that it loads be asked."""
     setattr(args, _NAME, describe_trained(config))
-    load = getattr(checkpointing, _HOOKED)
+    load = needed(checkpointing, _HOOKED)
     if getattr(load, "asks_what_is_trained", False):
         return
 

@@ -21,7 +21,12 @@ from megatron_dip.integration.parser_flags import OWN_GROUP, ParserFlags, Stated
 from megatron_dip.integration.precision_rules import check_scaling_of_replicas
 from megatron_dip.integration.rules import check_rules
 from megatron_dip.integration.same_inputs import Input, check_same_inputs, form_inputs
-from megatron_dip.integration.versions import build_helpers_where_they_can_be_built
+from megatron_dip.integration.versions import (
+    build_helpers_where_they_can_be_built,
+    complete_arguments,
+    needed,
+    rebind,
+)
 
 __all__ = [
     "ArgumentValidation",
@@ -240,6 +245,7 @@ class ArgumentValidation:
             if isinstance(error, DipError):
                 raise
             raise refusal_of_megatron(error) from error
+        complete_arguments(args)
         if script is not None:
             script.finish(args)
         return result
@@ -361,8 +367,9 @@ def _defaults_of_script(args: argparse.Namespace, defaults: dict[str, Any]) -> l
 def _install_validation(parser: argparse.ArgumentParser) -> None:
     from megatron.training import arguments
 
-    if not isinstance(arguments.validate_args, ArgumentValidation):
-        arguments.validate_args = ArgumentValidation(arguments.validate_args)
+    validate_args = needed(arguments, "validate_args")
+    if not isinstance(validate_args, ArgumentValidation):
+        rebind("validate_args", validate_args, ArgumentValidation(validate_args))
     arguments.validate_args.watch(parser)
 
 

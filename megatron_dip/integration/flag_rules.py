@@ -97,6 +97,11 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     ),
     *_rules(_ONE_DIVISION, "--hybrid-context-parallel"),
     *_rules(_WHOLE_WEIGHTS, "--use-megatron-fsdp", "--use-torch-fsdp2"),
+    # Of the main branch after 0.19.
+    *_rules(
+        f"{LEAVE_OUT}; stages hand on one stream of rows, and these connections have several",
+        "--enable-mhc-connections",
+    ),
     *_rules(
         _GATHERED,
         "--tensor-parallel-num-weight-shards",

@@ -15,6 +15,9 @@ from megatron_dip.integration.run_arguments import ask_for, asked_options, run_a
 from megatron_dip.integration.versions import (
     build_helpers_where_they_can_be_built,
     check_megatron,
+    has_model_builders,
+    needed,
+    rebind,
 )
 
 __all__ = ["enable", "hook_models", "select_schedule"]
@@ -77,17 +80,10 @@ def _hook_schedule() -> None:
     from megatron.core.pipeline_parallel import schedules
 
     name = "get_forward_backward_func"
-    original = getattr(schedules, name)
+    original = needed(schedules, name)
     if isinstance(original, _ScheduleGetter):
         return
-    _rebind(name, original, _ScheduleGetter(original))
-
-
-def _rebind(name: str, original: Any, hooked: Any) -> None:
-    """Importers hold functions by value: a package's __init__, the training loop, others."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is original:
-            setattr(module, name, hooked)
+    rebind(name, original, _ScheduleGetter(original))
 
 
 def _hook_parser() -> None:
@@ -95,7 +91,7 @@ def _hook_parser() -> None:
 
     from megatron_dip.integration.arguments import add_arguments
 
-    add_megatron_arguments = arguments.add_megatron_arguments
+    add_megatron_arguments = needed(arguments, "add_megatron_arguments")
     if getattr(add_megatron_arguments, "adds_dip_arguments", False):
         return
 
@@ -111,7 +107,7 @@ def _hook_groups() -> None:
     """Compare the inputs of all ranks before groups are made of them, which might wait forever."""
     from megatron.core import parallel_state
 
-    initialize = parallel_state.initialize_model_parallel
+    initialize = needed(parallel_state, "initialize_model_parallel")
     if getattr(initialize, "compares_inputs", False):
         return
 
@@ -133,7 +129,7 @@ def _hook_skipping() -> None:
     """Megatron's step over a batch reads dictionaries of tokens, and broadcasts them."""
     from megatron.training import training
 
-    skip = training.dummy_train_step
+    skip = needed(training, "dummy_train_step")
     if getattr(skip, "skips_any_batch", False):
         return
 
@@ -160,18 +156,17 @@ def hook_models() -> None:
     hook_data_parallel()
     _hook_skipping()
     _hook_door(training, "get_model", _build_by_provider)
-    try:
+    if has_model_builders():
         from megatron.training.models import dist_utils
-    except ImportError:  # Before 0.18 all models come through providers.
-        return
-    _hook_door(dist_utils, "build_virtual_pipeline_stages", _build_by_model_config)
+
+        _hook_door(dist_utils, "build_virtual_pipeline_stages", _build_by_model_config)
     bridge = sys.modules.get("megatron.bridge.models.model_provider")
     if bridge is not None:
         _hook_door(bridge, "_create_model", _build_by_bridge)
 
 
 def _hook_door(module: Any, name: str, build: Callable[..., Any]) -> None:
-    original = getattr(module, name)
+    original = needed(module, name)
     if getattr(original, "builds_stages", False):
         return
 
@@ -185,7 +180,7 @@ def _hook_door(module: Any, name: str, build: Callable[..., Any]) -> None:
         return build(original, asked_for, builder, *args, **kwargs)
 
     door.builds_stages = True  # type: ignore[attr-defined]
-    _rebind(name, original, door)
+    rebind(name, original, door)
 
 
 def _build_by_provider(

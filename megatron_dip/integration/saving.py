@@ -15,6 +15,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.training import get_args, training
 
+from megatron_dip.integration.versions import needed
 from megatron_dip.runtime.signals import started_deaf
 
 __all__ = ["protect_saving"]
@@ -27,7 +28,7 @@ def protect_saving() -> None:
         (async_utils.PersistentAsyncCaller, "_get_process", _deaf),
         (training, "save_checkpoint_and_time", _once),
     ):
-        original = getattr(owner, name)
+        original = needed(owner, name)
         if not getattr(original, "protects_saving", False):
             wrapped = functools.update_wrapper(wrap(original), original)
             wrapped.protects_saving = True  # type: ignore[attr-defined]

@@ -204,8 +204,10 @@ def _without_deprecation_warning() -> Iterator[None]:
     def keep(record: logging.LogRecord) -> bool:
         return "GPTModel IS DEPRECATED" not in record.getMessage()
 
-    gpt_model.logger.addFilter(keep)
+    # 0.19 and later say it.
+    logger = logging.getLogger(gpt_model.__name__)
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        gpt_model.logger.removeFilter(keep)
+        logger.removeFilter(keep)

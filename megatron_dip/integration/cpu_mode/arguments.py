@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.integration.rules import LEAVE_OUT, Rule, check_rules
+from megatron_dip.integration.versions import needed, rebind
 
 __all__ = ["CPU_DEFAULTS", "CPU_RULES", "check_cpu_arguments", "wrap_argument_parsing"]
 
@@ -126,8 +127,8 @@ def wrap_argument_parsing() -> None:
     """Set the defaults where Megatron makes its parser and check before it validates."""
     from megatron.training import arguments
 
-    add_megatron_arguments = arguments.add_megatron_arguments
-    validate_args = arguments.validate_args
+    add_megatron_arguments = needed(arguments, "add_megatron_arguments")
+    validate_args = needed(arguments, "validate_args")
 
     @functools.wraps(add_megatron_arguments)
     def add_with_cpu_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -140,5 +141,5 @@ def wrap_argument_parsing() -> None:
         check_cpu_arguments(args)
         return validate_args(args, defaults or {})
 
-    arguments.add_megatron_arguments = add_with_cpu_defaults
-    arguments.validate_args = validate_for_cpu
+    rebind("add_megatron_arguments", add_megatron_arguments, add_with_cpu_defaults)
+    rebind("validate_args", validate_args, validate_for_cpu)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_dip.integration.versions import needed
+
 __all__ = ["import_and_patch_megatron"]
 
 
@@ -75,8 +77,8 @@ def _give_every_parameter_its_step() -> None:
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    state_dict = DistributedOptimizer.state_dict
-    load_state_dict = DistributedOptimizer.load_state_dict
+    state_dict = needed(DistributedOptimizer, "state_dict")
+    load_state_dict = needed(DistributedOptimizer, "load_state_dict")
 
     @functools.wraps(state_dict)
     def state_dict_with_steps(self: Any) -> Any:
@@ -98,7 +100,7 @@ def _give_every_parameter_its_step() -> None:
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(step)
 
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    set_states = needed(DistributedOptimizer, "_set_main_param_and_optimizer_states")
 
     @functools.wraps(set_states)
     def set_states_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -144,6 +146,7 @@ def _skip_kernel_warm_up() -> None:
     """
     from megatron.training import initialize
 
+    needed(initialize, "_warmup_jit_function")
     initialize._warmup_jit_function = lambda *args, **kwargs: None
 
 
@@ -152,7 +155,7 @@ def _give_numbers_of_tokens_as_such() -> None:
     Megatron, and torch takes sequences of numbers only."""
     from megatron.core.transformer.moe import token_dispatcher
 
-    move = token_dispatcher.maybe_move_tensor_to_cpu
+    move = needed(token_dispatcher, "maybe_move_tensor_to_cpu")
 
     @functools.wraps(move)
     def move_as_numbers(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
