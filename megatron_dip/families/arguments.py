@@ -21,6 +21,7 @@ from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.integration.arguments import ArgumentValidation
 from megatron_dip.integration.parser_flags import StatedFlag
 from megatron_dip.integration.same_inputs import Input, file_input, form_inputs
+from megatron_dip.integration.versions import complete_arguments
 
 __all__ = ["ModelArguments", "add_arguments"]
 
@@ -93,7 +94,9 @@ class ModelArguments:
         check_data_arguments(args, explicit)
 
     def finish(self, args: argparse.Namespace) -> None:
-        """What Megatron's validation leaves open of an evaluation of all samples."""
+        """What Megatron's validation leaves open: arguments that this version lacks, and those of
+        an evaluation of all samples."""
+        complete_arguments(args)
         complete_full_validation(args)
 
     def inputs(self, path: str) -> Iterator[tuple[str, Input]]:

@@ -23,7 +23,6 @@ from megatron_dip.integration.rules import check_rules
 from megatron_dip.integration.same_inputs import Input, check_same_inputs, form_inputs
 from megatron_dip.integration.versions import (
     build_helpers_where_they_can_be_built,
-    complete_arguments,
     needed,
     rebind,
 )
@@ -245,7 +244,6 @@ class ArgumentValidation:
             if isinstance(error, DipError):
                 raise
             raise refusal_of_megatron(error) from error
-        complete_arguments(args)
         if script is not None:
             script.finish(args)
         return result
