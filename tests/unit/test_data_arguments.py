@@ -23,6 +23,7 @@ def arguments(**values: Any) -> argparse.Namespace:
         "skip_train": False,
         "eval_iters": 2,
         "eval_interval": 5,
+        "eval_micro_batch_size": None,
         "data_parallel_size": 2,
     }
     return argparse.Namespace(**(stated | values))
@@ -91,6 +92,13 @@ def test_evaluation_alone_needs_no_number_of_iterations() -> None:
     args = arguments(skip_train=True, train_iters=None)
     complete_evaluation(args, {"eval_iters": 2, "eval_interval": 5})
     assert args.train_iters == 0
+
+
+def test_full_validation_is_refused_where_evaluation_has_no_batches_of_its_own() -> None:
+    args = arguments(full_validation=True, eval_iters=0)
+    del args.eval_micro_batch_size
+    with pytest.raises(UnsupportedError, match=r"--full-validation .* megatron-core 0\.18"):
+        check_data_arguments(args, {})
 
 
 def test_full_validation_evaluates_every_sample_once() -> None:
