@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from megatron_dip.config import DipConfig, load_dip_config
 from megatron_dip.errors import ConfigError, DipError, UnsupportedError, shown
 from megatron_dip.integration import cpu_mode
-from megatron_dip.integration.flag_rules import CHECKPOINT_RULES, SCHEDULE_RULES
+from megatron_dip.integration.flag_rules import CHECKPOINT_RULES, LATER_RULES, SCHEDULE_RULES
 from megatron_dip.integration.gpu_requirements import check_gpu_requirements
 from megatron_dip.integration.hooks import hook_models
 from megatron_dip.integration.options import DEFAULT_TIMEOUT_SECONDS, DipOptions
@@ -122,7 +122,7 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
     Raises:
         UnsupportedError: Names the flag and the remedy.
     """
-    check_rules(args, SCHEDULE_RULES, "with --dip-schedule")
+    check_rules(args, (*SCHEDULE_RULES, *LATER_RULES), "with --dip-schedule")
     if any(getattr(args, name, None) for name in ("save", "load", "pretrained_checkpoint")):
         check_rules(args, CHECKPOINT_RULES, "with --dip-schedule")
     saves_shards = getattr(args, "use_distributed_optimizer", False) and args.save is not None

@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_dip.integration.rules import LEAVE_OUT, Rule
 
-__all__ = ["CHECKPOINT_RULES", "SCHEDULE_RULES"]
+__all__ = ["CHECKPOINT_RULES", "LATER_RULES", "SCHEDULE_RULES"]
 
 _BY_PARTITION = f"{LEAVE_OUT}; the schedule of --dip-config says which layers a rank holds"
 
@@ -97,11 +97,6 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     ),
     *_rules(_ONE_DIVISION, "--hybrid-context-parallel"),
     *_rules(_WHOLE_WEIGHTS, "--use-megatron-fsdp", "--use-torch-fsdp2"),
-    # Of the main branch after 0.19.
-    *_rules(
-        f"{LEAVE_OUT}; stages hand on one stream of rows, and these connections have several",
-        "--enable-mhc-connections",
-    ),
     *_rules(
         _GATHERED,
         "--tensor-parallel-num-weight-shards",
@@ -131,6 +126,12 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
     *_rules(f"{LEAVE_OUT}; a plan is for batches that are there", "--perform-rl-step"),
     *_rules(f"{LEAVE_OUT}; the ranks of a plan must be there", "--fake-process-group"),
 )
+
+LATER_RULES: tuple[Rule, ...] = _rules(
+    f"{LEAVE_OUT}; stages hand on one stream of rows, and these connections have several",
+    "--enable-mhc-connections",
+)
+"""As the rules before, of flags of the main branch after 0.19."""
 
 CHECKPOINT_RULES: tuple[Rule, ...] = (
     Rule(

@@ -85,6 +85,12 @@ def test_megatrons_own_placement_of_layers_is_left_to_its_own_schedule(validated
         validated(*flags, "--dip-schedule")
 
 
+def test_a_flag_of_the_main_branch_alone_is_refused() -> None:
+    args = argparse.Namespace(save=None, enable_mhc_connections=True)
+    with pytest.raises(UnsupportedError, match="--enable-mhc-connections does not work with"):
+        check_schedule_arguments(args)
+
+
 def test_a_schedule_for_another_number_of_ranks_is_refused(validated: Any) -> None:
     flags = ("--dip-config", "a.yaml", "--pipeline-model-parallel-size", "2")
     validated(*flags)

@@ -37,6 +37,8 @@ class ValidatedRuns:
         parser.add_argument("--train-iters", type=int, default=5)
         parser.add_argument("--train-samples", type=int, default=None)
         parser.add_argument("--global-batch-size", type=int, default=None)
+        parser.add_argument("--micro-batch-size", type=int, default=None)
+        parser.add_argument("--eval-micro-batch-size", type=int, default=None)
         parser.add_argument("--full-validation", action="store_true")
         parser.add_argument("--phase-transition-iterations", default=None)
         parser.add_argument("--decoder-first-pipeline-num-layers", type=int, default=None)
