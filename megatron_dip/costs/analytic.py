@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from megatron_dip.costs.devices import Device
+from megatron_dip.costs.kernels import Kernels
 from megatron_dip.costs.layers import (
     Operation,
     Parallelism,
@@ -13,6 +14,7 @@ from megatron_dip.costs.layers import (
     layer_operations,
     trains,
 )
+from megatron_dip.costs.repeats import repeated_share
 from megatron_dip.costs.shapes import ModuleShape
 from megatron_dip.costs.sizes import ItemSize
 
@@ -58,6 +60,8 @@ class AnalyticTimes:
         device: Rates for modules that ``module_devices`` does not name.
         tensor_link_bytes_per_us: What a tensor-parallel collective achieves per rank.
         ring_link_bytes_per_us: What a context-parallel rank sends to the next.
+        kernels: Of which only what Megatron recomputes is read.
+        layers_per_stage: Mean per module; of the others no stage has more than Megatron recomputes.
     """
 
     device: Device
@@ -66,6 +70,8 @@ class AnalyticTimes:
     tensor_link_bytes_per_us: float
     ring_link_bytes_per_us: float
     module_devices: Mapping[str, Device] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=Kernels)
+    layers_per_stage: Mapping[str, float] = field(default_factory=dict)
 
     def overhead_us(self, module: ModuleShape) -> float:
         """Launches, start-up of collectives, and start-up of kernels.
@@ -92,8 +98,18 @@ class AnalyticTimes:
         )
 
     def layer(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
-        """One item in one layer."""
-        return self._times(layer_operations, module, size)
+        """One item in one layer, with what Megatron recomputes of it in the input gradient."""
+        times = self._times(layer_operations, module, size)
+        if self.kernels.recompute is None:
+            return times
+        num_layers = self.layers_per_stage.get(module.name, 1.0)
+        operations = layer_operations(module, size, self.parallel, self.bytes_per_value)
+        again_us = sum(
+            repeated_share(self.kernels, operation.name, num_layers)
+            * self._forward_us(module, operation)
+            for operation in operations
+        )
+        return times._replace(input_grad_us=times.input_grad_us + again_us)
 
     def first_extra(self, module: ModuleShape, size: ItemSize) -> PhaseTimes:
         """One item in what sits before the first layer."""
@@ -131,7 +147,7 @@ class AnalyticTimes:
         for operation in make(module, size, self.parallel, self.bytes_per_value):
             joined = self._collective_us(operation.reduced_bytes)
             ring = operation.ring_bytes / self.ring_link_bytes_per_us
-            forward += joined + max(item_us(operation.forward_flops, operation.forward_bytes), ring)
+            forward += self._forward_us(module, operation)
             input_grad += max(
                 item_us(operation.input_grad_flops, operation.input_grad_bytes), 2 * ring
             )
@@ -140,6 +156,11 @@ class AnalyticTimes:
             if trains(module, operation):
                 weight_grad += item_us(operation.weight_grad_flops, operation.weight_grad_bytes)
         return PhaseTimes(forward, input_grad, weight_grad)
+
+    def _forward_us(self, module: ModuleShape, operation: Operation) -> float:
+        ring_us = operation.ring_bytes / self.ring_link_bytes_per_us
+        own_us = self._device(module).item_us(operation.forward_flops, operation.forward_bytes)
+        return self._collective_us(operation.reduced_bytes) + max(own_us, ring_us)
 
     def _device(self, module: ModuleShape) -> Device:
         return self.module_devices.get(module.name, self.device)

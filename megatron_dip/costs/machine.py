@@ -248,6 +248,8 @@ def config_builder(
             bytes_per_value=kernels.bytes_per_value,
             tensor_link_bytes_per_us=math.inf,
             ring_link_bytes_per_us=math.inf,
+            kernels=kernels,
+            layers_per_stage=memory.layers_per_stage,
         )
     return ProblemBuilder(
         model=model,
