@@ -14,8 +14,8 @@ from transformer_engine.pytorch.module.base import WeightGradStore
 from megatron_dip.integration.cpu_mode import arguments
 
 assert HAVE_TE
-arguments._RULES = tuple(
-    rule for rule in arguments._RULES if rule.destination not in ("transformer_impl", "fp8")
+arguments.CPU_RULES = tuple(
+    rule for rule in arguments.CPU_RULES if rule.destination not in ("transformer_impl", "fp8")
 )
 arguments.CPU_DEFAULTS |= {
     "transformer_impl": "transformer_engine",
