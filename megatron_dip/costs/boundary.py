@@ -107,6 +107,6 @@ def shape_boundary(
         module.hidden_size,
         extra_rows=module.conditioning_rows if is_dit else 0,
         carries_context=is_dit,
-        num_shards=parallel.sequence_shards,
+        num_shards=parallel.of(module).sequence_shards,
         row_multiple=row_multiple,
     )

@@ -64,6 +64,7 @@ class KeptTensors:
         self._parts = module.trained.parts
         self._is_entered = is_entered
         self._value = kernels.bytes_per_value
+        parallel = parallel.of(module)
         self._tensor = parallel.tensor
         self._whole = size.tokens / parallel.context
         self._inside = self._whole / parallel.tensor

@@ -17,7 +17,7 @@ tensor- and context-parallel sizes, m tokens that cross-attention reads.
   forward and again in the input gradient.  Sequence parallelism's gather for the weight gradient
   is overlapped by Megatron and not counted.
 - Context parallelism sends keys and values around a ring behind the core of attention.  Causal
-  attention is balanced over the ranks.
+  attention is balanced over the ranks.  Encoders are whole on every rank.
 
 Bytes are of activations alone: an item adds no traffic of weights to a kernel that runs anyway.
 """
@@ -61,6 +61,16 @@ class Parallelism(Form):
     def sequence_shards(self) -> int:
         """Ranks over which the tokens between the parallel regions are divided."""
         return self.context * (self.tensor if self.sequence_parallel else 1)
+
+    def of(self, module: ModuleShape) -> "Parallelism":
+        """How the layers of ``module`` are divided.
+
+        Context-parallel ranks each have all rows of what encodes: images are whole on every rank,
+        as in Megatron's LLaVA, and only what reads them is divided.
+        """
+        if self.context == 1 or module.divides_rows:
+            return self
+        return self.model_copy(update={"context": 1})
 
 
 ADAPTER = "adapter"
@@ -146,6 +156,7 @@ def layer_operations(
     module: ModuleShape, size: ItemSize, parallel: Parallelism, bytes_per_value: int
 ) -> tuple[Operation, ...]:
     """One layer of ``module`` on one item, in the order of its forward."""
+    parallel = parallel.of(module)
     sizes = _sizes(size, parallel, bytes_per_value)
     if module.kind == "generic":
         scores = sum(float(span) * span for span in size.spans) / parallel.context
@@ -287,6 +298,7 @@ def first_operations(
 
     Except a caption projection, whose gradient goes on to a text encoder.
     """
+    parallel = parallel.of(module)
     sizes = _sizes(size, parallel, bytes_per_value)
     hidden = module.hidden_size
     if module.kind == "generic":
@@ -325,6 +337,7 @@ def last_operations(
     module: ModuleShape, size: ItemSize, parallel: Parallelism, bytes_per_value: int
 ) -> tuple[Operation, ...]:
     """What sits after the last layer."""
+    parallel = parallel.of(module)
     sizes = _sizes(size, parallel, bytes_per_value)
     hidden = module.hidden_size
     if module.kind == "generic":

@@ -170,6 +170,11 @@ class ModuleShape(Form):
         return self.experts is not None or (self.generic is not None and self.generic.has_experts)
 
     @property
+    def divides_rows(self) -> bool:
+        """Whether context-parallel ranks divide the rows of its items; they do not of encoders."""
+        return self.kind != "vit" if self.generic is None else self.generic.is_causal
+
+    @property
     def trains_any(self) -> bool:
         """Whether anything in the module is trained."""
         if self.weights is not None:

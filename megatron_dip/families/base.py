@@ -60,6 +60,7 @@ class StageFactory(ABC):
         """Between stages of ``module``, or (outer) from its last stage to those that read it."""
         parallel = Parallelism(
             tensor=mpu.get_tensor_model_parallel_world_size(),
+            context=mpu.get_context_parallel_world_size(),
             sequence_parallel=self.loss_config.sequence_parallel,
         )
         return shape_boundary(

@@ -306,6 +306,9 @@ class FamilyConfig(DipConfig, ABC):
     A subclass declares ``family`` (a literal, its name), ``model`` and a narrower ``data``.
     """
 
+    divides_rows: ClassVar[bool] = False
+    """Whether context-parallel ranks divide the rows of its samples."""
+
     data: DataForm
 
     @abstractmethod

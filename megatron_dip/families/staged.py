@@ -23,7 +23,12 @@ __all__ = ["StagedPacked"]
 
 @register(PackedModel)
 class StagedPacked(StagedModel):
-    """Stages of a :class:`PackedModel`; its microbatches know their sizes and parts."""
+    """Stages of a :class:`PackedModel`; its microbatches know their sizes and parts.
+
+    Which families divide rows, the check of flags says.
+    """
+
+    divides_rows = True
 
     def __init__(self, arguments: Mapping[str, Any], run: RunFacts) -> None:
         super().__init__(arguments, run)

@@ -14,7 +14,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.integration.cpu_mode.context_parallel import rows_of_context_rank
+from megatron_dip.models.context_rows import rows_of_context_rank
 
 NUM_HEADS, NUM_GROUPS, WIDTH, NUM_SAMPLES = 4, 2, 8, 2
 NUM_RANKS = 2

@@ -1,17 +1,20 @@
 """Rows of samples divided among context-parallel ranks."""
 
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from forked_ranks import run_modes
+from tiny_vlm import make_tiny_data, write_config
+from training_runs import train
 
 from megatron_dip.errors import DataError, UnsupportedError
-from megatron_dip.integration.cpu_mode.context_parallel import rows_of_context_rank
 from megatron_dip.integration.flag_rules import SCHEDULE_RULES
 from megatron_dip.integration.rules import check_rules
 from megatron_dip.integration.stages import check_division
+from megatron_dip.models.context_rows import rows_of_context_rank
 from megatron_dip.models.gpt import StagedGpt, context_shares
 from megatron_dip.models.llava import StagedLlava
 from megatron_dip.models.staged import RunFacts
@@ -63,3 +66,24 @@ def test_samples_divided_one_way_or_another_are_refused() -> None:
         check_rules(
             SimpleNamespace(hybrid_context_parallel=True), SCHEDULE_RULES, "with --dip-schedule"
         )
+
+
+def test_a_model_with_images_computes_on_divided_rows_what_it_computes_on_whole_ones(
+    tmp_path: Path,
+) -> None:
+    make_tiny_data(tmp_path / "data", num_samples=60)
+    parts = (90, 96)
+    config = write_config(
+        tmp_path / "config.yaml", tmp_path / "data", num_ranks=2, sub_microbatch_tokens=parts
+    )
+    arguments = f"""
+        --dip-config {config} --pipeline-model-parallel-size 2 --micro-batch-size 2
+        --global-batch-size 8 --train-iters 3 --calculate-per-token-loss --optimizer sgd
+        --lr 0.03 --min-lr 0.03 --eval-iters 1 --eval-interval 1000
+    """
+    whole = train(tmp_path / "whole", 2, *shlex.split(arguments))
+    divides = "--context-parallel-size 2 --dip-schedule"
+    divided = train(tmp_path / "divided", 4, *shlex.split(f"{arguments} {divides}"))
+    assert divided.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert divided.grad_norms == pytest.approx(whole.grad_norms, rel=1e-6)
+    assert divided.validation_losses == pytest.approx(whole.validation_losses, rel=1e-6)

@@ -155,8 +155,18 @@ def test_a_flag_is_refused_although_it_states_its_default(reader: Reader):
     reader.read("--context-parallel-size", "1", "--mtp-num-layers", "0")
     with pytest.raises(UnsupportedError, match=r"--patch-dim 16 .*model\.vision\.patch_size"):
         reader.read("--patch-dim", "16")
-    with pytest.raises(UnsupportedError, match="--cp-comm-type p2p"):
-        reader.read("--cp-comm-type", "p2p")
+    with pytest.raises(UnsupportedError, match="--wgrad-deferral-limit 0"):
+        reader.read("--wgrad-deferral-limit", "0")
+
+
+def test_samples_are_divided_by_families_that_can_under_plans_alone(reader: Reader):
+    flags = ("--context-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+    assert reader.read(*flags, "--dip-schedule").context_parallel_size == 2
+    with pytest.raises(UnsupportedError, match=r"parallel-size 2 .*needs --dip-schedule"):
+        reader.read(*flags)
+    text_to_video = str(CONFIGS / "t2v_tiny.yaml")
+    with pytest.raises(UnsupportedError, match=r"parallel-size 2 .*this family of models"):
+        reader.read(*flags, "--dip-schedule", config=text_to_video)
 
 
 def test_a_flag_of_the_model_must_agree_with_the_file(reader: Reader):

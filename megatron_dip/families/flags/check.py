@@ -100,6 +100,7 @@ def _check_values(
             )
     _check_fusions(stated)
     _check_dropout(stated, config)
+    _check_division(args, config)
 
 
 def _require(
@@ -109,6 +110,24 @@ def _require(
     if flag is not None and flag.value not in allowed:
         raise UnsupportedError(
             f"{flag.shown} does not work with the models of --dip-config: {remedy}"
+        )
+
+
+def _check_division(args: argparse.Namespace, config: FamilyConfig) -> None:
+    num_ranks = getattr(args, "context_parallel_size", 1)
+    if num_ranks == 1:
+        return
+    if not config.divides_rows:
+        raise UnsupportedError(
+            f"--context-parallel-size {num_ranks} does not work with this family of models, which "
+            f"does not divide the rows of a sample: use 1; --tensor-model-parallel-size with "
+            f"--sequence-parallel divides activations as well"
+        )
+    if not args.dip_schedule:
+        raise UnsupportedError(
+            f"--context-parallel-size {num_ranks} with the models of --dip-config needs "
+            f"--dip-schedule: Megatron's own schedule has one shape for all microbatches, and "
+            f"samples that are filled up to be divided have others"
         )
 
 

@@ -10,7 +10,8 @@ HONOURED: tuple[FlagGroup, ...] = (
         verdict=Verdict.MODULES,
         reason="the same in all modules",
         destinations=names(
-            "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel fp16 bf16 "
+            "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel "
+            "context_parallel_size cp_comm_type fp16 bf16 "
             "fp32_residual_connection attention_softmax_in_fp32 apply_query_key_layer_scaling "
             "fp8 fp8_recipe fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad "
             "deterministic_mode"

@@ -87,12 +87,9 @@ REFUSED_RUNS: tuple[FlagGroup, ...] = (
         "wgrad_deferral_limit use_ring_exchange_p2p",
     ),
     refused(
-        "Context parallelism",
-        "the rows of a sample are not divided; tensor parallelism with --sequence-parallel also "
-        f"divides the activations; {LEAVE_OUT}",
-        "context_parallel_size hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank "
-        "hybrid_context_parallel cp_comm_type",
-        context_parallel_size=(1,),
+        "Context parallelism of several kinds",
+        f"every sample is divided alike; use --context-parallel-size alone; {LEAVE_OUT}",
+        "hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank hybrid_context_parallel",
     ),
     refused(
         "Overlap inside tensor parallelism",

@@ -1,8 +1,9 @@
 """Attention inside the spans of packed rows, for machines without Transformer Engine.
 
 Notation: T packed tokens of this rank's heads, a query heads, g key and value heads (query
-groups), d channels per head.  Limits: no sliding window, no attention bias, no softmax offset,
-no context parallelism; those are refused at construction.
+groups), d channels per head.  Context-parallel ranks gather keys and values of all rows.  Limits:
+no sliding window, no attention bias, no softmax offset, no cross-attention of divided rows; those
+are refused at construction.
 """
 
 import math
@@ -12,6 +13,8 @@ from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -22,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dip.errors import UnsupportedError
+from megatron_dip.models.context_rows import gather_rows, rows_of_context_rank
 
 __all__ = ["SpanAttention", "SpanParams", "span_params"]
 
@@ -47,11 +51,13 @@ def span_params(
     num_rows: int,
     device: torch.device | str,
     context_lengths: Sequence[int] | None = None,
+    is_divided: bool = False,
 ) -> SpanParams:
     """Describe ``num_rows`` rows: the given spans, and one more where rows are left over.
 
     ``context_lengths`` are for cross-attention: the rows of another tensor that each span reads;
-    the rows left over read none.
+    the rows left over read none.  ``is_divided``: the rows are those of all context-parallel ranks,
+    among which every span divides.
 
     Raises:
         ValueError: The spans have more rows than ``num_rows``.
@@ -69,6 +75,9 @@ def span_params(
         qkv_format="thd",
         cu_seqlens_q=cumulative,
         cu_seqlens_kv=cumulative if contexts is lengths else _cumulative(contexts, device),
+        # Transformer Engine divides by these; there are no other rows between the spans.
+        cu_seqlens_q_padded=cumulative if is_divided else None,
+        cu_seqlens_kv_padded=cumulative if is_divided else None,
         max_seqlen_q=max(lengths, default=0),
         max_seqlen_kv=max(contexts, default=0),
         span_lengths=lengths,
@@ -100,6 +109,11 @@ class SpanAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.context_group: dist.ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            self.context_group = (
+                mpu.get_context_parallel_group() if pg_collection is None else pg_collection.cp
+            )
         _refuse_what_is_not_supported(config, attention_type)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -131,6 +145,10 @@ class SpanAttention(MegatronModule):
             )
         is_causal = _is_causal(attn_mask_type or self.attn_mask_type)
         dropout = self.dropout if self.training else 0.0
+        if self.context_group is not None:
+            return self._attend_to_all_ranks(
+                query, key, value, packed_seq_params, is_causal=is_causal, dropout=dropout
+            )
         outputs = [query.new_empty(0, query.shape[1] * query.shape[2])]
         for run in _equal_runs(_span_lengths(packed_seq_params)):
             if run.context_length == 0:
@@ -144,16 +162,61 @@ class SpanAttention(MegatronModule):
             outputs.append(self._attend(*batched, is_causal=is_causal, dropout=dropout))
         return torch.cat(outputs)
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, dropout: float
+    def _attend_to_all_ranks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: PackedSeqParams,
+        *,
+        is_causal: bool,
+        dropout: float,
     ) -> Tensor:
-        """``[c, L, heads, d]`` each, for c spans, to ``[c * L, a * d]`` with L of the query."""
+        """The rows of this rank against those of all context-parallel ranks."""
+        assert self.context_group is not None
+        num_ranks, rank = self.context_group.size(), self.context_group.rank()
+        lengths = _span_lengths(params)
+        # In one message, so that gradients come back in one order on all ranks.
+        both = gather_rows(
+            torch.cat([key, value], dim=-1), [length for length, _ in lengths], self.context_group
+        )
+        keys, values = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        outputs = [query.new_empty(0, query.shape[1] * query.shape[2])]
+        for run in _equal_runs(lengths):
+            places = torch.tensor(rows_of_context_rank([run.length], num_ranks, rank))
+            seen = torch.arange(run.length)[None, :] <= places[:, None] if is_causal else None
+            own = slice(run.start // num_ranks, (run.start + run.num_rows) // num_ranks)
+            batched = (
+                query[own].unflatten(0, (run.num_spans, -1)),
+                keys[run.rows].unflatten(0, (run.num_spans, run.length)),
+                values[run.rows].unflatten(0, (run.num_spans, run.length)),
+            )
+            seen = None if seen is None else seen.to(query.device)
+            outputs.append(self._attend(*batched, is_causal=False, dropout=dropout, seen=seen))
+        return torch.cat(outputs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool,
+        dropout: float,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """``[c, L, heads, d]`` each, for c spans, to ``[c * L, a * d]`` with L of the query.
+
+        ``seen`` says of every row of the query which rows it reads, where that is neither all nor
+        those before it.
+        """
 
         def attend() -> Tensor:
             return scaled_dot_product_attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
                 value.transpose(1, 2),
+                attn_mask=seen,
                 dropout_p=dropout,
                 is_causal=is_causal,
                 scale=self.softmax_scale,
@@ -218,7 +281,9 @@ def _is_causal(mask_type: AttnMaskType) -> bool:
 
 def _refuse_what_is_not_supported(config: TransformerConfig, attention_type: str) -> None:
     reasons = {
-        "context parallelism": config.context_parallel_size > 1,
+        "cross-attention with context parallelism": (
+            config.context_parallel_size > 1 and attention_type == "cross"
+        ),
         "sliding windows": config.window_size is not None,
         f"softmax type {config.softmax_type!r}": config.softmax_type != "vanilla",
         f"attention type {attention_type!r}": attention_type not in ("self", "cross"),

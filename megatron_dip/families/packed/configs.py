@@ -32,7 +32,7 @@ _OF_THE_RUN = (
     "fp8_multi_head_attention", "tp_only_amax_red",
     # parallelism
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
-    "context_parallel_size", "deallocate_pipeline_outputs", "batch_p2p_comm",
+    "context_parallel_size", "cp_comm_type", "deallocate_pipeline_outputs", "batch_p2p_comm",
     "overlap_p2p_comm", "tp_comm_overlap",
     # kernels
     "transformer_impl", "attention_backend", "gradient_accumulation_fusion",
@@ -127,10 +127,14 @@ def make_vision_config(
     norm_epsilon: float | None = None,
     **sizes: Unpack[TransformerSizes],
 ) -> TransformerConfig:
-    """A vision transformer: LayerNorm, GELU, biases; ``norm_epsilon``: the run's where None."""
+    """A vision transformer: LayerNorm, GELU, biases; ``norm_epsilon``: the run's where None.
+
+    Context-parallel ranks have all of its rows: images are whole on each, as in Megatron's LLaVA.
+    """
     return TransformerConfig(
         **_of_the_run(base)
         | {
+            "context_parallel_size": 1,
             **sizes,
             **_own_norms(norm_epsilon),
             "normalization": "LayerNorm",
@@ -157,6 +161,7 @@ def make_projection_config(
             "ffn_hidden_size": ffn_hidden_size,
             # Required by the class; the projector has no attention.
             "num_attention_heads": base.tensor_model_parallel_size,
+            "context_parallel_size": 1,
             "gated_linear_unit": False,
             "activation_func": torch.nn.functional.gelu,
             "add_bias_linear": True,

@@ -3,6 +3,7 @@
 Attention is causal inside a span and rotary positions restart with every span.  Rows that stand
 for images get the image features in place of the word embedding.  With sequence parallelism, rows
 are padded to a multiple of the tensor-parallel size by one more span whose losses are dropped.
+Context-parallel ranks hold other rows of the same spans; each reads the features that fall on them.
 Notation: T tokens, M image rows, H the hidden size.
 """
 
@@ -168,14 +169,19 @@ class LanguageStage(StageModule):
 
     def _spans(self, batch: "LanguageBatch", num_rows: int, device: torch.device) -> SpanParams:
         """What every layer is told about the rows."""
-        return span_params(batch.span_lengths, num_rows=num_rows, device=device)
+        return span_params(
+            batch.span_lengths,
+            num_rows=num_rows * batch.num_context_ranks,
+            device=device,
+            is_divided=batch.num_context_ranks > 1,
+        )
 
     def _embed(self, batch: "LanguageBatch", upstream: Tensor | None, num_rows: int) -> Tensor:
         """``[rows of this rank, 1, H]``."""
         num_features = 0 if upstream is None else upstream.shape[0]
-        if num_features != len(batch.image_rows):
+        if num_features != batch.num_features:
             raise ValueError(
-                f"{num_features} rows of image features for {len(batch.image_rows)} image rows: "
+                f"{num_features} rows of image features for {batch.num_features} image rows: "
                 f"the vision stage's outputs for images {batch.images} must be joined in this order"
             )
         tokens = pad_rows(batch.tokens, num_rows).unsqueeze(0)
@@ -191,6 +197,8 @@ class LanguageStage(StageModule):
         if upstream is None:
             return embedded
         features = upstream.reshape(-1, 1, upstream.shape[-1]).to(embedded.dtype)
+        if batch.feature_rows is not None:
+            features = features.index_select(0, batch.feature_rows)
         return embedded.index_copy(0, batch.image_rows, features)
 
 

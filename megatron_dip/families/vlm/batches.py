@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.families.data.images import num_image_tokens
 from megatron_dip.families.packed.batches import EncoderBatch, Microbatch, Movable, check_items
+from megatron_dip.models.context_rows import rows_of_context_rank
 
 __all__ = [
     "ImageData",
@@ -64,6 +65,8 @@ class PackedSequence:
     """In the order of their marks."""
     image_positions: Tensor
     """``[M]`` int64: the rows of ``tokens`` that features of the images replace, ascending."""
+    padding: Tensor | None = None
+    """``[L]`` bool: rows that only fill samples up; None where there are none."""
 
     def __post_init__(self) -> None:
         assert sum(self.span_lengths) == len(self.tokens) == len(self.labels) == len(self.loss_mask)
@@ -77,6 +80,30 @@ class PackedSequence:
     def num_media_rows(self) -> int:
         """Rows of ``tokens`` that features replace."""
         return sum(image.num_tokens for image in self.images)
+
+    def divisible(self, multiple: int) -> Self:
+        """The same with every sample filled up to a multiple of ``multiple`` tokens, which have no
+        loss and which no other token reads."""
+        lengths = [-(-length // multiple) * multiple for length in self.span_lengths]
+        starts = accumulate(lengths, initial=0)
+        places = [
+            torch.arange(first, first + length)
+            for first, length in zip(starts, self.span_lengths, strict=False)
+        ]
+        rows = torch.cat(places)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(sum(lengths)).index_copy(0, rows, values)
+
+        return replace(
+            self,
+            tokens=spread(self.tokens),
+            labels=spread(self.labels),
+            loss_mask=spread(self.loss_mask),
+            span_lengths=tuple(lengths),
+            image_positions=rows[self.image_positions],
+            padding=~spread(torch.ones_like(self.tokens, dtype=torch.bool)),
+        )
 
     def without_media(self) -> Self:
         """The same without pixels."""
@@ -124,6 +151,41 @@ class LanguageBatch(Movable):
     """Where not only images are read: module and item of all features that fill ``image_rows``."""
     padding: Tensor | None = None
     """``[T]`` bool: rows that only fill a sequence up; None where there are none."""
+    num_context_ranks: int = 1
+    """Ranks that have the rows of the spans; T is of one, ``span_lengths`` are of all."""
+    feature_rows: Tensor | None = None
+    """``[M]`` int64: of the features of ``upstream_items`` those that fill ``image_rows``, where
+    others fall on rows of another rank; None where all are read."""
+
+    @property
+    def num_features(self) -> int:
+        """Rows of the features of ``upstream_items``."""
+        if self.feature_rows is None:
+            return len(self.image_rows)
+        return sum(self.upstream_rows)
+
+    def on_context_rank(self, rank: int, num_ranks: int) -> "LanguageBatch":
+        """What one of ``num_ranks`` has of the spans, whose lengths must divide for that.
+
+        Raises:
+            DataError: They do not.
+        """
+        rows = torch.tensor(rows_of_context_rank(self.span_lengths, num_ranks, rank))
+        place = torch.full((len(self.tokens),), -1)
+        place[rows] = torch.arange(len(rows))
+        local = place[self.image_rows]
+        features = (local >= 0).nonzero().flatten()
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            labels=self.labels[rows],
+            position_ids=self.position_ids[rows],
+            loss_mask=self.loss_mask[rows],
+            image_rows=local[features],
+            padding=None if self.padding is None else self.padding[rows],
+            num_context_ranks=num_ranks,
+            feature_rows=features,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -185,6 +247,9 @@ class VlmMicrobatch(Microbatch):
     sequences: tuple[PackedSequence, ...]
     values_per_patch: int = 0
     """3 * p * p: the width of a ``VisionBatch`` without images."""
+    context_rank: int = 0
+    num_context_ranks: int = 1
+    """Ranks among which the rows of every sample are divided; images are whole on all of them."""
 
     @cached_property
     def images(self) -> tuple[ImageData, ...]:
@@ -217,6 +282,7 @@ class VlmMicrobatch(Microbatch):
                     spans=sequence.span_lengths,
                     needs={"vision": images},
                     loss_tokens=int(sequence.loss_mask.sum()),
+                    context_loss_tokens=self._loss_tokens(sequence),
                 )
                 for sequence, images in zip(self.sequences, self.needs, strict=True)
             ],
@@ -238,7 +304,20 @@ class VlmMicrobatch(Microbatch):
         check_items(module, items, counts)
         if module == "vision":
             return self._vision_batch(items)
-        return self._join([self._one_sequence(item) for item in items])
+        joined = self._join([self._one_sequence(item) for item in items])
+        if self.num_context_ranks == 1:
+            return joined
+        return joined.on_context_rank(self.context_rank, self.num_context_ranks)
+
+    def _loss_tokens(self, sequence: PackedSequence) -> tuple[int, ...]:
+        """Of every context-parallel rank; empty where there is one."""
+        if self.num_context_ranks == 1:
+            return ()
+        rows = [
+            rows_of_context_rank(sequence.span_lengths, self.num_context_ranks, rank)
+            for rank in range(self.num_context_ranks)
+        ]
+        return tuple(int(sequence.loss_mask[own].sum()) for own in rows)
 
     @cached_property
     def without_media(self) -> Self:
@@ -285,6 +364,7 @@ class VlmMicrobatch(Microbatch):
             span_lengths=sequence.span_lengths,
             image_rows=sequence.image_positions,
             images=self.needs[item],
+            padding=sequence.padding,
             upstream_rows=tuple(image.num_tokens for image in sequence.images),
             items=(item,),
         )

@@ -1,7 +1,7 @@
 """The configuration of vision-language models; see ``configs/vlm_tiny.yaml``."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,8 @@ class VlmDataConfig(ConversationForm):
 
 class VlmConfig(FamilyConfig):
     """A vision-language model, its schedule and its data."""
+
+    divides_rows: ClassVar[bool] = True
 
     family: Literal["vlm"] = "vlm"
     model: VlmModelConfig

@@ -8,6 +8,7 @@ so the caller sets ``loader.collate_fn = dataset.collate_fn`` before it is first
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,12 +29,34 @@ from megatron_dip.families.data.stand_ins import StandIns
 from megatron_dip.families.data.tokenizer import load_tokenizer
 from megatron_dip.families.vlm.batches import ImageData, PackedSequence, VlmMicrobatch
 
-__all__ = ["VlmDataset", "collate", "pack_sequence"]
+__all__ = ["Division", "VlmDataset", "collate", "pack_sequence"]
 
 
-def collate(sequences: Sequence[PackedSequence], *, values_per_patch: int = 0) -> VlmMicrobatch:
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """How the rows of samples are divided among context-parallel ranks."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    multiple: int = 1
+    """Of which every sample has tokens, so that all ranks that share rows have as many."""
+
+
+def collate(
+    sequences: Sequence[PackedSequence],
+    *,
+    values_per_patch: int = 0,
+    division: Division = Division(),
+) -> VlmMicrobatch:
     """The sequences of one microbatch together."""
-    return VlmMicrobatch(sequences=tuple(sequences), values_per_patch=values_per_patch)
+    if division.num_ranks > 1:
+        sequences = [sequence.divisible(division.multiple) for sequence in sequences]
+    return VlmMicrobatch(
+        sequences=tuple(sequences),
+        values_per_patch=values_per_patch,
+        context_rank=division.rank,
+        num_context_ranks=division.num_ranks,
+    )
 
 
 def pack_sequence(
@@ -79,6 +102,7 @@ class VlmDataset(Dataset[PackedSequence]):
         packing: PackingOptions | None = None,
         subset: Sequence[int] | None = None,
         source: SampleSource | None = None,
+        division: Division = Division(),
     ) -> None:
         """
         Args:
@@ -87,6 +111,7 @@ class VlmDataset(Dataset[PackedSequence]):
             skip_bad_samples: Leave bad samples out instead of refusing the data set.
             subset: Numbers of the samples to use, e.g. from ``split_samples``; default all.
             source: What ``settings`` name, where it is open already.
+            division: Of the rows of samples; sequences are packed as without it.
 
         Raises:
             DataError: The files cannot be read, do not belong to the index, or hold bad samples.
@@ -111,7 +136,7 @@ class VlmDataset(Dataset[PackedSequence]):
         self._num_samples = self._epochs.first_length if num_samples is None else num_samples
         self._stand_ins = StandIns(allowed=skip_bad_samples)
         values_per_patch = NUM_CHANNELS * settings.patch_size**2
-        self.collate_fn = partial(collate, values_per_patch=values_per_patch)
+        self.collate_fn = partial(collate, values_per_patch=values_per_patch, division=division)
         """Puts the sequences of a microbatch together: give it to the data loader."""
 
     def __len__(self) -> int:

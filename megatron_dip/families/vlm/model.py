@@ -32,7 +32,7 @@ from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.packed.vision import VisionStage
 from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
 from megatron_dip.families.vlm.config import VlmConfig
-from megatron_dip.families.vlm.dataset import VlmDataset
+from megatron_dip.families.vlm.dataset import Division, VlmDataset
 
 __all__ = ["VlmFamily", "VlmStages", "measured_image", "measured_sequence"]
 
@@ -149,11 +149,24 @@ class VlmFamily(ModelFamily[VlmConfig]):
             decode_images=decodes_media(),
             skip_bad_samples=skips_bad_samples(config.data),
             packing=PackingOptions(separation=config.data.separation),
+            division=_division(args.sequence_parallel),
         )
         return (
             make(num_samples=lengths.train, subset=train) if lengths.needs_train else None,
             make(num_samples=lengths.valid, subset=valid) if lengths.needs_valid else None,
         )
+
+
+def _division(sequence_parallel: bool) -> Division:
+    """Two chunks of every sample for each context-parallel rank, as Transformer Engine has it, and
+    their rows divided among the tensor-parallel ranks."""
+    num_ranks = mpu.get_context_parallel_world_size()
+    shards = mpu.get_tensor_model_parallel_world_size() if sequence_parallel else 1
+    return Division(
+        rank=mpu.get_context_parallel_rank(),
+        num_ranks=num_ranks,
+        multiple=2 * num_ranks * shards,
+    )
 
 
 def _settings(config: VlmConfig) -> DataSettings:
