@@ -11,6 +11,7 @@ from tiny_vlm import make_tiny_data, write_config
 from training_runs import train
 
 from megatron_dip.errors import DataError, UnsupportedError
+from megatron_dip.families.vlm.batches import ImageData, PackedSequence, VlmMicrobatch
 from megatron_dip.integration.flag_rules import SCHEDULE_RULES
 from megatron_dip.integration.rules import check_rules
 from megatron_dip.integration.stages import check_division
@@ -66,6 +67,43 @@ def test_samples_divided_one_way_or_another_are_refused() -> None:
         check_rules(
             SimpleNamespace(hybrid_context_parallel=True), SCHEDULE_RULES, "with --dip-schedule"
         )
+
+
+def sequence(lengths: tuple[int, ...], image_rows: tuple[int, ...]) -> PackedSequence:
+    """Tokens are their places, from 1; one image of a row for each of ``image_rows``."""
+    num_tokens = sum(lengths)
+    tokens = torch.arange(1, num_tokens + 1)
+    return PackedSequence(
+        tokens=tokens,
+        labels=tokens + 100,
+        loss_mask=(tokens % 2).float(),
+        span_lengths=lengths,
+        images=(ImageData(grid=(2, 2), pixels=None),) * len(image_rows),
+        image_positions=torch.tensor(image_rows, dtype=torch.int64),
+    )
+
+
+def test_samples_are_filled_up_and_every_feature_falls_on_one_rank() -> None:
+    whole = sequence((5, 3), (1, 4, 6)).divisible(4)
+    assert whole.span_lengths == (8, 4)
+    assert whole.tokens.tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 6, 7, 8, 0]
+    assert whole.padding is not None
+    assert torch.equal(whole.padding, whole.tokens == 0)
+    assert whole.tokens[whole.image_positions].tolist() == [2, 5, 7]
+    parts = [
+        VlmMicrobatch(sequences=(whole,), context_rank=rank, num_context_ranks=2) for rank in (0, 1)
+    ]
+    (size,) = parts[0].metadata()["language"]
+    assert (size.tokens, size.loss_tokens, size.context_loss_tokens) == (12, 4, (1, 3))
+    found = [part.sub_batch("language", (0,)) for part in parts]
+    assert [one.tokens.tolist() for one in found] == [[1, 2, 0, 0, 6, 0], [3, 4, 5, 0, 7, 8]]
+    assert [one.position_ids.tolist() for one in found] == [[0, 1, 6, 7, 0, 3], [2, 3, 4, 5, 1, 2]]
+    for one, features in zip(found, ([0], [1, 2]), strict=True):
+        assert one.feature_rows is not None
+        assert one.feature_rows.tolist() == features
+        assert one.num_features == 3
+        read = whole.tokens[whole.image_positions][one.feature_rows]
+        assert torch.equal(one.tokens[one.image_rows], read)
 
 
 def test_a_model_with_images_computes_on_divided_rows_what_it_computes_on_whole_ones(
