@@ -9,6 +9,7 @@ from math import isqrt
 from typing import Unpack
 
 import torch
+from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
