@@ -1,10 +1,18 @@
 """Channels: which there are, that messages keep apart and in order, and that waits end."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import Mock
+
 import pytest
+import torch
+import torch.distributed as dist
 from runtime_suites import LIMIT_S, CaseReport, run_suite
 
+from megatron_dip.errors import ChannelError
 from megatron_dip.partition import partition_from_layers
-from megatron_dip.plan import pipeline_channels
+from megatron_dip.plan import Channel, Message, pipeline_channels
+from megatron_dip.runtime import Channels
 
 UPSTREAM = {"vision": (), "language": ("vision",)}
 
@@ -83,3 +91,72 @@ def test_a_plan_with_more_communicators_than_channels_have_is_refused(
     for report in cases["too few"]:
         assert report is not None and report.outcome == "ChannelError"
         assert "takes 2 communicators of each channel (expected at most 1" in report.message
+
+
+def test_on_a_gpu_receives_are_posted_from_a_stream_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for NCCL and CUDA: the order of calls, and whose memory the buffer is."""
+    calls: list[str] = []
+    buffer = Mock()
+    buffer.record_stream.side_effect = lambda stream: calls.append(f"read in {stream}")
+
+    @contextmanager
+    def stream(name: str) -> Iterator[None]:
+        calls.append(f"enter {name}")
+        yield
+        calls.append(f"leave {name}")
+
+    def irecv(*_: object, **__: object) -> Mock:
+        calls.append("post")
+        return Mock(wait=lambda: calls.append("wait"))
+
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(dist, "irecv", irecv)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "receiving")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "computing")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: calls.append("allocate") or buffer)
+    groups = [Mock(), Mock()]
+    channels = Channels(
+        rank=1,
+        pipeline=[0, 1],
+        groups={Channel(0, 1, False): groups},
+        device=torch.device("cuda", 0),
+        timeout_seconds=1.0,
+    )
+    receive = channels.post_receive(Message(0, 1, 0, 0, False), 0, (2, 2), torch.float32)
+    assert calls == ["enter receiving", "allocate", "post", "leave receiving"]
+    assert channels.wait_receive(receive) is buffer
+    assert calls[4:] == ["wait", "read in computing"]
+
+
+def test_messages_take_the_communicators_of_their_channel_in_turn_from_the_first_of_a_plan_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used: list[object] = []
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(dist, "irecv", lambda *_, group, **__: used.append(group))
+    channels = Channels(
+        rank=1,
+        pipeline=[0, 1],
+        groups={Channel(0, 1, False): ["a", "b", "c"], Channel(0, 1, True): ["x", "y", "z"]},
+        device=torch.device("cpu"),
+        timeout_seconds=1.0,
+    )
+
+    def post(*kinds: bool) -> str:
+        used.clear()
+        for number, is_gradient in enumerate(kinds):
+            message = Message(0, 1, number, 0, is_gradient)
+            channels.post_receive(message, 0, (1,), torch.float32)
+        return " ".join(map(str, used))
+
+    channels.begin(2)
+    assert post(False, True, False, False, True) == "a x b a y"
+    channels.begin(3)
+    assert post(False, False, False, True, False) == "a b c x a"
+    channels.begin(1)
+    assert post(False, False) == "a a"
+    with pytest.raises(ChannelError, match="takes 4 communicators"):
+        channels.begin(4)
