@@ -284,6 +284,7 @@ def replicas(queues: QueueModel | None = None) -> dict[str, Any]:
         "reduces": [a for a in actions if "REDUCE" in a],
         "actions": actions,
         "started": runner.started,
+        "asked": [one.asked for one in _running],
     }
 
 

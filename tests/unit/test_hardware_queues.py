@@ -208,6 +208,11 @@ def test_every_plan_for_one_queue_runs_to_its_end_and_takes_what_the_rules_say(
     }
     assert found == {action: expected[action] for action in found}
     assert plan.estimate == simulation.estimate(plan.estimate.lower_bound_us)
+    # Evaluation leaves out everything but forwards and their messages.
+    kept = ("F", "SEND_F", "RECV_F")
+    forwards = [[one for one in line if one.type.value in kept] for line in plan.actions]
+    ended = Rules(replace(plan, actions=tuple(map(tuple, forwards)))).times_us()
+    assert len(ended) == sum(map(len, forwards))
     # Lowered for many queues, it runs under one as well, and is no faster.
     in_order = make_plan(problem, partition, **options)
     same = replace(in_order, queues=queues)
