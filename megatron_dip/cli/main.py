@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from megatron_dip.cli.adapters import export_to_released
 from megatron_dip.cli.comparison import Row, print_rows
 from megatron_dip.cli.doctor import examine_machine
+from megatron_dip.cli.launch_command import print_launch_command
 from megatron_dip.cli.output import write_file
 from megatron_dip.cli.partition import make_partition
 from megatron_dip.cli.profile import measure_layers
@@ -189,6 +190,7 @@ app.command("partition")(make_partition)
 app.command("simulate")(simulate_plans)
 app.command("profile")(measure_layers)
 app.command("doctor")(examine_machine)
+app.command("launch-cmd")(print_launch_command)
 app.command("rehearse")(rehearse_plan)
 app.command("report")(report_run)
 app.command("export-adapters")(export_to_released)

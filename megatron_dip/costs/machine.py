@@ -66,7 +66,7 @@ class ClusterConfig(Form):
         if self.num_gpus % self.num_model_gpus:
             raise ValueError(
                 f"num_gpus {self.num_gpus} is not a multiple of tensor_parallel x context_parallel "
-                f"x pipeline_parallel = {self.num_model_gpus}"
+                f"x pipeline_parallel = {self.num_model_gpus}: change one of them"
             )
         if self.data_parallel % self.expert_parallel:
             raise ValueError(

@@ -92,15 +92,17 @@ def _connections(facts: Facts) -> Row:
             f"{found}; Megatron asserts 1 for tensor or context parallelism before Blackwell",
             f"export {_CONNECTIONS}=1 (with --overlap-moe-expert-parallel-comm 32 will do)",
         )
-    if value == "1" and not (divides_layers and is_before_blackwell):
+    if value == "1" and divides_layers and is_before_blackwell:
+        return ok(_CONNECTIONS, "1: plans are made for one hardware queue")
+    if value is None or int(value) < _MOST_CONNECTIONS:
         return warning(
             _CONNECTIONS,
-            "1: all streams share one hardware queue, so that a transfer which waits for its peer "
-            "can hold up computing",
-            f"unset {_CONNECTIONS}, unless tensor or context parallelism before Blackwell asks for "
-            f"it (say so with --tensor-parallel, --context-parallel or --cluster)",
+            f"{found}: streams share hardware queues, so that a transfer which waits for its peer "
+            f"can hold up computing; plans are made for that, and are longer",
+            f"export {_CONNECTIONS}={_MOST_CONNECTIONS}; tensor or context parallelism before "
+            f"Blackwell asks for 1 (name them: --tensor-parallel, --context-parallel, --cluster)",
         )
-    return ok(_CONNECTIONS, found)
+    return ok(_CONNECTIONS, f"{found}: a hardware queue for every stream")
 
 
 def _links(facts: Facts) -> Row:

@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SBATCH = ROOT / "scripts" / "slurm" / "train.sbatch"
-SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), SBATCH, ROOT / ".ci" / "run"])
+SLURM = ROOT / "scripts" / "slurm"
+SBATCH = SLURM / "train.sbatch"
+PROFILE = SLURM / "profile.sbatch"
+COMMON = SLURM / "common.sh"
+SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), SBATCH, PROFILE, ROOT / ".ci" / "run"])
 
 # Each writes down how it was called. Training takes TRAINING_MIN minutes on the cluster's clock,
 # which is a file, and on ours as long as there is a file "hold".
 FAKE_SRUN = """#!/usr/bin/env bash
+[[ -e "$RECORD/first_srun" ]] || printf '%s\\n' "$@" > "$RECORD/first_srun"
 printf '%s\\n' "$@" > "$RECORD/srun"
 printf '%s\\n' "$CUDA_DEVICE_MAX_CONNECTIONS" > "$RECORD/connections"
 echo $(($(cat "$RECORD/now") + 60 * ${TRAINING_MIN:-1})) > "$RECORD/now"
@@ -42,11 +46,13 @@ def test_shellcheck_finds_nothing(script: Path):
     beside_python = Path(sys.executable).parent / "shellcheck"
     shellcheck = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
     assert shellcheck, "shellcheck is missing: pip install -e '.[dev]'"
-    done = subprocess.run([shellcheck, str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [shellcheck, "--external-sources", str(script)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if path != SBATCH], ids=str)
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.parent != SLURM], ids=str)
 def test_a_script_that_is_called_can_be_executed(script: Path):
     assert os.access(script, os.X_OK)
 
@@ -69,6 +75,8 @@ class Cluster:
         }
         for path in ("bin", "record", "a repository/examples", "a repository/configs"):
             (folder / path).mkdir(parents=True)
+        (self.root / "scripts").mkdir()
+        (self.root / "scripts" / "slurm").symlink_to(SLURM)
         (self.root / "examples" / "pretrain_vlm.py").touch()
         (self.root / "configs" / "vlm_m.yaml").touch()
         (self.root / ".venv" / "bin").mkdir(parents=True)
@@ -79,17 +87,19 @@ class Cluster:
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, file: Path = SBATCH, **environment: str
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["bash", str(SBATCH), *arguments],
+            ["bash", str(file), *arguments],
             env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def submit(self, *arguments: str, **environment: str) -> tuple[int, str]:
-        job = self.start(*arguments, **environment)
+    def submit(self, *arguments: str, file: Path = SBATCH, **environment: str) -> tuple[int, str]:
+        job = self.start(*arguments, file=file, **environment)
         output, _ = job.communicate(timeout=60)
         return job.returncode, output
 
@@ -123,7 +133,7 @@ def test_the_job_starts_one_torchrun_per_node_with_the_plan_schedule(cluster: Cl
     ]
     for option in ("--kill-on-bad-exit=1", "--cpu-bind=none", "--nodes=3", "--ntasks-per-node=1"):
         assert option in arguments
-    assert cluster.recorded("connections") == ["1"]
+    assert cluster.recorded("connections") == ["32"]
     assert (run / "checkpoints").is_dir() and (run / "logs").is_dir()
     assert cluster.recorded("scontrol") == []
 
@@ -135,6 +145,67 @@ def test_the_arguments_of_torchrun_are_ones_that_it_knows(cluster: Cluster):
     parsed = run.parse_args(arguments[arguments.index("torch.distributed.run") + 1 :])
     assert parsed.module and parsed.training_script == "megatron_dip.launch"
     assert parsed.training_script_args[-2:] == ["--train-iters", "50"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "expected"),
+    [
+        (["--tensor-model-parallel-size", "4"], {}, "1"),
+        (["--tensor-model-parallel-size=4"], {}, "1"),
+        (["--context-parallel-size", "2"], {}, "1"),
+        (["--tensor-model-parallel-size", "1", "--context-parallel-size=1"], {}, "32"),
+        (["--tensor-model-parallel-size", "4"], {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8"),
+    ],
+)
+def test_one_hardware_queue_is_asked_for_only_where_megatron_asserts_it(
+    cluster: Cluster, arguments: list[str], given: dict[str, str], expected: str
+):
+    assert cluster.submit("configs/vlm_m.yaml", *arguments, **given)[0] == 0
+    assert cluster.recorded("connections") == [expected]
+
+
+def test_profiling_runs_a_few_steps_and_makes_a_profile_of_their_timelines(cluster: Cluster):
+    more = ("--train-iters", "1000", "--lr", "1e-4")
+    status, output = cluster.submit("configs/vlm_m.yaml", *more, file=PROFILE)
+    assert status == 0, output
+    run = cluster.root / "runs" / "vlm-4711"
+    python = str(cluster.root / ".venv" / "bin" / "python")
+    # The stand-in keeps its last call.
+    assert cluster.recorded("srun") == [
+        *("--nodes=1", "--ntasks=1", "--cpu-bind=none", python, "-m", "megatron_dip.cli.main"),
+        *("profile", "-o", str(run / "profile.json"), "--from", str(run / "trace")),
+    ]
+    steps = cluster.recorded("first_srun")
+    assert steps[steps.index("--dip-schedule") :] == [
+        *("--dip-schedule", "--dip-config", str(cluster.root / "configs" / "vlm_m.yaml")),
+        *("--dip-vary-parts", "--dip-trace-dir", str(run / "trace"), "--eval-iters", "0"),
+        *("--train-iters", "12", *more, "--exit-interval", "12"),
+    ]
+    assert (run / "trace").is_dir() and not (run / "checkpoints").exists()
+
+
+def test_steps_that_failed_make_no_profile(cluster: Cluster):
+    status, output = cluster.submit("configs/vlm_m.yaml", file=PROFILE, SRUN_STATUS="3")
+    assert status == 2 and "the steps ended with status 3" in output
+    assert "profile" not in cluster.recorded("srun")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {}, "no configuration was given (expected: sbatch scripts/slurm/profile.sbatch"),
+        (["configs/vlm_m.yaml"], {"DIP_STEPS": "3"}, "DIP_STEPS=3 is not a number of steps from 4"),
+        (["configs/vlm_m.yaml"], {"DIP_STEPS": "21"}, "DIP_STEPS=21"),
+        (["configs/vlm_m.yaml", "--save=x"], {}, "--save: leave it out"),
+        (["configs/vlm_m.yaml"], {"DIP_ROOT": "/nonexistent"}, "is not the repository"),
+    ],
+)
+def test_bad_input_for_profiling_ends_the_job_with_one_clear_line(
+    cluster: Cluster, arguments: list[str], environment: dict[str, str], message: str
+):
+    status, output = cluster.submit(*arguments, file=PROFILE, **environment)
+    assert status == 2 and message in output, output
+    assert cluster.recorded("srun") == []
 
 
 def test_the_end_of_the_job_is_asked_for_where_slurm_does_not_export_it(cluster: Cluster):
@@ -218,7 +289,7 @@ def test_training_that_failed_fails_the_job_and_is_not_queued_again(cluster: Clu
         (["configs/vlm_m.yaml"], {"PATH": "/nonexistent"}, "srun is not on PATH"),
         (["configs/vlm_m.yaml"], {"DIP_VENV": "/nonexistent"}, "no Python in /nonexistent"),
         (["configs/vlm_m.yaml"], {"DIP_SCRIPT": "gone.py"}, "pretrain script gone.py does not"),
-        (["configs/vlm_m.yaml"], {"DIP_ROOT": "/nonexistent"}, "is no folder"),
+        (["configs/vlm_m.yaml"], {"DIP_ROOT": "/nonexistent"}, "is not the repository"),
         (["configs/vlm_m.yaml"], {"DIP_GPUS_PER_NODE": "h100:8"}, "is not a number of GPUs"),
     ],
 )
