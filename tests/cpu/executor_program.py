@@ -26,6 +26,7 @@ from megatron_dip.runtime import (
 )
 
 TOLERANCE = 1e-12
+_CPU = torch.device("cpu")
 
 CASES: dict[int, list[Case]] = {
     1: [
@@ -161,10 +162,25 @@ def recompute_everything(plan: Plan) -> tuple[Recompute, ...]:
 
 
 def run_case(
-    case: Case, num_ranks: int, num_tensor_ranks: int = 1, queues: QueueModel | None = None
-) -> None:
+    case: Case,
+    num_ranks: int,
+    num_tensor_ranks: int = 1,
+    queues: QueueModel | None = None,
+    *,
+    device: torch.device = _CPU,
+    backend: str | None = None,
+) -> float:
     """Pipelines of ``num_ranks``: ranks of a tensor-parallel group run the same, each in its own,
-    and only the first of them has data."""
+    and only the first of them has data.
+
+    Args:
+        queues: What the plan is made for.
+        device: Where stages compute; the plain loop is the CPU's.
+        backend: Of the channels, as in ``torch.distributed.new_group``.
+
+    Returns:
+        The largest relative error of this rank's gradients.
+    """
     partition = partition_from_layers(case.cut, num_ranks)
     rank, tensor_rank = divmod(dist.get_rank(), num_tensor_ranks)
     pipelines = [
@@ -183,18 +199,24 @@ def run_case(
         pipeline_channels(partition, case.upstream),
         pipelines,
         30.0,
+        backend,
         num_communicators=1 if queues is None else queues.communicators,
     )
     channels = Channels(
         rank=rank,
         pipeline=pipeline,
         groups=groups,
-        device=torch.device("cpu"),
+        device=device,
         timeout_seconds=30.0,
     )
-    stages = build_stages(case, partition.stages_on(rank))
+    channels.connect()
+    stages = {
+        number: stage.to(device)
+        for number, stage in build_stages(case, partition.stages_on(rank)).items()
+    }
     # First stages read rows, and are on the first rank.
-    runner = ModuleRunner(stages, case.rows() if rank == 0 else {})
+    rows = {key: rows.to(device) for key, rows in case.rows().items()} if rank == 0 else {}
+    runner = ModuleRunner(stages, rows)
     executor = Executor(
         rank=rank,
         channels=channels,
@@ -213,6 +235,7 @@ def run_case(
     assert worst <= TOLERANCE, f"{case.name}: relative error {worst}"
     num_actions = len(plan.actions[rank])
     print(f"rank {rank}: {case.name}: within {worst:.1e}, {num_actions} actions", flush=True)
+    return worst
 
 
 def largest_error(
@@ -227,7 +250,8 @@ def largest_error(
                 assert parameter.grad is None, f"stage {number} has a gradient for {name}"
                 continue
             assert parameter.grad is not None, f"stage {number} has no gradient for {name}"
-            worst = max(worst, float((parameter.grad - wanted).abs().max() / wanted.abs().max()))
+            error = (parameter.grad.cpu() - wanted).abs().max() / wanted.abs().max()
+            worst = max(worst, float(error))
     return worst
 
 

@@ -40,6 +40,10 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "bash scripts/quickstart.sh"): ".ci/run runs it as written",
     ("README.md", "bash scripts/test.sh"): ".ci/run runs it as written, and it runs these tests",
     ("README.md", "torchrun --nproc-per-node 8"): CLUSTER,
+    ("docs/cluster.md", "bash scripts/setup.sh"): ".ci/run runs it first",
+    ("docs/cluster.md", "megatron-dip doctor"): (
+        "finds no GPU here, which is a problem; tests/unit/test_doctor.py has every row"
+    ),
     ("docs/data.md", "energon prepare"): "tests/cpu/test_energon.py runs it on a shard of its own",
     ("docs/gpu.md", "pip install"): "needs CUDA's headers, and a quarter of an hour",
     ("docs/gpu.md", "torchrun --nproc-per-node 8"): CLUSTER,
