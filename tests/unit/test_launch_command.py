@@ -65,6 +65,13 @@ def test_one_node_needs_no_meeting_place_and_options_win_over_the_file():
     assert found[found.index("--global-batch-size") + 1] == "64"
 
 
+@pytest.mark.parametrize(("tensor", "context", "expected"), [(2, 1, 1), (1, 2, 1), (1, 1, 32)])
+def test_one_hardware_queue_is_asked_for_where_megatron_asserts_it(tensor, context, expected):
+    sizes = ("--tensor-parallel", str(tensor), "--context-parallel", str(context))
+    found = words("--gpus", "8", "--pipeline-parallel", "2", *sizes)
+    assert found[0] == f"CUDA_DEVICE_MAX_CONNECTIONS={expected}"
+
+
 def test_on_cpus_ranks_are_pinned_and_flags_of_gpus_are_left_out():
     found = words("--gpus", "2", "--pipeline-parallel", "2", "--cpu")
     start = found.index("-m")
