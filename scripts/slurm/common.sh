@@ -57,9 +57,9 @@ prepare() {
     MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 }
 
-# connections_for ARGUMENTS...: Megatron asserts one hardware queue for tensor and context
-# parallelism (before Blackwell: there, set CUDA_DEVICE_MAX_CONNECTIONS=32); else every stream of a
-# plan gets one, because a transfer that waits would hold up what is queued behind it.
+# connections_for ARGUMENTS...: on GPUs before Blackwell Megatron asserts one hardware queue for
+# tensor and context parallelism (on Blackwell, set CUDA_DEVICE_MAX_CONNECTIONS=32 yourself). Else
+# every stream gets one, because a transfer that waits holds up what is queued behind it.
 connections_for() {
     local flag="" word
     for word in "$@"; do
