@@ -24,10 +24,14 @@ SEVERAL_RANKS = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 """Asks NCCL to let ranks share a GPU, which it refuses otherwise."""
 
 
-def part_arguments(description: str | None) -> argparse.ArgumentParser:
-    """Arguments of every part."""
+def part_arguments(
+    description: str | None, limit_seconds: float | None = None
+) -> argparse.ArgumentParser:
+    """Arguments of every part; ``limit_seconds`` is that of one start of ranks."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    if limit_seconds is not None:
+        parser.add_argument("--limit-seconds", type=float, default=limit_seconds)
     parser.add_argument("--results", type=Path, required=True, help="JSON lines are added to it")
     return parser
 

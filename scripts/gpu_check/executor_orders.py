@@ -30,8 +30,11 @@ _LIMIT_SECONDS = 38.0
 
 def main() -> None:
     """Run the part."""
-    parser = part_arguments(__doc__)
+    parser = part_arguments(__doc__, _LIMIT_SECONDS)
     parser.add_argument("--as-rank", action="store_true")
+    parser.add_argument(
+        "--orders", nargs="+", choices=list(_CONNECTIONS), default=list(_CONNECTIONS)
+    )
     parser.add_argument("--order", choices=list(_CONNECTIONS), default="early")
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="gloo")
     options = parser.parse_args()
@@ -40,7 +43,7 @@ def main() -> None:
         return
     backend = _backend(options.device, read_results(options.results, "versions"))
     found: dict[str, Any] = {"backend": backend}
-    for order, connections in _CONNECTIONS.items():
+    for order in options.orders:
         arguments = [
             *("--as-rank", "--order", order, "--backend", backend),
             *("--device", options.device, "--results", str(options.results)),
@@ -49,8 +52,8 @@ def main() -> None:
             __file__,
             arguments,
             _NUM_RANKS,
-            limit_seconds=_LIMIT_SECONDS,
-            environment={**SEVERAL_RANKS, "CUDA_DEVICE_MAX_CONNECTIONS": connections},
+            limit_seconds=options.limit_seconds,
+            environment={**SEVERAL_RANKS, "CUDA_DEVICE_MAX_CONNECTIONS": _CONNECTIONS[order]},
         )
         answers = [answers_of(rank) for rank in ranks]
         failed = {f"rank {n}": one for n, one in enumerate(answers) if "failed" in one}

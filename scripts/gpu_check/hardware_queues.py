@@ -20,7 +20,7 @@ _LIMIT_SECONDS = 30.0
 
 def main() -> None:
     """Run the part."""
-    parser = part_arguments(__doc__)
+    parser = part_arguments(__doc__, _LIMIT_SECONDS)
     parser.add_argument("--as-rank", action="store_true")
     options = parser.parse_args()
     if options.device == "cpu":
@@ -34,7 +34,7 @@ def main() -> None:
     for connections in _CONNECTIONS:
         variables = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
         (rank,) = start_ranks(
-            __file__, arguments, 1, limit_seconds=_LIMIT_SECONDS, environment=variables
+            __file__, arguments, 1, limit_seconds=options.limit_seconds, environment=variables
         )
         found[f"{connections} connections"] = answers_of(rank)
     report(options.results, "queues", "cuda", found)

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from check_results import SEVERAL_RANKS, answers_of, part_arguments, report, start_ranks, tell
 
-_LATE_SECONDS = 1.0
+_LATE_SECONDS = {"cuda": 1.0, "cpu": 0.1}
 _LIMIT_SECONDS = 60.0
 
 
 def main() -> None:
     """Run the part."""
-    parser = part_arguments(__doc__)
+    parser = part_arguments(__doc__, _LIMIT_SECONDS)
     parser.add_argument("--as-rank", action="store_true")
     options = parser.parse_args()
     if options.as_rank:
@@ -26,9 +26,9 @@ def main() -> None:
         return
     arguments = ["--as-rank", "--device", options.device, "--results", str(options.results)]
     ranks = start_ranks(
-        __file__, arguments, 2, limit_seconds=_LIMIT_SECONDS, environment=SEVERAL_RANKS
+        __file__, arguments, 2, limit_seconds=options.limit_seconds, environment=SEVERAL_RANKS
     )
-    found = {"seconds that the peer is late": _LATE_SECONDS, **answers_of(ranks[0])}
+    found = {"seconds that the peer is late": _LATE_SECONDS[options.device], **answers_of(ranks[0])}
     report(options.results, "late peer", options.device, found)
 
 
@@ -59,7 +59,7 @@ def _post(name: str, group: Any, place: torch.device, rank: int) -> float:
     dist.barrier()
     sends = (name == "isend") == (rank == 0)
     if rank == 1:
-        time.sleep(_LATE_SECONDS)
+        time.sleep(_LATE_SECONDS[place.type])
     start = time.perf_counter()
     work = (dist.isend if sends else dist.irecv)(element, 1 - rank, group=group)
     held = time.perf_counter() - start

@@ -17,7 +17,7 @@ _LIMIT_SECONDS = 40.0
 
 def main() -> None:
     """Run the part."""
-    parser = part_arguments(__doc__)
+    parser = part_arguments(__doc__, _LIMIT_SECONDS)
     parser.add_argument("--as-rank", action="store_true")
     options = parser.parse_args()
     if options.as_rank:
@@ -42,7 +42,7 @@ def main() -> None:
         }
     arguments = ["--as-rank", "--device", options.device, "--results", str(options.results)]
     ranks = start_ranks(
-        __file__, arguments, 2, limit_seconds=_LIMIT_SECONDS, environment=SEVERAL_RANKS
+        __file__, arguments, 2, limit_seconds=options.limit_seconds, environment=SEVERAL_RANKS
     )
     answers = [answers_of(rank) for rank in ranks]
     found["two ranks on one device"] = {

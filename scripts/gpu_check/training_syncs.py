@@ -3,6 +3,7 @@
 ``torch.cuda.set_sync_debug_mode("warn")`` names each; steps before the last three warm up.
 """
 
+import argparse
 import json
 import shlex
 import tempfile
@@ -23,7 +24,7 @@ _ARGUMENTS = """
 def main() -> None:
     """Run the part."""
     makers = {"vlm": _vlm, "t2v": _t2v}
-    parser = part_arguments(__doc__)
+    parser = part_arguments(__doc__, _LIMIT_SECONDS)
     parser.add_argument("--models", nargs="+", choices=sorted(makers), default=list(makers))
     options = parser.parse_args()
     found = {}
@@ -34,18 +35,25 @@ def main() -> None:
             except ImportError as error:
                 found[name] = {"not run": f"its sample data needs {error.name}"}
                 continue
-            found[name] = _watched(script, config, options.device)
+            found[name] = _watched(script, config, options)
     report(options.results, "training", options.device, found)
 
 
-def _watched(script: Path, config: Path, device: str) -> dict[str, Any]:
+def _watched(script: Path, config: Path, options: argparse.Namespace) -> dict[str, Any]:
     record = config.with_suffix(".record")
-    launch = ["-m", "megatron_dip.launch", *(["--cpu"] if device == "cpu" else [])]
+    launch = ["-m", "megatron_dip.launch", *(["--cpu"] if options.device == "cpu" else [])]
     arguments = [
         *(*launch[1:], str(ROOT / "scripts" / "gpu_check" / "watched_training.py")),
-        *(str(record), device, str(script), *shlex.split(_ARGUMENTS), "--dip-config", str(config)),
+        *(
+            str(record),
+            options.device,
+            str(script),
+            *shlex.split(_ARGUMENTS),
+            "--dip-config",
+            str(config),
+        ),
     ]
-    (rank,) = start_ranks(launch[0], arguments, 1, limit_seconds=_LIMIT_SECONDS)
+    (rank,) = start_ranks(launch[0], arguments, 1, limit_seconds=options.limit_seconds)
     if not record.exists():
         return answers_of(rank)
     found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))

@@ -13,6 +13,8 @@ import torch
 from launching import REPOSITORY
 
 FOLDER = REPOSITORY / "scripts" / "gpu_check"
+LIMIT = ("--limit-seconds", "240")
+"""For a machine that is busy; the script's own limits are for one that is not."""
 SCRIPT = REPOSITORY / "scripts" / "gpu_check.sh"
 
 
@@ -51,7 +53,7 @@ def test_limits_of_all_parts_are_twelve_minutes_and_every_part_has_one() -> None
     text = SCRIPT.read_text()
     parts = dict(re.findall(r"(\w+):(\d+)", text[text.index("parts=(") : text.index("fail()")]))
     assert sum(map(int, parts.values())) <= 720
-    runs = {path.stem for path in FOLDER.glob("*.py") if "part_arguments(__doc__)" in read(path)}
+    runs = {path.stem for path in FOLDER.glob("*.py") if "part_arguments(__doc__" in read(path)}
     assert set(parts) == runs
 
 
@@ -60,7 +62,7 @@ def read(path: Path) -> str:
 
 
 def test_versions_and_ranks_that_meet(tmp_path: Path) -> None:
-    found = run_part(tmp_path / "r.jsonl", "machine_versions")
+    found = run_part(tmp_path / "r.jsonl", "machine_versions", *LIMIT)
     assert found["torch"] == torch.__version__ and "gpu" not in found
     assert found["two ranks on one device"]["allowed"] is True
 
@@ -98,20 +100,21 @@ def test_layers_are_timed_and_not_compared_with_a_gpu(tmp_path: Path, parts: Non
 
 
 def test_a_late_peer_is_waited_for_by_nobody_over_gloo(tmp_path: Path) -> None:
-    found = run_part(tmp_path / "r.jsonl", "late_peer")
+    found = run_part(tmp_path / "r.jsonl", "late_peer", *LIMIT)
     assert found["backend"] == "gloo"
     calls = ["isend, first", "isend, again", "irecv, first", "irecv, again"]
     assert [name for name in found if "," in name] == calls
 
 
-def test_all_orders_of_the_executor_equal_a_plain_loop(tmp_path: Path) -> None:
-    found = run_part(tmp_path / "r.jsonl", "executor_orders")
-    for order in ("early", "plan", "one queue"):
-        assert found[order]["largest relative error"] <= 1e-12
+def test_the_executor_in_the_plans_own_order_equals_a_plain_loop(tmp_path: Path) -> None:
+    """``test_executor.py`` has the other two."""
+    found = run_part(tmp_path / "r.jsonl", "executor_orders", "--orders", "plan", *LIMIT)
+    assert set(found) == {"backend", "plan"}
+    assert found["plan"].get("largest relative error", 1.0) <= 1e-12, found
 
 
 def test_steps_of_a_tiny_model_are_watched(tmp_path: Path) -> None:
-    found = run_part(tmp_path / "r.jsonl", "training_syncs", "--models", "vlm")
+    found = run_part(tmp_path / "r.jsonl", "training_syncs", "--models", "vlm", *LIMIT)
     assert found["vlm"]["steps"] == 5, found
     assert found["vlm"]["steps watched"] == 0
 
@@ -123,7 +126,7 @@ def test_steps_of_a_tiny_model_are_watched(tmp_path: Path) -> None:
 def test_ranks_share_a_gpu_over_nccl_only_where_it_allows_that(
     parts: None, monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], expected: str
 ) -> None:
-    orders = importlib.import_module("executor_orders")
+    orders = importlib.import_module("executor_orders", *LIMIT)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert orders._backend("cuda", answers) == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
