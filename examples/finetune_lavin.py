@@ -7,11 +7,15 @@
 """
 
 import torch
+from megatron.core.utils import StragglerDetector
 
 from megatron_dip.families.iterators import data_sets, get_batch
 from megatron_dip.families.lavin.adapter_files import AdapterFiles, add_adapter_arguments
+from megatron_dip.families.loss_checks import check_loss
 from megatron_dip.families.provider import build_model
 from megatron_dip.integration.versions import parse_arguments, pretrain
+
+stimer = StragglerDetector()
 
 
 def loss_func(
@@ -25,14 +29,17 @@ def loss_func(
         losses: [T].
     """
     loss = torch.sum(losses.float() * weights)
-    units = torch.tensor(num_units, dtype=torch.int, device=losses.device)
+    check_loss(loss)
+    units = torch.full((), num_units, dtype=torch.int, device=losses.device)
     return loss, units, {"lm loss": torch.stack([loss.detach(), units.float()])}
 
 
 def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
     """One forward of what this rank holds; weights are asked for where the loss is."""
-    batch = get_batch(data_iterator)
-    output = model(batch)
+    with stimer(bdata=True):
+        batch = get_batch(data_iterator)
+    with stimer:
+        output = model(batch)
     return output, lambda losses: loss_func(batch.loss_mask, batch.num_loss_units, losses)
 
 

@@ -9,6 +9,7 @@ text encoder with the first layers of the transformer on the first pipeline rank
 
 import pretrain_vlm
 import torch
+from pretrain_vlm import stimer
 
 from megatron_dip.families.iterators import get_batch
 
@@ -23,8 +24,10 @@ def loss_func(
 
 def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
     """One forward of what this rank holds; the loss mask is asked for where the loss is."""
-    batch = get_batch(data_iterator)
-    output = model(batch)
+    with stimer(bdata=True):
+        batch = get_batch(data_iterator)
+    with stimer:
+        output = model(batch)
     return output, lambda losses: loss_func(batch.loss_mask, losses)
 
 

@@ -7,11 +7,15 @@ tower with the first language layers on the first pipeline rank.
 """
 
 import torch
+from megatron.core.utils import StragglerDetector
 
 from megatron_dip.families.arguments import add_arguments
 from megatron_dip.families.iterators import data_sets, get_batch
+from megatron_dip.families.loss_checks import check_loss
 from megatron_dip.families.provider import build_model
 from megatron_dip.integration.versions import parse_arguments, pretrain
+
+stimer = StragglerDetector()
 
 
 def loss_func(
@@ -25,13 +29,16 @@ def loss_func(
     """
     loss = torch.sum(losses.float() * loss_mask)
     num_tokens = loss_mask.sum().to(torch.int)
+    check_loss(loss)
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
 def forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
     """One forward of what this rank holds; the loss mask is asked for where the loss is."""
-    batch = get_batch(data_iterator)
-    output = model(batch)
+    with stimer(bdata=True):
+        batch = get_batch(data_iterator)
+    with stimer:
+        output = model(batch)
     return output, lambda losses: loss_func(batch.loss_mask, losses)
 
 

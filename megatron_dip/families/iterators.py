@@ -48,7 +48,8 @@ def get_batch(data_iterator: Iterator[Any]) -> Any:
         if torch.is_grad_enabled():
             note_microbatch(batch)
         batch = batch.whole(get_args().seq_length)
-    return batch.to(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    return batch.to(device, weights_dtype=get_args().params_dtype)
 
 
 def data_sets(num_samples: Sequence[int | None]) -> tuple[Any, Any, None]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.training import get_args
 
 from megatron_dip.costs import Boundary, ItemSizes, ModuleShape
 from megatron_dip.errors import DataError
@@ -65,6 +66,11 @@ class StagedPacked(StagedModel):
         return (microbatch if reads_media else microbatch.without_media).sub_batch(
             part.module, items
         )
+
+    def to_device(self, data: Any, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
+        """All of it, as ``get_batch`` would move it."""
+        moved = data.to(device, weights_dtype=get_args().params_dtype)
+        return moved, list(moved.tensors())
 
     def boundary(self, module: str, *, outer: bool) -> Boundary:
         """Packed rows."""

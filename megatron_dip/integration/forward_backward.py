@@ -16,6 +16,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_dip.integration.ahead import Ahead, own_iterator, pull
 from megatron_dip.integration.feedback import MeasuredStep
+from megatron_dip.integration.late_checks import checked_at_the_end
 from megatron_dip.integration.parameter_gathers import finish_gathers, start_gathers
 from megatron_dip.integration.part_check import check_parts
 from megatron_dip.integration.pipeline import DipPipeline
@@ -92,10 +93,11 @@ def forward_backward_dip(
         collect_non_loss_data=collect_non_loss_data,
         counts_stored_bytes=wants_records() and not forward_only,
     )
-    runner = _run(pipeline, model, planned, runner_of, recorder, forward_only=forward_only)
-    ahead.go_on(recorder)
-    if not forward_only:
-        _finalize(model, config, runner, bool(force_all_reduce))
+    with checked_at_the_end():
+        runner = _run(pipeline, model, planned, runner_of, recorder, forward_only=forward_only)
+        ahead.go_on(recorder)
+        if not forward_only:
+            _finalize(model, config, runner, bool(force_all_reduce))
     if config.timers is not None:
         config.timers("forward-backward").stop()
     if not forward_only:

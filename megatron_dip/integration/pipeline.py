@@ -9,6 +9,8 @@ from megatron.core import mpu
 
 from megatron_dip.costs import ProblemBuilder
 from megatron_dip.errors import UnsupportedError
+from megatron_dip.integration.compiled_functions import allow_versions
+from megatron_dip.integration.device_feed import DeviceFeed
 from megatron_dip.integration.feedback import MeasuredStep, StepFeedback, log_step
 from megatron_dip.integration.groups import (
     create_agreement,
@@ -72,6 +74,7 @@ class DipPipeline:
         dtype: torch.dtype,
     ) -> None:
         agree_on_run()
+        allow_versions()
         timeout_seconds = options.timeout_seconds
         self.config = options.config
         self.checks_parts = options.check_parts
@@ -113,6 +116,8 @@ class DipPipeline:
             self.rank,
         )
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.feed = DeviceFeed(self.device)
+        """Copies data of coming forwards; one for all steps, so that its stream is one."""
         self.executor = Executor(
             rank=self.rank,
             channels=Channels(

@@ -7,6 +7,7 @@ what it means under Megatron's own schedule.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from megatron_dip.runtime import (
     StageInput,
 )
 from megatron_dip.runtime.measure import StoredBytes
+from megatron_dip.workload import SubMicrobatch
 
 __all__ = ["ContextRank", "MegatronRunner"]
 
@@ -80,6 +82,10 @@ class MegatronRunner:
     ) -> None:
         self._staged = pipeline.staged
         self._partition = pipeline.partition
+        self._device = pipeline.device
+        self._feed = pipeline.feed
+        # An iteration that failed may have left some.
+        self._feed.clear()
         self._chunks = dict(chunks)
         self._config = config
         self._forward_step = forward_step
@@ -105,6 +111,11 @@ class MegatronRunner:
             parameters = [p for chunk in self._chunks.values() for p in chunk.parameters()]
             self.stored = StoredBytes(parameters)
         self.num_tokens = torch.zeros([], dtype=torch.int, device=pipeline.device)
+
+    def prepare(self, work: Work, stage: Stage, sub_microbatch: SubMicrobatch) -> None:
+        if self._batches[work.microbatch] is not None:
+            part = Part.of(self._partition, stage)
+            self._feed.start(work, partial(self._moved, work, part, sub_microbatch))
 
     def forward(self, call: ForwardCall) -> torch.Tensor:
         with self.stored.counting() if self.stored else nullcontext():
@@ -193,10 +204,18 @@ class MegatronRunner:
 
     def _data(self, call: ForwardCall, part: Part) -> Iterator[Any] | None:
         """What the script's forward step reads: one item, or no iterator on ranks without data."""
-        batch = self._batches[call.work.microbatch]
-        if batch is None:
+        work = call.work
+        if self._batches[work.microbatch] is None:
             return None
-        return iter([self._staged.part_of(batch, part, call.sub_microbatch.items)])
+        move = partial(self._moved, work, part, call.sub_microbatch)
+        return iter([self._feed.take(work, move)])
+
+    def _moved(
+        self, work: Work, part: Part, sub_microbatch: SubMicrobatch
+    ) -> tuple[Any, list[torch.Tensor]]:
+        batch = self._batches[work.microbatch]
+        data = self._staged.part_of(batch, part, sub_microbatch.items)
+        return self._staged.to_device(data, self._device)
 
     def _inputs(self, call: ForwardCall, part: Part) -> list[torch.Tensor | None]:
         received = [self._received(other, call, part) for other in call.inputs]

@@ -8,6 +8,7 @@ import torch
 from megatron_dip.costs import ItemSize
 from megatron_dip.errors import DataError, UnsupportedError
 from megatron_dip.models.staged import Received
+from megatron_dip.runtime.host_copies import to_device
 
 __all__ = [
     "items_in_places",
@@ -71,7 +72,7 @@ def take_rows(tensor: torch.Tensor, rows: Sequence[int], dim: int = 0) -> torch.
         return tensor.narrow(dim, 0, 0)
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return tensor.narrow(dim, rows[0], len(rows))
-    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+    return tensor.index_select(dim, to_device(torch.tensor(rows), tensor.device))
 
 
 def take_samples(

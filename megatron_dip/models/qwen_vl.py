@@ -66,6 +66,8 @@ class StagedQwenVL(StagedModel):
         super().__init__(arguments, run)
         self._config = arguments["config"]
         self._tower = self._config.vision_config
+        self._item_rows: list[int] = []
+        """Of the images and videos that the language model is about to read."""
 
     def modules(self) -> tuple[ModuleShape, ...]:
         """Tower and language model.
@@ -135,6 +137,7 @@ class StagedQwenVL(StagedModel):
             _cut_tower(model, part)
         elif part.first:
             model.set_input_tensor = model.visual.set_input_tensor
+            model.visual.item_rows = self._item_rows
 
     def items(self, batch: Mapping[str, Any]) -> ItemSizes:
         """Images and videos, and sequences.
@@ -202,6 +205,12 @@ class StagedQwenVL(StagedModel):
     def inputs(self, part: Part, received: Sequence[Received]) -> list[Tensor | None]:
         """The language model's first stage takes the rows of its sequences in their order."""
         if part.module == LANGUAGE and part.first:
+            sizes = {
+                item: size.num_output_rows
+                for one in received
+                for item, size in zip(one.items, one.sizes, strict=True)
+            }
+            self._item_rows[:] = [sizes[item] for item in sorted(sizes)]
             return [join(received, dim=0) if received else None]
         return super().inputs(part, received)
 
@@ -281,15 +290,20 @@ class _Features(torch.nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.spatial_merge_size: int = config.spatial_merge_size
+        self.item_rows: Sequence[int] = ()
+        """Of each image and video; grids say the same, but on the device."""
         self._rows: Tensor | None = None
+        self._num_given = 0
 
     def set_input_tensor(self, tensors: Sequence[Tensor | None]) -> None:
         (self._rows,) = tensors
+        self._num_given = 0
 
     def forward(self, pixels: Tensor, grid_thw: Tensor, **_: Any) -> SimpleNamespace:
         """Rows of the images or videos in ``grid_thw``; the next call gives those behind them."""
         assert self._rows is not None
-        num_rows = int(grid_thw.prod(dim=1).sum()) // self.spatial_merge_size**2
+        start, self._num_given = self._num_given, self._num_given + len(grid_thw)
+        num_rows = sum(self.item_rows[start : self._num_given])
         taken, rest = self._rows[:num_rows], self._rows[num_rows:]
         self._rows = rest if len(rest) else None
         return SimpleNamespace(pooler_output=taken)
@@ -297,6 +311,10 @@ class _Features(torch.nn.Module):
 
 class _Arrived(torch.nn.Module):
     """In place of the last layer before the stage's own: gives what has arrived."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._hidden[0])
 
     def set_input_tensor(self, tensors: Sequence[Tensor]) -> None:
         self._hidden = list(tensors)
@@ -312,14 +330,14 @@ def _cut_tower(model: Any, part: Part) -> None:
     gives, so that a stage without layers hands on the same.
     """
     tower = model.visual
-    model.forward = functools.partial(_run_tower, model)
+    arrived = None if part.first else _Arrived()
+    model.forward = functools.partial(_run_tower, model, arrived)
     keep_layers(tower.blocks, part.layers)
     if not part.last:
         tower.merger = PassThrough()
         last = part.layers.stop - 1
         leave(model, after=tower.blocks[last] if part.layers.stop else tower.patch_embed)
-    if not part.first:
-        arrived = _Arrived()
+    if arrived is not None:
         model.set_input_tensor = arrived.set_input_tensor
         tower.patch_embed = PassThrough()
         if part.first_layer:
@@ -329,17 +347,21 @@ def _cut_tower(model: Any, part: Part) -> None:
 
 
 def _run_tower(
-    model: Any, image_grid_thw: Tensor, pixel_values: Tensor | None = None, **_: Any
+    model: Any,
+    arrived: _Arrived | None,
+    image_grid_thw: Tensor,
+    pixel_values: Tensor | None = None,
+    **_: Any,
 ) -> Tensor:
     """The forward of a stage of the tower, from the arguments of the model's own.
 
     Returns:
         [patches, width], or [rows, width] of the language model from the last stage.
     """
-    if pixel_values is None:
+    if arrived is not None:
         # A row for every patch is all that later stages read of it.
-        num_patches = int(image_grid_thw.prod(dim=1).sum())
-        pixel_values = image_grid_thw.new_zeros(num_patches, 1)
+        pixel_values = image_grid_thw.new_zeros(arrived.num_rows, 1)
+    assert pixel_values is not None
     patches = pixel_values.type(model.visual.dtype)
     rows: Tensor = model.visual(patches, grid_thw=image_grid_thw).pooler_output
     return rows

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from megatron_dip.costs import Boundary, ItemSize, ItemSizes, ModuleShape
 from megatron_dip.partition import Partition, Stage
@@ -122,6 +123,18 @@ class StagedModel(ABC):
 
         return take(batch, items)
 
+    def to_device(self, data: Any, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
+        """``data`` of :meth:`part_of` for the script, called ahead of the forward that reads them.
+
+        Here: in page-locked memory of the host, because it is the script that moves its batches.
+
+        Returns:
+            The data, and those of their tensors that were copied to ``device``.
+        """
+        if device.type != "cuda":
+            return data, []
+        return tree_map_only(torch.Tensor, _page_locked, data), []
+
     @abstractmethod
     def boundary(self, module: str, *, outer: bool) -> Boundary:
         """Between stages of ``module``, or (outer) from its last stage to the modules that read
@@ -144,3 +157,8 @@ class StagedModel(ABC):
         Raises:
             UnsupportedError: Microbatches of ``module`` cannot be split; says why.
         """
+
+
+def _page_locked(tensor: torch.Tensor) -> torch.Tensor:
+    is_of_host = tensor.device.type == "cpu"
+    return tensor.pin_memory() if is_of_host and not tensor.is_pinned() else tensor

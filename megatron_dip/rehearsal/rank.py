@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_dip.costs import Boundary
 from megatron_dip.errors import DipError
 from megatron_dip.partition import Stage
-from megatron_dip.plan import ActionType, pipeline_channels
+from megatron_dip.plan import ActionType, Work, pipeline_channels
 from megatron_dip.planner import PlannedBatch
 from megatron_dip.rehearsal.local_ranks import Done, Failed
 from megatron_dip.rehearsal.results import RankRun, RankTask, RehearsedSpan
@@ -35,6 +35,7 @@ from megatron_dip.runtime import (
     SavedForward,
     create_channel_groups,
 )
+from megatron_dip.workload import SubMicrobatch
 
 __all__ = ["run_rank"]
 
@@ -155,6 +156,9 @@ class _SleepingRunner:
     def __init__(self, task: RankTask, clock: _DeviceClock) -> None:
         self._task = task
         self._clock = clock
+
+    def prepare(self, work: Work, stage: Stage, sub_microbatch: SubMicrobatch) -> None:
+        """There are no data."""
 
     def forward(self, call: ForwardCall) -> torch.Tensor:
         output = torch.empty((sum(size.tokens for size in call.sizes), 1, 1))

@@ -6,6 +6,7 @@ it in the rank's program.  Messages within one rank never meet a channel: they a
 memory.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -94,6 +95,11 @@ class Executor:
             if forward_only:
                 steps = tuple(step for step in steps if step[0].type in _FORWARD_TYPES)
             run = _PlanRun(self, batch, runner, recorder or Recorder(), forward_only)
+            run.coming.extend(
+                task
+                for action, task in steps
+                if action.type is ActionType.FORWARD and isinstance(task, Task)
+            )
             with torch.set_grad_enabled(not forward_only):
                 self._run_steps(run, steps)
             run.reductions.finish()
@@ -134,6 +140,8 @@ class _PlanRun:
         self.runner = runner
         self.recorder = recorder
         self.forward_only = forward_only
+        self.coming: deque[Task] = deque()
+        """Works whose forwards are still to come, the next one first."""
         self.stash: dict[Work, SavedForward] = {}
         self.receives: dict[Message, Receive] = {}
         """Posted and not yet waited for."""
@@ -215,6 +223,11 @@ class _PlanRun:
             self.tensors[message] = output.detach()
         self.channels.retire_completed()
         self.reductions.advance()
+        self.coming.popleft()
+        if self.coming:
+            # The host prepares it while the device computes.
+            coming = self.coming[0]
+            self.runner.prepare(coming.work, coming.stage, coming.sub_microbatch)
 
     def backward(self, action: Action, task: Task) -> None:
         output_grad = self._output_grad(action, task)

@@ -67,6 +67,9 @@ class SavedForward:
 class StageRunner(Protocol):
     """How stages compute; gradients of inputs are returned in the order of ``call.inputs``."""
 
+    def prepare(self, work: Work, stage: Stage, sub_microbatch: SubMicrobatch) -> None:
+        """The forward of ``work`` comes next: what it reads of the host may be moved by now."""
+
     def forward(self, call: ForwardCall) -> torch.Tensor: ...
 
     def backward(
@@ -114,6 +117,9 @@ class ModuleRunner:
         self._group = data_parallel_group
         self._reductions: list[_ModuleReduction] = []
         self.losses: dict[Work, torch.Tensor] = {}
+
+    def prepare(self, work: Work, stage: Stage, sub_microbatch: SubMicrobatch) -> None:
+        """The data are where the caller has put them."""
 
     def forward(self, call: ForwardCall) -> torch.Tensor:
         output: torch.Tensor = self._stages[call.stage.stage](call, self._data)

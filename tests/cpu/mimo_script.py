@@ -13,6 +13,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from mimo_setup import IMAGE_TOKEN, NUM_TOKENS, ROWS_PER_SOUND, SOUND_TOKEN, mimo_config
 from staged_loop import set_weights
+from torch.utils._pytree import tree_map_only
 
 
 class Samples(torch.utils.data.Dataset):
@@ -68,7 +69,9 @@ def compute_loss(loss_mask, losses):
 
 
 def forward_step(data_iterator, model):
-    losses, loss_mask = model(**next(data_iterator))
+    batch = next(data_iterator)
+    moved = tree_map_only(torch.Tensor, lambda one: one.cuda(non_blocking=True), batch)
+    losses, loss_mask = model(**moved)
     return losses, partial(compute_loss, loss_mask)
 
 

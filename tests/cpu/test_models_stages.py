@@ -22,6 +22,8 @@ from models_setup import (
 from megatron_dip.costs import Boundary, ItemSize
 from megatron_dip.errors import PartitionError, UnsupportedError
 from megatron_dip.families.data.images import patch_coordinates
+from megatron_dip.families.packed import language
+from megatron_dip.families.packed.attention import span_params
 from megatron_dip.families.packed.initialization import named_global_parameters
 from megatron_dip.families.packed.layers import block_submodules
 from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
@@ -111,6 +113,19 @@ def test_language_cut_anywhere_gives_the_same_losses_and_gradients(base, cuts):
     losses, found = run_language(base, cuts)
     torch.testing.assert_close(losses, whole_losses, rtol=TOLERANCE, atol=TOLERANCE)
     assert_equal_gradients(found, whole_gradients)
+
+
+def test_rows_rotated_at_once_are_those_that_megatron_rotates_span_by_span(base, monkeypatch):
+    losses, found = run_language(base, (1,))
+
+    def without_places(*args, has_places, **options):
+        assert has_places
+        return span_params(*args, **options)
+
+    monkeypatch.setattr(language, "span_params", without_places)
+    expected_losses, expected = run_language(base, (1,))
+    torch.testing.assert_close(losses, expected_losses, rtol=0, atol=0)
+    assert_equal_gradients(found, expected)
 
 
 @pytest.mark.parametrize("layers", [(0,), (1, 2), (0, 1, 2)])

@@ -95,7 +95,9 @@ HONOURED: tuple[FlagGroup, ...] = (
             "micro_batch_size global_batch_size train_iters exit_interval exit_duration_in_mins "
             "exit_signal exit_signal_handler_for_training manual_gc manual_gc_interval "
             "manual_gc_eval empty_unused_memory_level train_sync_interval "
-            "check_for_nan_in_loss_and_grad check_for_large_grads "
+            "check_for_nan_in_loss_and_grad check_for_large_grads check_for_spiky_loss "
+            "error_injection_rate error_injection_type log_straggler straggler_ctrlr_port "
+            "straggler_minmax_count disable_straggler_on_startup "
             "check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval"
         ),
     ),

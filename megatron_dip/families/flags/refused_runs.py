@@ -137,9 +137,7 @@ REFUSED_RUNS: tuple[FlagGroup, ...] = (
     refused(
         "Measurements inside the forward of a script",
         f"nothing here measures it; --dip-trace-dir records the times of stages; {LEAVE_OUT}",
-        "log_straggler straggler_ctrlr_port straggler_minmax_count disable_straggler_on_startup "
-        "check_for_spiky_loss error_injection_rate error_injection_type save_activations_interval "
-        "save_wgrads_interval save_dgrads_interval",
+        "save_activations_interval save_wgrads_interval save_dgrads_interval",
     ),
     refused(
         "Logits of another model",

@@ -90,6 +90,8 @@ class RoutedSequence:
 class ClipBatch(EncoderBatch):
     """Some images of a microbatch."""
 
+    in_weights_dtype = frozenset({"patches"})
+
     patches: Tensor | None
     """``[n, P - 1, values]`` float32; None where this rank does not decode."""
     items: tuple[int, ...]

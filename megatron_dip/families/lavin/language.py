@@ -92,7 +92,11 @@ class LavinLanguageStage(LanguageStage):
         gate_of_row = pad_rows(routed.gate_of_row, num_rows)
         routing = Routing(source_rows=routed.modality_rows, gate_of_row=gate_of_row)
         return routed_span_params(
-            batch.span_lengths, num_rows=num_rows, device=device, routing=routing
+            batch.span_lengths,
+            num_rows=num_rows,
+            device=device,
+            routing=routing,
+            has_places=not self.config.apply_rope_fusion,
         )
 
     def _put_in(self, embedded: Tensor, batch: "LanguageBatch", upstream: Tensor | None) -> Tensor:

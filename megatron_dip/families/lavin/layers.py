@@ -39,10 +39,15 @@ class RoutedSpanParams(SpanParams):
 
 
 def routed_span_params(
-    span_lengths: Sequence[int], *, num_rows: int, device: torch.device, routing: Routing
+    span_lengths: Sequence[int],
+    *,
+    num_rows: int,
+    device: torch.device,
+    routing: Routing,
+    has_places: bool = False,
 ) -> RoutedSpanParams:
     """As ``span_params``, with a routing of the same rows."""
-    spans = span_params(span_lengths, num_rows=num_rows, device=device)
+    spans = span_params(span_lengths, num_rows=num_rows, device=device, has_places=has_places)
     return RoutedSpanParams(**vars(spans), routing=routing)
 
 

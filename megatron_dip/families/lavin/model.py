@@ -50,6 +50,7 @@ from megatron_dip.families.packed.media import decodes_media
 from megatron_dip.families.packed.model import PackedModel
 from megatron_dip.families.packed.parts import set_learning_rate_factor
 from megatron_dip.families.packed.stage import StageLayers, StageModule
+from megatron_dip.models.batches import take_rows
 
 __all__ = ["LavinFamily", "LavinStages", "PackedLavin"]
 
@@ -65,7 +66,7 @@ class PackedLavin(PackedModel):
         if features is None or batch.wanted is None or not batch.vision.items:
             return features
         by_image = features.unflatten(0, (len(batch.vision.items), -1))
-        return by_image[list(batch.wanted)].flatten(0, 1)
+        return take_rows(by_image, batch.wanted).flatten(0, 1)
 
 
 class LavinStages(StageFactory):

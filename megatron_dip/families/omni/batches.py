@@ -61,6 +61,8 @@ class OmniSequence(PackedSequence):
 class AudioBatch(EncoderBatch):
     """Some audio clips of a microbatch."""
 
+    in_weights_dtype = frozenset({"mels"})
+
     mels: Tensor | None
     """``[2 N, mels]`` float32, clip after clip; None where this rank reads no files."""
     span_lengths: tuple[int, ...]

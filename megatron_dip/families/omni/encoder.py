@@ -25,11 +25,12 @@ __all__ = ["AudioModel", "AudioStage", "sinusoids"]
 _SLOWEST_PERIOD = 10000.0
 
 
-def sinusoids(length: int, channels: int) -> Tensor:
+def sinusoids(length: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
     """Sines and cosines of places: ``[length, channels]``, float32."""
     half = channels // 2
-    speeds = torch.exp(-math.log(_SLOWEST_PERIOD) / max(half - 1, 1) * torch.arange(half))
-    angles = torch.arange(length)[:, None] * speeds[None, :]
+    exponents = torch.arange(half, device=device)
+    speeds = torch.exp(-math.log(_SLOWEST_PERIOD) / max(half - 1, 1) * exponents)
+    angles = torch.arange(length, device=device)[:, None] * speeds[None, :]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -55,8 +56,8 @@ class AudioModel(EncoderModel):
         rows = []
         for clip in mels.split([2 * length for length in batch.span_lengths]):
             found = gelu(self.conv_out(gelu(self.conv_in(clip.T[None]))))[0].T
-            places = sinusoids(len(found), found.shape[1])
-            rows.append(found + places.to(device=found.device, dtype=found.dtype))
+            places = sinusoids(len(found), found.shape[1], found.device)
+            rows.append(found + places.to(found.dtype))
         return torch.cat(rows)
 
 

@@ -1,23 +1,28 @@
-"""Attention inside the spans of packed rows, for machines without Transformer Engine.
+"""Attention inside the spans of packed rows.
+
+``SpanSelfAttention`` rotates rows without asking the device for the lengths of spans;
+``SpanAttention`` is the core of attention where there is no Transformer Engine.
 
 Notation: T packed tokens of this rank's heads, a query heads, g key and value heads (query
-groups), d channels per head.  Context-parallel ranks gather keys and values of all rows.  Limits:
-no sliding window, no attention bias, no softmax offset, no cross-attention of divided rows; those
-are refused at construction.
+groups), d channels per head.  Context-parallel ranks gather keys and values of all rows.  Limits of
+the core: no sliding window, no attention bias, no softmax offset, no cross-attention of divided
+rows; those are refused at construction.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,8 +31,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.models.context_rows import gather_rows, rows_of_context_rank
+from megatron_dip.runtime.host_copies import to_device
 
-__all__ = ["SpanAttention", "SpanParams", "span_params"]
+__all__ = ["SpanAttention", "SpanParams", "SpanSelfAttention", "span_params"]
 
 _CAUSAL = frozenset({AttnMaskType.causal, AttnMaskType.padding_causal})
 _FULL = frozenset({AttnMaskType.no_mask, AttnMaskType.padding})
@@ -43,6 +49,9 @@ class SpanParams(PackedSeqParams):
     span_lengths: tuple[int, ...] = ()
     context_lengths: tuple[int, ...] = ()
     """Rows that each span reads in cross-attention; in self-attention a span reads itself."""
+    rotary_places: Tensor | slice | None = None
+    """What takes from a rotary table ``[places, 1, 1, d]`` a row for every row; None where they
+    are rotated as Megatron does."""
 
 
 def span_params(
@@ -52,12 +61,14 @@ def span_params(
     device: torch.device | str,
     context_lengths: Sequence[int] | None = None,
     is_divided: bool = False,
+    has_places: bool = False,
 ) -> SpanParams:
     """Describe ``num_rows`` rows: the given spans, and one more where rows are left over.
 
     ``context_lengths`` are for cross-attention: the rows of another tensor that each span reads;
     the rows left over read none.  ``is_divided``: the rows are those of all context-parallel ranks,
-    among which every span divides.
+    among which every span divides.  ``has_places``: rotary tables are by place in a span, and rows
+    are not rotated by a fused kernel.
 
     Raises:
         ValueError: The spans have more rows than ``num_rows``.
@@ -82,12 +93,74 @@ def span_params(
         max_seqlen_kv=max(contexts, default=0),
         span_lengths=lengths,
         context_lengths=contexts,
+        rotary_places=_places(lengths, device) if has_places else None,
     )
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
     ends = list(accumulate(lengths, initial=0))
-    return torch.tensor(ends, dtype=torch.int32, device=device)
+    return to_device(torch.tensor(ends, dtype=torch.int32), device)
+
+
+def _places(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    """``[rows]`` int64: the place of every row in its span."""
+    places = [torch.arange(length) for length in lengths]
+    return to_device(torch.cat([torch.arange(0), *places]), device)
+
+
+class SpanSelfAttention(SelfAttention):
+    """Megatron's self-attention.
+
+    Without a fused kernel Megatron rotates packed rows span by span and reads the lengths of spans
+    back from the device, several times in every layer.  Here a table with a row for every row
+    rotates them at once, where the description of the rows says how to take it.
+    """
+
+    _rotary: Tensor | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``SelfAttention.forward``."""
+        places = getattr(packed_seq_params, "rotary_places", None)
+        if rotary_pos_emb is not None and places is not None and self.pg_collection.cp.size() == 1:
+            self._rotary, rotary_pos_emb = rotary_pos_emb[places], None
+        try:
+            output: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+            return output
+        finally:
+            self._rotary = None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``SelfAttention``'s, queries and keys ``[T, 1, heads, d]`` rotated."""
+        made = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._rotary is None:
+            return made
+        query, key, *rest = made
+        query, key = (
+            apply_rotary_pos_emb(
+                rows,
+                self._rotary,
+                config=self.config,
+                mscale=self._yarn_concentration_factor,
+                cp_group=self.pg_collection.cp,
+            )
+            for rows in (query, key)
+        )
+        return query, key, *rest
 
 
 class SpanAttention(MegatronModule):

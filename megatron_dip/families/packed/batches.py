@@ -1,14 +1,15 @@
 """What the microbatches of all model families offer: to planning, to stages, to the loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
 from megatron_dip.costs import ItemSizes
+from megatron_dip.runtime.host_copies import to_device
 
 __all__ = ["EncoderBatch", "Microbatch", "Movable", "StageData", "check_items"]
 
@@ -33,16 +34,34 @@ def check_items(module: str, items: Sequence[int], counts: Mapping[str, int]) ->
 class Movable:
     """Base of data classes that hold tensors, or others like themselves."""
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+    in_weights_dtype: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a stage turns into the type of its weights before all else."""
+
+    def to(self, device: torch.device | str, weights_dtype: torch.dtype | None = None) -> Self:
+        """The same on another device.
+
+        Args:
+            device: The target.
+            weights_dtype: Of the stages that read it; what they turn into it travels so.
+        """
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
+                dtype = weights_dtype if field.name in self.in_weights_dtype else None
+                moved[field.name] = to_device(value, device, dtype)
             elif isinstance(value, Movable):
-                moved[field.name] = value.to(device)
+                moved[field.name] = value.to(device, weights_dtype)
         return replace(self, **moved)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it holds."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, Movable):
+                yield from value.tensors()
 
 
 class EncoderBatch(Movable):

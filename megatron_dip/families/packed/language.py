@@ -174,6 +174,8 @@ class LanguageStage(StageModule):
             num_rows=num_rows * batch.num_context_ranks,
             device=device,
             is_divided=batch.num_context_ranks > 1,
+            # Rows that ranks share are rotated by Megatron, which knows whose they are.
+            has_places=not self.config.apply_rope_fusion and batch.num_context_ranks == 1,
         )
 
     def _embed(self, batch: "LanguageBatch", upstream: Tensor | None, num_rows: int) -> Tensor:

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_dip.errors import UnsupportedError
-from megatron_dip.families.packed.attention import SpanAttention
+from megatron_dip.families.packed.attention import SpanAttention, SpanSelfAttention
 
 __all__ = [
     "block_submodules",
@@ -101,6 +101,7 @@ def block_submodules(
             if getattr(attention, name) is not IdentityOp:
                 setattr(attention, name, build_torch_norm)
         final_norm = build_torch_norm
+    layer.self_attention.module = SpanSelfAttention
     layer.self_attention.params = {"attn_mask_type": mask_type}
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=final_norm)

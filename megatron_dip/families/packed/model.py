@@ -13,6 +13,7 @@ from megatron.training import get_args
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.families.packed.stage import StageModule, pad_rows, row_multiple
 from megatron_dip.models.staged import Part
+from megatron_dip.runtime.host_copies import to_device
 
 if TYPE_CHECKING:
     from megatron_dip.families.base import StageFactory
@@ -265,4 +266,4 @@ def in_reading_order(
     index = torch.cat(
         [torch.arange(starts[place], starts[place] + rows) for place, rows in enumerate(num_rows)]
     )
-    return features.index_select(0, index.to(features.device))
+    return features.index_select(0, to_device(index, features.device))

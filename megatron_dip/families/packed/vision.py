@@ -7,7 +7,7 @@ and the rows are gathered after the final norm.  Notation: N patches, p pixels p
 H the hidden size, H_l that of the language module, S the side of the position table.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Unpack
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_dip.families.packed.encoder import EncoderModel, EncoderStage
 from megatron_dip.families.packed.media import media_of_first_rank
 from megatron_dip.families.packed.stage import StageLayers, StageModule
+from megatron_dip.runtime.host_copies import to_device
 
 if TYPE_CHECKING:
     from megatron_dip.families.vlm.batches import VisionBatch
@@ -32,20 +33,22 @@ def interpolated_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     rows, columns = grid
     side = table.shape[0]
-    from_rows = _interpolation_matrix(rows, side, table)
-    from_columns = _interpolation_matrix(columns, side, table)
+    from_rows = _interpolation_matrix(rows, side, table.dtype, table.device)
+    from_columns = _interpolation_matrix(columns, side, table.dtype, table.device)
     by_row = torch.einsum("rs,sth->rth", from_rows, table)
     positions = torch.einsum("ct,rth->rch", from_columns, by_row)
     grouped = positions.view(rows // 2, 2, columns // 2, 2, -1).permute(0, 2, 1, 3, 4)
     return grouped.reshape(rows * columns, -1)
 
 
-def _interpolation_matrix(size: int, side: int, like: Tensor) -> Tensor:
+# Few sizes come again and again, and each of them is some kilobytes.
+@lru_cache(maxsize=1024)
+def _interpolation_matrix(size: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[size, side]``: the weight of each of ``side`` points at each of ``size`` points."""
     centres = (torch.arange(size, dtype=torch.float64) + 0.5) * (side / size) - 0.5
     centres = centres.clamp(0.0, side - 1.0)
     distances = (centres[:, None] - torch.arange(side, dtype=torch.float64)).abs()
-    return (1.0 - distances).clamp_min(0.0).to(device=like.device, dtype=like.dtype)
+    return to_device((1.0 - distances).clamp_min(0.0).to(dtype), device)
 
 
 class VisionModel(EncoderModel):

@@ -55,6 +55,8 @@ class TextBatch(EncoderBatch):
 class DitBatch(Movable):
     """Some clips of a microbatch."""
 
+    in_weights_dtype = frozenset({"inputs"})
+
     inputs: Tensor | None
     """``[N, V]`` float32, ``(1 - t) x + t e``; None where this rank has no latents."""
     targets: Tensor | None

@@ -38,6 +38,7 @@ from megatron_dip.families.t2v.dit_layer import (
     dit_block_submodules,
     normalize,
 )
+from megatron_dip.runtime.host_copies import to_device
 
 if TYPE_CHECKING:
     from megatron_dip.families.t2v.batches import DitBatch
@@ -51,7 +52,11 @@ _OUTPUT_MODULATIONS = 2
 
 
 def rotary_frequencies(
-    grids: Sequence[tuple[int, int, int]], channels: int, *, base: float = 10000.0
+    grids: Sequence[tuple[int, int, int]],
+    channels: int,
+    *,
+    base: float = 10000.0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Angles of rotary positions in time, height and width: ``[N, 1, 1, channels]``, float32.
 
@@ -61,18 +66,17 @@ def rotary_frequencies(
     Args:
         grids: Frames, rows and columns of patches of each clip.
         channels: Per attention head, even.
+        base: See above.
+        device: Of the result.
     """
     pairs = channels // 2
     of_side = pairs // 3
     axes = (pairs - 2 * of_side, of_side, of_side)
-    speeds = [base ** (-torch.arange(count) / max(count, 1)) for count in axes]
-    angles = []
-    for grid in grids:
-        positions = torch.cartesian_prod(*(torch.arange(size) for size in grid)).reshape(-1, 3)
-        angles.append(
-            torch.cat([positions[:, axis, None] * speeds[axis] for axis in range(3)], dim=1)
-        )
-    rows = torch.cat([torch.zeros(0, pairs), *angles])
+    speeds = [base ** (-torch.arange(count, device=device) / max(count, 1)) for count in axes]
+    # One copy for all clips; angles, which are as large as hidden states, are made on the device.
+    of_clips = [torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, 3) for grid in grids]
+    positions = to_device(torch.cat([torch.zeros(0, 3, dtype=torch.int64), *of_clips]), device)
+    rows = torch.cat([positions[:, axis, None] * speeds[axis] for axis in range(3)], dim=1)
     return torch.cat([rows, rows], dim=1)[:, None, None, :]
 
 
@@ -240,7 +244,7 @@ class DitStage(StageModule):
         """``[num_rows]``: the clip of every row; padding counts as the first clip's."""
         lengths = torch.tensor(batch.span_lengths)
         clips = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        return pad_rows(clips, num_rows).to(device)
+        return to_device(pad_rows(clips, num_rows), device)
 
     def _run_layers(
         self,
@@ -263,15 +267,17 @@ class DitStage(StageModule):
                 context_lengths=batch.text_lengths,
             ),
         )
-        angles = rotary_frequencies(batch.grids, self.config.kv_channels)
+        angles = rotary_frequencies(batch.grids, self.config.kv_channels, device=device)
+        spans = span_params(batch.span_lengths, num_rows=num_rows, device=device)
+        spans.rotary_places = slice(None)
         decoder = self.dit_model.decoder
         decoder.set_input_tensor(rows.hidden)
         output: Tensor = decoder(
             hidden_states=rows.hidden,
             attention_mask=None,
             context=context,
-            rotary_pos_emb=pad_rows(angles, num_rows).to(device),
-            packed_seq_params=span_params(batch.span_lengths, num_rows=num_rows, device=device),
+            rotary_pos_emb=pad_rows(angles, num_rows),
+            packed_seq_params=spans,
         )
         decoder.set_input_tensor(None)
         return output

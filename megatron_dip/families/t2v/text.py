@@ -95,7 +95,10 @@ class TextStage(StageModule):
             attention_mask=None,
             decoder_input=hidden,
             packed_seq_params=span_params(
-                batch.span_lengths, num_rows=num_rows, device=hidden.device
+                batch.span_lengths,
+                num_rows=num_rows,
+                device=hidden.device,
+                has_places=not self.config.apply_rope_fusion,
             ),
         )
         model.set_input_tensor(None)

@@ -114,6 +114,8 @@ class PackedSequence:
 class VisionBatch(EncoderBatch):
     """Some images of a microbatch."""
 
+    in_weights_dtype = frozenset({"patches"})
+
     patches: Tensor | None
     """``[N, 3 * p * p]`` float32; None where this rank does not decode."""
     grids: tuple[tuple[int, int], ...]
