@@ -7,8 +7,9 @@ results of operations on it.  Everything computes real numbers, as in CPU mode. 
 pageable memory or without ``non_blocking``, values read back, Python values and host tensors used
 on the device, and operations whose result has a size that depends on values.
 
-Limits: it does not see waits inside of a kernel library, nor whether a copy that is ordered after
-the wrong stream arrives in time.
+Limits: it does not see waits inside of a kernel library or of NCCL, nor whether a copy that is
+ordered after the wrong stream arrives in time.  Zeros that autograd makes for gradients that
+nobody has given are not marked, so host tensors are not looked for in a backward.
 """
 
 import functools
@@ -16,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +145,9 @@ class WatchedDevice(TorchDispatchMode):
             self._check_copy(args[1], args[0] in self._here, non_blocking, args[0])
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             self._check_index(name, args)
-        elif any(tensor.dim() and tensor not in self._here for tensor in tensors):
+        elif torch._C._current_autograd_node() is None and any(
+            tensor.dim() and tensor not in self._here for tensor in tensors
+        ):
             self._note(f"{name} takes a tensor of the host and one of the device")
 
     def _check_copy(
@@ -276,10 +280,13 @@ class WatchedDevice(TorchDispatchMode):
     def _note(self, what: str) -> None:
         if not self._is_watching:
             return
+        places = _places()
+        if places is None:
+            return
         node = torch._C._current_autograd_node()
         if node is not None:
             what += f" (backward of {node.name()})"
-        self.waits[HostWait(what, *_places())] += 1
+        self.waits[HostWait(what, *places)] += 1
 
 
 @contextmanager
@@ -292,11 +299,16 @@ def _is_cuda(device: Any) -> bool:
     return device is not None and cpu_if_cuda(device) is not device
 
 
-def _places() -> tuple[str, str]:
+def _places() -> tuple[str, str] | None:
+    """Of a wait; None for what gloo copies in place of NCCL."""
+    stack = [frame for frame in reversed(traceback.extract_stack()) if frame.filename != __file__]
+    of_torch = list(takewhile(lambda frame: frame.filename.startswith(_TORCH), stack))
+    if any("/distributed/" in frame.filename for frame in of_torch):
+        return None
     frames = [
         frame
-        for frame in reversed(traceback.extract_stack())
-        if not frame.filename.startswith((_TORCH, __file__, cpu_devices.__file__, "<"))
+        for frame in stack
+        if not frame.filename.startswith((_TORCH, cpu_devices.__file__, "<"))
     ]
     shown = [
         f"{frame.filename.split('site-packages/')[-1].removeprefix(f'{_ROOT}/')} {frame.name} "
