@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dip.errors import DataError
+from megatron_dip.runtime.host_copies import to_device
 
 __all__ = ["gather_rows", "rows_of_context_rank"]
 
@@ -52,7 +53,7 @@ def gather_rows(tensor: Tensor, lengths: Sequence[int], group: dist.ProcessGroup
     ]
     place = torch.empty(len(rows), dtype=torch.int64)
     place[torch.tensor(rows, dtype=torch.int64)] = torch.arange(len(rows))
-    return gathered.index_select(0, place.to(tensor.device))
+    return gathered.index_select(0, to_device(place, tensor.device))
 
 
 class _Gather(torch.autograd.Function):
