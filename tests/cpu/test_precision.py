@@ -8,6 +8,8 @@ import torch
 from gpt_runs import train
 
 from megatron_dip.errors import UnsupportedError
+from megatron_dip.families.packed.model import PackedModel
+from megatron_dip.families.t2v.model import PackedT2v
 from megatron_dip.integration.runner import MegatronRunner
 from megatron_dip.integration.weight_gradients import StoredWeightGradients, require_delays
 from megatron_dip.runtime import SavedForward
@@ -112,3 +114,17 @@ def test_weight_gradients_that_nobody_would_add_up_are_refused():
     StoredWeightGradients([torch.nn.Linear(1, 1), _Delaying([print])])
     with pytest.raises(UnsupportedError, match="DistributedDataParallel"):
         StoredWeightGradients([_Delaying()])
+
+
+def test_rows_that_megatrons_schedule_would_hand_on_unfilled_are_refused_in_8_bits():
+    held = SimpleNamespace(
+        _seq_length=24,
+        backbone=SimpleNamespace(num_shards=2),
+        _train_sequences=2,
+        _eval_sequences=2,
+    )
+    PackedModel.check_handed_rows(held, 32)
+    with pytest.raises(UnsupportedError, match=r"2 sequences of 48 tokens .* multiple of 64"):
+        PackedModel.check_handed_rows(held, 64)
+    with pytest.raises(UnsupportedError, match="--fp8-format does not work with this model"):
+        PackedT2v.check_handed_rows(held, 16)
