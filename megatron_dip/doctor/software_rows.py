@@ -123,7 +123,8 @@ def _transformer_engine(facts: Facts) -> Row:
         return warning(
             name,
             "not installed, and Megatron's default --transformer-impl is transformer_engine",
-            "pip install 'megatron-dip[gpu]', or give --transformer-impl local",
+            "pip install --no-build-isolation 'megatron-dip[gpu]', or give "
+            "--transformer-impl local",
         )
     if answer["error"]:
         return problem(name, f"installed, but: {answer['error']}", remedy)
