@@ -31,7 +31,7 @@ from megatron.core.pipeline_parallel import schedules
 
 from megatron_dip.costs import BatchSizes, Boundary, ItemSize
 from megatron_dip.partition import uniform_partition
-from megatron_dip.plan import Plan
+from megatron_dip.plan import Plan, pipeline_channels
 from megatron_dip.planner import PlannedBatch, make_plan, pack_plan, unpack_plan
 from megatron_dip.runtime import (
     Channels,
@@ -39,7 +39,6 @@ from megatron_dip.runtime import (
     ForwardCall,
     SavedForward,
     create_channel_groups,
-    pipeline_channels,
 )
 from megatron_dip.workload import Item, Module, Problem, TransferCost
 
@@ -112,8 +111,9 @@ class StepRunner:
         if not saved.call.is_loss:
             schedules.deallocate_output_tensor(saved.output, True)
 
-    def reduce_grad(self, stage: object) -> None:
-        """One replica: nothing to reduce."""
+    def reductions(self, stage: object) -> tuple[()]:
+        """One replica has nothing to reduce."""
+        return ()
 
 
 def make_tiny_plan() -> Plan:
