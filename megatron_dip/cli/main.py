@@ -13,6 +13,7 @@ from megatron_dip.cli.doctor import examine_machine
 from megatron_dip.cli.launch_command import print_launch_command
 from megatron_dip.cli.output import write_file
 from megatron_dip.cli.partition import make_partition
+from megatron_dip.cli.patch import patch_tree
 from megatron_dip.cli.profile import measure_layers
 from megatron_dip.cli.rehearse import rehearse_plan
 from megatron_dip.cli.report import report_run
@@ -193,6 +194,7 @@ app.command("doctor")(examine_machine)
 app.command("launch-cmd")(print_launch_command)
 app.command("rehearse")(rehearse_plan)
 app.command("report")(report_run)
+app.command("patch")(patch_tree)
 app.command("export-adapters")(export_to_released)
 
 

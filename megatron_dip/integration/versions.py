@@ -30,6 +30,7 @@ __all__ = [
     "parse_arguments",
     "pretrain",
     "rebind",
+    "version_of",
 ]
 
 # ``scripts/check_versions.py`` has trained under these: from the first up to, not including, the
@@ -54,7 +55,7 @@ def check_megatron() -> str:
             f"megatron.core comes from {core} but megatron.training from {training}: "
             f"take the one you do not want off PYTHONPATH, or uninstall it"
         )
-    version = _version_in(core / "package_info.py")
+    version = version_of(core)
     check_version(version, str(core))
     return version
 
@@ -92,8 +93,14 @@ def _folder_of(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))).resolve()
 
 
-def _version_in(package_info: Path) -> str:
-    """The version that ``package_info.py`` states in its assignments to MAJOR, MINOR and PATCH."""
+def version_of(core: Path) -> str:
+    """The version of the folder ``megatron/core``, without importing it.
+
+    Raises:
+        UnsupportedError: It states none.
+    """
+    # By its assignments to MAJOR, MINOR and PATCH.
+    package_info = core / "package_info.py"
     text = package_info.read_text(encoding="utf-8") if package_info.is_file() else ""
     parts = [re.search(rf"^{name}\s*=\s*(\d+)", text, re.M) for name in ("MAJOR", "MINOR", "PATCH")]
     if not all(parts):

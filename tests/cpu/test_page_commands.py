@@ -48,11 +48,14 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/gpu.md", "pip install"): "needs CUDA's headers, and a quarter of an hour",
     ("docs/gpu.md", "torchrun --nproc-per-node 8"): CLUSTER,
     ("docs/integration.md", "def forward_step"): FRAGMENT,
+    ("docs/integration.md", ".venv/bin/python scripts/check_versions.py"): (
+        "installs releases of Megatron-Core, half an hour; benchmarks/results has what it printed"
+    ),
     ("docs/integration.md", "sbatch scripts/slurm/train.sbatch"): SLURM,
     ("docs/own_model.md", '"""Stages of SpeechModel'): "tests/cpu/test_own_model.py runs it",
     ("docs/concepts.md", "import json"): "tests/unit/test_documented_forms.py runs it",
     ("scripts/slurm/README.md", "sbatch"): SLURM,
-    ("patches/README.md", "patch -p1"): "tests/cpu/test_patch.py applies it",
+    ("patches/README.md", "megatron-dip patch"): "tests/unit/test_tree_patch.py applies it",
     ("configs/partitions/README.md", "megatron-dip partition"): (
         "writes into the repository, minutes; docs/tuning.md has a smaller one, which is run"
     ),
@@ -68,7 +71,7 @@ FLAGS_OF_OTHERS = {
     "--cpp_ext",
     "--cuda_ext",
     "--dip",  # "the arguments `--dip-...`"
-    "--dry-run",
+    "--enable-mhc-connections",
     "--export",
     "--no-build-isolation",
     "--nodes",
@@ -77,8 +80,8 @@ FLAGS_OF_OTHERS = {
     "--split-ratio",
     "--time",
 }
-"""Of SLURM, patch and energon, which need not be here."""
-FILES_OF_OTHERS = {"pretrain_vlm.py"}
+"""Of SLURM, energon and other versions of Megatron, which need not be here."""
+FILES_OF_OTHERS = {"pretrain_gpt.py", "pretrain_vlm.py"}
 """Of a checkout of Megatron-LM, which need not be here."""
 LIMIT_SECONDS = 600.0
 MOST_LINES = 80

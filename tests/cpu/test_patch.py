@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 from gpt_runs import GPT_ARGUMENTS, SCRIPT, losses_of
 from launching import REPOSITORY, CompletedRank, run_ranks
 
-PATCH = REPOSITORY / "patches" / "megatron_dip.patch"
+from megatron_dip.tree_patch import TreePatch, patch_file
+
 # What a user of a patched tree writes: nothing of the launcher, CPU mode only because of the CPU.
 DRIVER = """
 import runpy, sys, types
@@ -48,12 +48,10 @@ def run_driver(tree: Path, *arguments: str) -> CompletedRank:
     return run_ranks(1, [*command, *arguments], 180, env={"PYTHONPATH": paths})[0]
 
 
-def test_the_patch_applies_without_fuzz_and_its_tree_trains_and_selects_our_schedule(
+def test_a_patched_tree_trains_and_selects_our_schedule(
     patched_tree: Path,
 ) -> None:
-    command = ["patch", "-p1", "--fuzz=0", "-d", str(patched_tree), "-i", str(PATCH)]
-    applied = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert applied.returncode == 0, applied.stdout + applied.stderr
+    TreePatch(patch_file(), patched_tree).apply()
 
     trained = run_driver(patched_tree, "--dip-timeout-seconds", "20")
     assert trained.returncode == 0, trained.output
