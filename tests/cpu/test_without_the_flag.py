@@ -64,8 +64,9 @@ def test_a_run_without_the_flag_logs_and_saves_what_megatron_alone_does(tmp_path
 
 
 def steps_of(log: str) -> list[str]:
-    """Lines about iterations, evaluations and checkpoints, without times and folders."""
-    about = ("iteration ", "validation loss", "successfully saved")
+    """Lines about iterations, evaluations and checkpoints, without times and folders; the launcher
+    leaves notices out."""
+    about = ("elapsed time per", "validation loss", "successfully saved")
     return [
         OF_A_RUN.sub("", line) for line in log.splitlines() if any(one in line for one in about)
     ]
