@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -155,7 +158,8 @@ class SpanSelfAttention(SelfAttention):
                 rows,
                 self._rotary,
                 config=self.config,
-                mscale=self._yarn_concentration_factor,
+                # Megatron 0.19 keeps it on the layer; the function is in all versions.
+                mscale=_yarn_get_concentration_factor_from_config(self.config),
                 cp_group=self.pg_collection.cp,
             )
             for rows in (query, key)
