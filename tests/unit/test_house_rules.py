@@ -105,3 +105,9 @@ def test_names_are_full_words():
             every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
             found += [f"{path}:{a.lineno} {a.arg}" for a in every if a.arg in UNCLEAR_NAMES]
     assert found == []
+
+
+def test_every_file_of_tests_has_a_name_of_its_own():
+    # Files of tests are modules without a package: of two with one name, only one can be collected.
+    names = [path.stem for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
