@@ -1,12 +1,14 @@
 """Rows of samples divided among context-parallel ranks."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from forked_ranks import run_modes
+from tiny_omni import make_tiny_sounds, write_omni_config
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import train
 
@@ -106,18 +108,27 @@ def test_samples_are_filled_up_and_every_feature_falls_on_one_rank() -> None:
         assert torch.equal(one.tokens[one.image_rows], read)
 
 
-def test_a_model_with_images_computes_on_divided_rows_what_it_computes_on_whole_ones(
-    tmp_path: Path,
-) -> None:
-    make_tiny_data(tmp_path / "data", num_samples=60)
+def vlm_config(folder: Path) -> Path:
+    make_tiny_data(folder / "data", num_samples=60)
     parts = (90, 96)
-    config = write_config(
-        tmp_path / "config.yaml", tmp_path / "data", num_ranks=2, sub_microbatch_tokens=parts
+    return write_config(
+        folder / "config.yaml", folder / "data", num_ranks=2, sub_microbatch_tokens=parts
     )
+
+
+def omni_config(folder: Path) -> Path:
+    make_tiny_sounds(folder / "data")
+    return write_omni_config(folder / "config.yaml", folder / "data", num_ranks=2, num_segments=2)
+
+
+@pytest.mark.parametrize("make_config", [vlm_config, omni_config], ids=["vlm", "omni"])
+def test_a_model_with_media_computes_on_divided_rows_what_it_computes_on_whole_ones(
+    make_config: Callable[[Path], Path], tmp_path: Path
+) -> None:
     arguments = f"""
-        --dip-config {config} --pipeline-model-parallel-size 2 --micro-batch-size 2
-        --global-batch-size 8 --train-iters 3 --calculate-per-token-loss --optimizer sgd
-        --lr 0.03 --min-lr 0.03 --eval-iters 1 --eval-interval 1000
+        --dip-config {make_config(tmp_path)} --pipeline-model-parallel-size 2
+        --micro-batch-size 2 --global-batch-size 8 --train-iters 2 --calculate-per-token-loss
+        --optimizer sgd --lr 0.03 --min-lr 0.03 --eval-iters 1 --eval-interval 1000
     """
     whole = train(tmp_path / "whole", 2, *shlex.split(arguments))
     divides = "--context-parallel-size 2 --dip-schedule"

@@ -164,9 +164,11 @@ def test_samples_are_divided_by_families_that_can_under_plans_alone(reader: Read
     assert reader.read(*flags, "--dip-schedule").context_parallel_size == 2
     with pytest.raises(UnsupportedError, match=r"parallel-size 2 .*needs --dip-schedule"):
         reader.read(*flags)
-    text_to_video = str(CONFIGS / "t2v_tiny.yaml")
-    with pytest.raises(UnsupportedError, match=r"parallel-size 2 .*this family of models"):
-        reader.read(*flags, "--dip-schedule", config=text_to_video)
+    omni = str(CONFIGS / "omni_tiny.yaml")
+    assert reader.read(*flags, "--dip-schedule", config=omni).context_parallel_size == 2
+    for name in ("t2v_tiny.yaml", "lavin_tiny.yaml"):
+        with pytest.raises(UnsupportedError, match=r"size 2 .*this family of models.*not divide"):
+            reader.read(*flags, "--dip-schedule", config=str(CONFIGS / name))
 
 
 def test_a_flag_of_the_model_must_agree_with_the_file(reader: Reader):

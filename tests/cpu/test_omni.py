@@ -10,10 +10,10 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
-import yaml
 from equality_runs import largest_difference
 from failing_runs import error_of, run_vlm
 from models_setup import base_config, layers_of, megatron_on_cpu, run_chain
+from tiny_omni import MELS, RATE, make_tiny_sounds, write_omni_config
 from training_runs import train
 
 from megatron_dip.errors import DataError
@@ -28,23 +28,16 @@ from megatron_dip.families.packed.initialization import (
     initialize_parameters,
     named_global_parameters,
 )
-from megatron_dip.families.sample_data.sounds import (
-    SampleSoundOptions,
-    make_sample_sounds,
-    synthesise,
-)
+from megatron_dip.families.sample_data.sounds import synthesise
 from megatron_dip.plan import load_plan
 
-RATE, MELS, LAYERS, NUM_ITERATIONS = 8000, 16, 4, 10
+LAYERS, NUM_ITERATIONS = 4, 10
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("omni") / "data"
-    options = SampleSoundOptions(
-        num_samples=60, rate=RATE, lengths_s=(0.1, 0.25, 0.5), side=32, vocab_size=320
-    )
-    make_sample_sounds(folder, options)
+    make_tiny_sounds(folder)
     return folder
 
 
@@ -65,36 +58,6 @@ def settings_of(data: Path) -> OmniSettings:
         audio_rate=RATE,
         num_mels=MELS,
     )
-
-
-def write_config(path: Path, data: Path, *, num_ranks: int, num_segments: int = 1) -> Path:
-    size = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
-    part = {"vision": 60, "audio": 30, "language": 120} if num_segments > 1 else {}
-    modules = {
-        name: {"num_segments": num_segments}
-        | ({"sub_microbatch_tokens": part[name]} if part else {})
-        for name in ("vision", "audio", "language")
-    }
-    config = {
-        "family": "omni",
-        "model": {
-            "vision": size | {"patch_size": 4, "position_grid": 8},
-            "audio": size | {"num_mels": MELS},
-            "language": size | {"num_query_groups": 2, "vocab_size": 384, "seq_length": 160},
-        },
-        "schedule": {"num_ranks": num_ranks, "modules": modules},
-        "data": {
-            "path": str(data / "samples.json"),
-            "media_folder": str(data / "media"),
-            "tokenizer": str(data / "tokenizer.json"),
-            "min_image_tokens": 2,
-            "max_image_tokens": 12,
-            "audio_rate": RATE,
-            "valid_share": 0.1,
-        },
-    }
-    path.write_text(yaml.safe_dump(config))
-    return path
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int = RATE) -> None:
@@ -144,7 +107,7 @@ def test_an_index_names_bad_samples_and_loses_nothing_else(data: Path):
 def test_a_file_of_another_rate_ends_a_run_with_its_name(data: Path, tmp_path: Path):
     name = next(s["audio"] for s in json.loads((data / "samples.json").read_text()) if "audio" in s)
     write_wav(data / "media" / name, np.zeros(999, "<i2"), rate=22050)
-    config = write_config(tmp_path / "config.yaml", data, num_ranks=1)
+    config = write_omni_config(tmp_path / "config.yaml", data, num_ranks=1)
     (rank,) = run_vlm(tmp_path / "run", 1, "--dip-config", str(config), "--dip-schedule")
     error = error_of(rank)
     assert name in error and "22050" in error and "data.audio_rate" in error
@@ -245,8 +208,8 @@ def test_plans_with_fan_in_train_as_the_stock_schedule_and_the_loss_falls(
         )
         return train(tmp_path / name, 2, *shlex.split(text))
 
-    whole = write_config(tmp_path / "whole.yaml", made, num_ranks=2)
-    split = write_config(tmp_path / "split.yaml", made, num_ranks=2, num_segments=2)
+    whole = write_omni_config(tmp_path / "whole.yaml", made, num_ranks=2)
+    split = write_omni_config(tmp_path / "split.yaml", made, num_ranks=2, num_segments=2)
     stock = run("stock", whole)
     ours = run("dip", split, f"--dip-schedule --dip-trace-dir {tmp_path / 'trace'}")
     loss = largest_difference(ours.losses, stock.losses)
@@ -265,7 +228,7 @@ def test_plans_with_fan_in_train_as_the_stock_schedule_and_the_loss_falls(
 
 def test_an_encoder_without_work_takes_part_where_megatron_counts_on_it(made: Path, tmp_path: Path):
     """Of microbatches of one sequence, some have no sound, no image, or neither."""
-    config = write_config(tmp_path / "config.yaml", made, num_ranks=1)
+    config = write_omni_config(tmp_path / "config.yaml", made, num_ranks=1)
     text = (
         f"--train-iters 4 --micro-batch-size 1 --global-batch-size 4 --dip-config {config} "
         f"--optimizer sgd --lr 0.1 --min-lr 0.1"

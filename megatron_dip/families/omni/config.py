@@ -68,6 +68,8 @@ class OmniDataConfig(ConversationForm):
 class OmniConfig(FamilyConfig):
     """A model that sees and hears, its schedule and its data."""
 
+    divides_rows: ClassVar[bool] = True
+
     family: Literal["omni"]
     model: OmniModelConfig
     data: OmniDataConfig

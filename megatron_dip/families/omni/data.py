@@ -7,6 +7,7 @@ audio, the question and the answer, which is learned.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ from megatron_dip.families.omni.audio_files import read_sound
 from megatron_dip.families.omni.batches import AudioData, OmniMicrobatch, OmniSequence
 from megatron_dip.families.omni.samples import OmniSample, parse_omni_samples
 from megatron_dip.families.vlm.batches import ImageData
+from megatron_dip.families.vlm.dataset import UNDIVIDED, Division, collate
 from megatron_dip.text_form import OUR_TEXT_FORM, TextForm
 
 __all__ = [
@@ -180,6 +182,7 @@ class OmniDataset(Dataset[OmniSequence]):
         num_samples: Sequences in all; None for those of one epoch.
         subset: Numbers of the samples to use.
         decode_media: Whether this rank needs pixels and sounds; sizes are known without.
+        division: Of the rows of samples.
 
     Raises:
         DataError: The data set holds bad samples, or none in the subset.
@@ -195,6 +198,7 @@ class OmniDataset(Dataset[OmniSequence]):
         subset: Sequence[int],
         decode_media: bool = True,
         skip_bad_samples: bool = False,
+        division: Division = UNDIVIDED,
     ) -> None:
         self._numbers = usable_samples(index, skip_bad_samples=skip_bad_samples, subset=subset)
         self._settings, self._index = settings, index
@@ -203,6 +207,11 @@ class OmniDataset(Dataset[OmniSequence]):
         self._num_samples = len(self._numbers) if num_samples is None else num_samples
         self._seed, self._decode = seed, decode_media
         self._stand_ins = StandIns(allowed=skip_bad_samples)
+        patch_values = NUM_CHANNELS * settings.limits.patch_size**2
+        self.collate_fn = partial(
+            collate, make=OmniMicrobatch, values_per_patch=patch_values, division=division
+        )
+        """Puts the sequences of a microbatch together."""
 
     def __len__(self) -> int:
         return self._num_samples
@@ -234,11 +243,6 @@ class OmniDataset(Dataset[OmniSequence]):
             image_positions=torch.tensor(positions, dtype=torch.int64),
             audios=audios,
         )
-
-    def collate_fn(self, sequences: Sequence[OmniSequence]) -> OmniMicrobatch:
-        """The sequences of one microbatch together."""
-        patch_values = NUM_CHANNELS * self._settings.limits.patch_size**2
-        return OmniMicrobatch(sequences=tuple(sequences), values_per_patch=patch_values)
 
     def _image(self, sample: OmniSample, record: ImageRecord) -> ImageData:
         if not self._decode:

@@ -32,7 +32,12 @@ from megatron_dip.families.packed.configs import make_projection_config, make_vi
 from megatron_dip.families.packed.media import decodes_media
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
-from megatron_dip.families.vlm.model import VlmStages, measured_image, measured_sequence
+from megatron_dip.families.vlm.model import (
+    VlmStages,
+    division_of_run,
+    measured_image,
+    measured_sequence,
+)
 
 __all__ = ["OmniFamily", "OmniStages"]
 
@@ -119,6 +124,7 @@ class OmniFamily(ModelFamily[OmniConfig]):
             seed=args.seed,
             decode_media=decodes_media(),
             skip_bad_samples=skips_bad_samples(data),
+            division=division_of_run(args.sequence_parallel),
         )
         return (
             make(num_samples=lengths.train, subset=train) if lengths.needs_train else None,

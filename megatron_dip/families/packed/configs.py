@@ -129,7 +129,8 @@ def make_vision_config(
 ) -> TransformerConfig:
     """A vision transformer: LayerNorm, GELU, biases; ``norm_epsilon``: the run's where None.
 
-    Context-parallel ranks have all of its rows: images are whole on each, as in Megatron's LLaVA.
+    Context-parallel ranks have all of its rows, also where it encodes sounds: what is encoded is
+    whole on each, as in Megatron's LLaVA.
     """
     return TransformerConfig(
         **_of_the_run(base)

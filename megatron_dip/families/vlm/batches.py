@@ -251,7 +251,7 @@ class VlmMicrobatch(Microbatch):
     """3 * p * p: the width of a ``VisionBatch`` without images."""
     context_rank: int = 0
     num_context_ranks: int = 1
-    """Ranks among which the rows of every sample are divided; images are whole on all of them."""
+    """Ranks among which the rows of every sample are divided; media are whole on all of them."""
 
     @cached_property
     def images(self) -> tuple[ImageData, ...]:

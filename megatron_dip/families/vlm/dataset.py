@@ -7,7 +7,7 @@ Megatron's ``build_pretraining_data_loader`` (0.19) gives its ``DataLoader`` no 
 so the caller sets ``loader.collate_fn = dataset.collate_fn`` before it is first iterated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +29,7 @@ from megatron_dip.families.data.stand_ins import StandIns
 from megatron_dip.families.data.tokenizer import load_tokenizer
 from megatron_dip.families.vlm.batches import ImageData, PackedSequence, VlmMicrobatch
 
-__all__ = ["Division", "VlmDataset", "collate", "pack_sequence"]
+__all__ = ["UNDIVIDED", "Division", "VlmDataset", "collate", "pack_sequence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,21 @@ class Division:
     """Of which every sample has tokens, so that all ranks that share rows have as many."""
 
 
-def collate(
+UNDIVIDED = Division()
+"""Where there is one context-parallel rank."""
+
+
+def collate[Batch: VlmMicrobatch](
     sequences: Sequence[PackedSequence],
     *,
-    values_per_patch: int = 0,
-    division: Division = Division(),
-) -> VlmMicrobatch:
-    """The sequences of one microbatch together."""
+    make: Callable[..., Batch],
+    values_per_patch: int,
+    division: Division,
+) -> Batch:
+    """The sequences of one microbatch together, in the family's form ``make``."""
     if division.num_ranks > 1:
         sequences = [sequence.divisible(division.multiple) for sequence in sequences]
-    return VlmMicrobatch(
+    return make(
         sequences=tuple(sequences),
         values_per_patch=values_per_patch,
         context_rank=division.rank,
@@ -102,7 +107,7 @@ class VlmDataset(Dataset[PackedSequence]):
         packing: PackingOptions | None = None,
         subset: Sequence[int] | None = None,
         source: SampleSource | None = None,
-        division: Division = Division(),
+        division: Division = UNDIVIDED,
     ) -> None:
         """
         Args:
@@ -136,7 +141,9 @@ class VlmDataset(Dataset[PackedSequence]):
         self._num_samples = self._epochs.first_length if num_samples is None else num_samples
         self._stand_ins = StandIns(allowed=skip_bad_samples)
         values_per_patch = NUM_CHANNELS * settings.patch_size**2
-        self.collate_fn = partial(collate, values_per_patch=values_per_patch, division=division)
+        self.collate_fn = partial(
+            collate, make=VlmMicrobatch, values_per_patch=values_per_patch, division=division
+        )
         """Puts the sequences of a microbatch together: give it to the data loader."""
 
     def __len__(self) -> int:

@@ -35,7 +35,7 @@ from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
 from megatron_dip.families.vlm.config import VlmConfig
 from megatron_dip.families.vlm.dataset import Division, VlmDataset
 
-__all__ = ["VlmFamily", "VlmStages", "measured_image", "measured_sequence"]
+__all__ = ["VlmFamily", "VlmStages", "division_of_run", "measured_image", "measured_sequence"]
 
 
 class VlmStages(StageFactory):
@@ -150,7 +150,7 @@ class VlmFamily(ModelFamily[VlmConfig]):
             decode_images=decodes_media(),
             skip_bad_samples=skips_bad_samples(config.data),
             packing=PackingOptions(separation=config.data.separation),
-            division=_division(args.sequence_parallel),
+            division=division_of_run(args.sequence_parallel),
         )
         return (
             make(num_samples=lengths.train, subset=train) if lengths.needs_train else None,
@@ -158,7 +158,7 @@ class VlmFamily(ModelFamily[VlmConfig]):
         )
 
 
-def _division(sequence_parallel: bool) -> Division:
+def division_of_run(sequence_parallel: bool) -> Division:
     """Two chunks of every sample for each context-parallel rank, as Transformer Engine has it, and
     their rows divided among the tensor-parallel ranks."""
     num_ranks = mpu.get_context_parallel_world_size()
