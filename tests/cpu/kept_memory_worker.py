@@ -130,7 +130,9 @@ class Bench:
             return None, None
         above = self.shape.upstream[0]
         text = ItemSize(tokens=self.num_text_rows, spans=(self.num_text_rows,))
-        rows = self.factory.boundary(above, outer=True).shape([text], outer=True)
+        # Stages get whole rows, also where these cross in parts.
+        whole = self.factory.boundary(above, outer=True)._replace(num_shards=1)
+        rows = whole.shape([text], outer=True)
         needs_grad = above in self.model.modules_with_backward()
         return None, self.random(rows, needs_grad=needs_grad)
 

@@ -133,7 +133,9 @@ class Bench:
             return None
         above = self.shape.upstream[0]
         text = ItemSize(tokens=rows, spans=(rows,))
-        shape = self.factory.boundary(above, outer=True).shape([text], outer=True)
+        # Stages get whole rows, also where these cross in parts.
+        whole = self.factory.boundary(above, outer=True)._replace(num_shards=1)
+        shape = whole.shape([text], outer=True)
         generator = torch.Generator(device="cpu").manual_seed(5)
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 

@@ -126,7 +126,7 @@ def test_steps_of_a_tiny_model_are_watched(tmp_path: Path) -> None:
 def test_ranks_share_a_gpu_over_nccl_only_where_it_allows_that(
     parts: None, monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], expected: str
 ) -> None:
-    orders = importlib.import_module("executor_orders", *LIMIT)
+    orders = importlib.import_module("executor_orders")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert orders._backend("cuda", answers) == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
