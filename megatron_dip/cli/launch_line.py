@@ -18,6 +18,7 @@ from megatron_dip.reading import read_yaml
 __all__ = ["GPU_ENVIRONMENT", "LaunchLine", "connections_for", "launch_line"]
 
 GPU_ENVIRONMENT = {
+    "CUDA_MODULE_LOADING": "EAGER",
     "NCCL_DEBUG": "WARN",
     "OMP_NUM_THREADS": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",

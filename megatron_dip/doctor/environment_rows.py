@@ -89,8 +89,21 @@ def environment_rows(facts: Facts) -> list[Row]:
             for rule in _RULES
             if rule.name in environment and rule.is_bad(environment[rule.name])
         ]
-        rows.append(_allocator(environment))
+        rows += [_module_loading(environment), _allocator(environment)]
     return [*rows, _threads(facts)]
+
+
+def _module_loading(environment: Mapping[str, str]) -> Row:
+    name = "CUDA_MODULE_LOADING"
+    value = environment.get(name, "")
+    if value.strip().upper() == "EAGER":
+        return ok(name, value)
+    return warning(
+        name,
+        f"{value or 'not set, which is LAZY'}: loading a kernel at its first use may wait for all "
+        "that runs, and receives are posted ahead: ranks could wait for each other",
+        "export CUDA_MODULE_LOADING=EAGER",
+    )
 
 
 def _allocator(environment: Mapping[str, str]) -> Row:

@@ -15,12 +15,12 @@ from megatron_dip.plan import Work
 __all__ = ["DeviceFeed"]
 
 type Move = Callable[[], tuple[Any, list[torch.Tensor]]]
-"""Gives data, and those of its tensors that it has copied to the device."""
+"""Gives data, and those of its tensors that are on the device."""
 
 
 class _Moved(NamedTuple):
     data: Any
-    copied: list[torch.Tensor]
+    on_device: list[torch.Tensor]
     done: torch.cuda.Event
 
 
@@ -38,8 +38,8 @@ class DeviceFeed:
     def start(self, work: Work, move: Move) -> None:
         """Have ``move`` copy the data of ``work``; returns before the copies have ended."""
         with torch.cuda.stream(self._stream):
-            data, copied = move()
-            self._ahead[work] = _Moved(data, copied, self._stream.record_event())
+            data, on_device = move()
+            self._ahead[work] = _Moved(data, on_device, self._stream.record_event())
 
     def take(self, work: Work, move: Move) -> Any:
         """The data of ``work``: what was started, else what ``move`` gives now.
@@ -51,12 +51,17 @@ class DeviceFeed:
             return move()[0]
         stream = torch.cuda.current_stream()
         stream.wait_event(moved.done)
-        for tensor in moved.copied:
+        for tensor in moved.on_device:
             # Its memory belongs to the other stream, which must not use it again before this one
             # is done.
             tensor.record_stream(stream)
         return moved.data
 
-    def clear(self) -> None:
-        """Forget what nobody has taken."""
+    def begin(self) -> None:
+        """Begin a step: forget what nobody has taken, and read nothing before it is made.
+
+        A script's iterator may yield tensors of the device, which kernels of the current stream
+        have made.
+        """
         self._ahead.clear()
+        self._stream.wait_stream(torch.cuda.current_stream())

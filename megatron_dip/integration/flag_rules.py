@@ -95,6 +95,14 @@ SCHEDULE_RULES: tuple[Rule, ...] = (
         allowed=(False,),
         remedy=_IN_ORDER,
     ),
+    Rule(
+        flag="--timing-log-level",
+        destination="timing_log_level",
+        allowed=(0, 1),
+        remedy="use 0 or 1; timers of level 2 stop the host inside a plan until the device has "
+        "done all, also receives that were posted ahead, so that ranks would wait for each other: "
+        "--dip-trace-dir records the times of stages",
+    ),
     *_rules(_ONE_DIVISION, "--hybrid-context-parallel"),
     *_rules(_WHOLE_WEIGHTS, "--use-megatron-fsdp", "--use-torch-fsdp2"),
     *_rules(

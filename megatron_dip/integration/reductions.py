@@ -78,13 +78,18 @@ class _BucketReduction:
         self._group, self._checks = group, checks
 
     def start(self) -> None:
-        with patch.object(self._group, "check_grads", self._checks.postpone(self._group)):
+        with (
+            patch.object(self._group, "check_grads", self._checks.postpone(self._group)),
+            # With sums in 32 bits Megatron would first have computing wait for the one before it,
+            # and so for replicas whose plans differ.  All are waited for at the end of the step.
+            patch.object(self._group, "previous_grad_reduce_bucket_group", None, create=True),
+        ):
             self._group.start_grad_sync()
 
     def is_ended(self) -> bool:
         handle = self._group.grad_reduce_handle
-        # A manager of collectives that were issued together, or one collective.
-        works = getattr(handle, "works", [handle])
+        # A manager of collectives that were issued together, or what sums in 32 bits after one.
+        works = getattr(handle, "works", [getattr(handle, "all_to_all_handle", handle)])
         return all(work is not None and work.is_completed() for work in works)
 
 

@@ -85,7 +85,7 @@ class MegatronRunner:
         self._device = pipeline.device
         self._feed = pipeline.feed
         # An iteration that failed may have left some.
-        self._feed.clear()
+        self._feed.begin()
         self._chunks = dict(chunks)
         self._config = config
         self._forward_step = forward_step

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_dip.costs import Boundary, ItemSize, ItemSizes, ModuleShape
 from megatron_dip.partition import Partition, Stage
@@ -129,11 +129,14 @@ class StagedModel(ABC):
         Here: in page-locked memory of the host, because it is the script that moves its batches.
 
         Returns:
-            The data, and those of their tensors that were copied to ``device``.
+            The data, and those of their tensors that are on ``device``.
         """
         if device.type != "cuda":
             return data, []
-        return tree_map_only(torch.Tensor, _page_locked, data), []
+        moved = tree_map_only(torch.Tensor, _page_locked, data)
+        tensors = [one for one in tree_leaves(moved) if isinstance(one, torch.Tensor)]
+        # A script's iterator may yield them there, and parts of them are then made there.
+        return moved, [one for one in tensors if one.device.type == "cuda"]
 
     @abstractmethod
     def boundary(self, module: str, *, outer: bool) -> Boundary:

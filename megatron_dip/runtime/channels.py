@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,11 +62,6 @@ def create_channel_groups(
     neighbours disagree on the names of their groups.  A call by a non-member costs microseconds.
     """
     own: dict[Channel, tuple[dist.ProcessGroup, ...]] = {}
-    options = None
-    if (backend or dist.get_backend()) == "nccl":
-        # From another pool than those of collectives: torch has 32 streams of each priority, and
-        # groups beyond them share one.
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     for pipeline in pipelines:
         for channel in channels:
             members = [pipeline[channel.sender], pipeline[channel.receiver]]
@@ -75,12 +70,22 @@ def create_channel_groups(
                     members,
                     timeout=timedelta(seconds=timeout_seconds),
                     backend=backend,
-                    pg_options=options,
+                    pg_options=_group_options(backend or dist.get_backend()),
                     group_desc=f"dip: {channel}, {number}",
                 )
                 if isinstance(group, dist.ProcessGroup) and dist.get_rank() in members:
                     own[channel] = (*own.get(channel, ()), group)
     return own
+
+
+def _group_options(backend: str) -> Any:
+    """New ones for every group: torch writes the group's name and ranks into them, and its records
+    of transfers read them there."""
+    if backend != "nccl":
+        return None
+    # Streams from another pool than those of collectives: torch has 32 of each priority, and groups
+    # beyond them share one.
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
 
 
 class _Link(NamedTuple):

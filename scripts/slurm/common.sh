@@ -89,6 +89,8 @@ run_on_nodes() {
         --dip-schedule --dip-config "$config" "$@"
 }
 
+# A kernel that is loaded when it is first used may wait for all that runs, receives among them.
+export CUDA_MODULE_LOADING="${CUDA_MODULE_LOADING:-EAGER}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Sizes differ from batch to batch: without it, the allocator's memory falls into pieces.

@@ -12,7 +12,7 @@ from runtime_suites import LIMIT_S, CaseReport, run_suite
 from megatron_dip.errors import ChannelError
 from megatron_dip.partition import partition_from_layers
 from megatron_dip.plan import Channel, Message, pipeline_channels
-from megatron_dip.runtime import Channels
+from megatron_dip.runtime import Channels, create_channel_groups
 
 UPSTREAM = {"vision": (), "language": ("vision",)}
 
@@ -36,6 +36,19 @@ def test_there_is_a_channel_each_way_between_ranks_that_exchange(
     backward = {f"{c.receiver}>{c.sender}" for c in channels if c.is_gradient}
     assert forward == backward == set(expected.split())
     assert list(channels) == sorted(set(channels)), "the same order on all ranks"
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="torch without NCCL")
+def test_every_group_of_nccl_has_options_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch writes the name and the ranks of the group into them."""
+    made: list[dist.ProcessGroupNCCL.Options] = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **given: made.append(given["pg_options"]))
+    channels = pipeline_channels(
+        partition_from_layers({"vision": [[1, 1]], "language": [[1, 1]]}, 2), UPSTREAM
+    )
+    create_channel_groups(channels, [[0, 2], [1, 3]], 5, backend="nccl", num_communicators=2)
+    assert len({id(options) for options in made}) == len(made) == 4 * len(channels)
+    assert all(options.is_high_priority_stream for options in made)
 
 
 @pytest.fixture(scope="module")

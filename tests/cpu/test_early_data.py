@@ -1,7 +1,7 @@
 """Data of the coming forward, moved while others compute; checks of values at the end of a step."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,12 +12,14 @@ from megatron.core.rerun_state_machine import (
     get_rerun_state_machine,
     initialize_rerun_state_machine,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy_modules import WIDTH, build_stages
 
 from megatron_dip.costs import Boundary
 from megatron_dip.integration import device_feed
 from megatron_dip.integration.device_feed import DeviceFeed
 from megatron_dip.integration.late_checks import checked_at_the_end
+from megatron_dip.models.staged import StagedModel
 from megatron_dip.partition import partition_from_layers
 from megatron_dip.plan import Work
 from megatron_dip.planner import PlannedBatch, make_plan
@@ -85,6 +87,9 @@ class Stream:
     def wait_event(self, event: str) -> None:
         self.log.append(f"{self.name} waits for {event}")
 
+    def wait_stream(self, stream: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {stream.name}")
+
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -112,10 +117,23 @@ def test_kernels_wait_for_the_copies_that_they_read_and_keep_their_memory(log: l
 def test_what_was_not_moved_ahead_is_moved_when_it_is_read(log: list[str]) -> None:
     feed = DeviceFeed(CPU)
     feed.start(Work(0, 1, 0), lambda: ("of a run that failed", []))
-    feed.clear()
+    feed.begin()
     log.clear()
     assert feed.take(Work(0, 1, 0), lambda: ("data", [])) == "data"
     assert log == []
+
+
+def test_copies_of_a_step_wait_for_what_kernels_had_made_before_it(log: list[str]) -> None:
+    DeviceFeed(CPU).begin()
+    assert log == ["copies waits for kernels"]
+
+
+def test_parts_that_are_made_on_the_device_are_named() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = torch.empty(3, device="cuda")
+        data = {"there": there, "here": 1}
+        moved, on_device = StagedModel.to_device(cast(Any, None), data, torch.device("cuda"))
+    assert moved["there"] is there and on_device == [there]
 
 
 # ---- checks ---------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ import pytest
 import torch
 from megatron.core import rerun_state_machine
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.distributed.reduce_scatter_with_fp32_accumulation import (
+    _ReduceScatterWithFP32AccumulationWorkHandle,
+)
 
 from megatron_dip.integration.reductions import GradientChecks, bucket_reductions
 
@@ -20,6 +23,7 @@ class Group:
     def __init__(self, *gradients: list[float]) -> None:
         self.buckets = [SimpleNamespace(grad_data=torch.tensor(values)) for values in gradients]
         self.grad_reduce_handle: Any = None
+        self.previous_grad_reduce_bucket_group: Group | None = None
 
     def start_grad_sync(self) -> None:
         self.check_grads(check_for_nan_or_inf=True, check_for_large=False)
@@ -84,6 +88,29 @@ def test_a_reduction_has_ended_when_all_of_its_collectives_have() -> None:
     _, (reduction,) = reductions_of(group)
     assert not reduction.is_ended()
     reduction.start()
+    assert not reduction.is_ended()
+    group.is_reduced = True
+    assert reduction.is_ended()
+
+
+def test_sums_in_32_bits_neither_wait_for_the_one_before_them_nor_hide_their_end() -> None:
+    # The group before it is under way; Megatron would have computing wait for it.
+    before, group = Group([1.0]), Group([2.0])
+    group.previous_grad_reduce_bucket_group = before
+    seen: list[Any] = []
+
+    def start_grad_sync() -> None:
+        seen.append(group.previous_grad_reduce_bucket_group)
+        exchange = SimpleNamespace(is_completed=lambda: group.is_reduced)
+        group.grad_reduce_handle = _ReduceScatterWithFP32AccumulationWorkHandle(
+            exchange, torch.zeros(2), torch.zeros(1), 2
+        )
+        group.is_reduced = False
+
+    group.start_grad_sync = start_grad_sync  # type: ignore[method-assign]
+    _, (reduction,) = reductions_of(group)
+    reduction.start()
+    assert seen == [None] and group.previous_grad_reduce_bucket_group is before
     assert not reduction.is_ended()
     group.is_reduced = True
     assert reduction.is_ended()

@@ -49,6 +49,7 @@ MACHINE = Machine(
     host_addresses=("10.0.0.7",),
     environment={
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+        "CUDA_MODULE_LOADING": "EAGER",
         "NCCL_DEBUG": "WARN",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     },
@@ -292,7 +293,7 @@ CASES: list[tuple[Facts, str, State, str]] = [
     (with_machine(shared_memory_bytes=None), "/dev/shm", PROBLEM, "cannot be written to"),
     (with_machine(shared_memory_bytes=64 * 2**20), "/dev/shm", WARNING, "--shm-size"),
     (with_machine(open_files=1024), "open files", WARNING, "1,024.* ulimit -n 65536"),
-    (GOOD, "environment", OK, "MAX_CONNECTIONS=32, NCCL_DEBUG=WARN, PYTORCH_CUDA"),
+    (GOOD, "environment", OK, "MAX_CONNECTIONS=32, CUDA_MODULE_LOADING=EAGER, NCCL_DEBUG=WARN"),
     (with_machine(environment={}), "environment", OK, "nothing set"),
     (with_variables(CUDA_LAUNCH_BLOCKING="1"), "CUDA_LAUNCH_BLOCKING", PROBLEM, "unset"),
     (with_variables(TORCH_NCCL_BLOCKING_WAIT="true"), "TORCH_NCCL_BLOCKING_WAIT", WARNING, "host"),
@@ -310,6 +311,9 @@ CASES: list[tuple[Facts, str, State, str]] = [
     ),
     (with_variables(NCCL_P2P_DISABLE="1"), "NCCL_P2P_DISABLE", WARNING, "NVLink"),
     (with_variables(NCCL_SHM_DISABLE="1"), "NCCL_SHM_DISABLE", WARNING, "network"),
+    (with_machine(environment={}), "CUDA_MODULE_LOADING", WARNING, "LAZY.*=EAGER"),
+    (with_variables(CUDA_MODULE_LOADING="lazy"), "CUDA_MODULE_LOADING", WARNING, "lazy.*=EAGER"),
+    (GOOD, "CUDA_MODULE_LOADING", OK, "EAGER"),
     (with_machine(environment={}), "allocator of GPU memory", WARNING, "expandable_segments:True"),
     (
         with_machine(environment={"PYTORCH_ALLOC_CONF": "expandable_segments: true"}),
@@ -475,7 +479,8 @@ def test_facts_of_this_machine_are_gathered_and_judged():
     assert set(facts.megatron.found) == set(MEGATRON)
     assert Path(facts.code_cache.found["folder"]).is_dir()
     assert {row.name for row in examine(GOOD)} - {row.name for row in examine(facts)} == {
-        "allocator of GPU memory"
+        "CUDA_MODULE_LOADING",
+        "allocator of GPU memory",
     }
 
 

@@ -44,7 +44,9 @@ def tables(parser: argparse.ArgumentParser) -> str:
     lines += ["", "## Refused with `--dip-schedule`", "", "In scripts of your own, too:", ""]
     lines += ["| flag | works with | what to do |", "|---|---|---|"]
     for rule in (*SCHEDULE_RULES, *CHECKPOINT_RULES):
-        allowed = ", ".join(f"`{value}`" for value in rule.allowed if isinstance(value, str))
+        has_several = len(rule.allowed) > 1
+        stated = [one for one in rule.allowed if has_several or isinstance(one, str)]
+        allowed = ", ".join(f"`{one}`" for one in stated)
         when = ", with --save or --load" if rule in CHECKPOINT_RULES else ""
         lines.append(f"| `{rule.flag}`{when} | {allowed or 'not stated'} | {rule.remedy} |")
     return "\n".join(lines) + "\n"

@@ -268,7 +268,7 @@ class SpanAttention(MegatronModule):
                 keys[run.rows].unflatten(0, (run.num_spans, run.length)),
                 values[run.rows].unflatten(0, (run.num_spans, run.length)),
             )
-            seen = None if seen is None else seen.to(query.device)
+            seen = None if seen is None else to_device(seen, query.device)
             outputs.append(self._attend(*batched, is_causal=False, dropout=dropout, seen=seen))
         return torch.cat(outputs)
 
