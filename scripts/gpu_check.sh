@@ -9,6 +9,10 @@
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+if (($# > 1)) || [[ "${1:-}" == -* ]]; then
+    printf 'gpu-check: %s: expected at most the folder for results: bash scripts/gpu_check.sh [FOLDER]\n' "$*" >&2
+    exit 2
+fi
 folder="${1:-$root/benchmarks/results}"
 python="${PYTHON:-$root/.venv/bin/python}"
 # Each with its limit in seconds; 710 together. Later parts read what the first one found.

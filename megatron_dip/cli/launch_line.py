@@ -84,6 +84,11 @@ def launch_line(
         ConfigError: Sizes do not fit each other, or ``further`` contradicts them.
     """
     num_nodes, ranks = _nodes(cluster)
+    if rendezvous is not None and (slurm or num_nodes == 1):
+        reason = "with --slurm the nodes of a job find each other" if slurm else "one node needs none"
+        raise ConfigError(f"--rendezvous {shown(rendezvous)}: {reason}: leave it out")
+    if with_apex and on_cpu:
+        raise ConfigError("--apex with --cpu: its fusion needs GPUs: leave one of them out")
     if not Path(script).is_file():
         raise ConfigError(f"there is no script {shown(script)}: give the path of a file")
     if config is not None:
@@ -111,7 +116,8 @@ def launch_line(
             f"--gpus-per-node {cluster.num_gpus})"
         )
     if num_nodes > 1:
-        if rendezvous is None or not rendezvous.rpartition(":")[2].isdecimal():
+        host, _, port = (rendezvous or "").rpartition(":")
+        if not host or not port.isdecimal():
             raise ConfigError(
                 f"{num_nodes} nodes and --rendezvous {shown(rendezvous)}: give HOST:PORT of one of "
                 f"them, e.g. --rendezvous node01:29500, or --slurm"

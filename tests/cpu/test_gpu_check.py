@@ -49,6 +49,15 @@ def test_without_a_gpu_nothing_is_checked_and_nothing_written(tmp_path: Path) ->
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["results", "more"]])
+def test_an_option_is_not_taken_for_a_folder(tmp_path: Path, arguments: list[str]) -> None:
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert f"{' '.join(arguments)}: expected at most the folder for results" in done.stderr
+
+
 def test_limits_of_all_parts_are_twelve_minutes_and_every_part_has_one() -> None:
     text = SCRIPT.read_text()
     parts = dict(re.findall(r"(\w+):(\d+)", text[text.index("parts=(") : text.index("fail()")]))

@@ -116,6 +116,22 @@ S = "configs/vlm_s.yaml"
         ((*CLUSTER, "--gpus-per-node", "3"), (SCRIPT,), r"gpus_per_node 3: .*--gpus 15"),
         (CLUSTER, (SCRIPT,), "--rendezvous None: give HOST:PORT"),
         ((*CLUSTER, "--rendezvous", "node"), (SCRIPT,), "--rendezvous 'node': give HOST:PORT"),
+        ((*CLUSTER, "--rendezvous", ":29500"), (SCRIPT,), "--rendezvous ':29500': give HOST:PORT"),
+        (
+            (*CLUSTER, "--slurm", "--config", S, "--rendezvous", "node01:29500"),
+            (SCRIPT,),
+            "--rendezvous 'node01:29500': with --slurm the nodes .* leave it out",
+        ),
+        (
+            ("--gpus", "8", "--pipeline-parallel", "4", "--rendezvous", "node01:29500"),
+            (SCRIPT,),
+            "--rendezvous 'node01:29500': one node needs none: leave it out",
+        ),
+        (
+            ("--cpu", "--gpus", "2", "--pipeline-parallel", "2", "--apex"),
+            (SCRIPT,),
+            "--apex with --cpu: .*leave one of them out",
+        ),
         ((*CLUSTER, "--slurm"), (SCRIPT,), "needs --config FILE"),
         ((*CLUSTER, "--cpu"), (SCRIPT,), "started on one machine .*--gpus-per-node 16"),
         ((*CLUSTER, "--config", TINY), (SCRIPT,), "num_ranks is 2.*--pipeline-parallel 2"),
