@@ -85,7 +85,7 @@ def launch_line(
     """
     num_nodes, ranks = _nodes(cluster)
     if rendezvous is not None and (slurm or num_nodes == 1):
-        reason = "with --slurm the nodes of a job find each other" if slurm else "one node needs none"
+        reason = "nodes of --slurm find each other" if slurm else "one node needs none"
         raise ConfigError(f"--rendezvous {shown(rendezvous)}: {reason}: leave it out")
     if with_apex and on_cpu:
         raise ConfigError("--apex with --cpu: its fusion needs GPUs: leave one of them out")

@@ -120,7 +120,7 @@ S = "configs/vlm_s.yaml"
         (
             (*CLUSTER, "--slurm", "--config", S, "--rendezvous", "node01:29500"),
             (SCRIPT,),
-            "--rendezvous 'node01:29500': with --slurm the nodes .* leave it out",
+            "--rendezvous 'node01:29500': nodes of --slurm find each other: leave it out",
         ),
         (
             ("--gpus", "8", "--pipeline-parallel", "4", "--rendezvous", "node01:29500"),
