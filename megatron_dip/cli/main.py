@@ -19,7 +19,13 @@ from megatron_dip.cli.rehearse import rehearse_plan
 from megatron_dip.cli.report import report_run
 from megatron_dip.cli.simulate import simulate_plans
 from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_profile
-from megatron_dip.costs.mixtures import built_in_mixture, draw_microbatches, load_workload
+from megatron_dip.costs.mixtures import (
+    BUILT_IN,
+    LanguageItems,
+    built_in_mixture,
+    draw_microbatches,
+    load_workload,
+)
 from megatron_dip.errors import ConfigError, DipError, one_line, shown
 from megatron_dip.partition import load_partition
 from megatron_dip.plan.channels import one_queue_model
@@ -84,6 +90,19 @@ class MixtureChoice(StrEnum):
 
     VLM = "vlm"
     T2V = "t2v"
+    DIP_VLM = "dip-vlm"
+    DIP_T2V = "dip-t2v"
+
+
+class LanguageItemsChoice(StrEnum):
+    """What is an item of packed text."""
+
+    SEQUENCES = "sequences"
+    SAMPLES = "samples"
+
+
+assert set(MixtureChoice) == set(BUILT_IN)
+assert set(LanguageItemsChoice) == set(get_args(LanguageItems))
 
 
 PlanFiles = Annotated[list[Path], typer.Argument(help="Plan files.")]
@@ -101,7 +120,14 @@ def make_problem(
     profile: Annotated[
         Path | None, typer.Option(help="Measured times of layers (JSON), instead of the GPU's.")
     ] = None,
-    microbatches: Annotated[int, typer.Option(help="Microbatches of the batch.")] = 16,
+    microbatches: Annotated[
+        int | None,
+        typer.Option(help="Microbatches of the batch: 64 of dip-vlm and dip-t2v, else 16."),
+    ] = None,
+    language_items: Annotated[
+        LanguageItemsChoice,
+        typer.Option(help="Whether a packed sequence is one item, or every sample in it."),
+    ] = LanguageItemsChoice.SEQUENCES,
     seed: Annotated[int, typer.Option(help="Another seed draws another batch.")] = 0,
 ) -> None:
     """Make a batch problem from a model, a cluster and a workload."""
@@ -111,7 +137,10 @@ def make_problem(
     builder = cluster_builder(
         load_model(model), load_cluster(cluster), load_profile(profile) if profile else None
     )
-    made = builder.build(draw_microbatches(workload, microbatches, seed))
+    if microbatches is None:
+        microbatches = BUILT_IN[mixture.value].num_microbatches if mixture else 16
+    drawn = draw_microbatches(workload, microbatches, seed, language_items.value)
+    made = builder.build(drawn)
     write_file(output, lambda: output.write_text(made.model_dump_json(exclude_none=True) + "\n"))
 
 

@@ -104,7 +104,7 @@ class KeptTensors:
             yield from self._adapter()
         yield from self._modulation("attention")
         yield from self._linear_input("attention input")
-        has_rotary = self._module.kind != "vit"
+        has_rotary = self._module.kind != "vit" or self._module.positions == "rotary_2d"
         if has_rotary and not (self._kernels.fuses_rotary and self._module.kind == "causal"):
             # Sines and cosines, for queries and for keys.
             channels = hidden // self._module.num_attention_heads

@@ -17,18 +17,19 @@ from megatron_dip.costs.profile import Profile, ProfiledTimes, load_profile
 from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import ConfigError
 from megatron_dip.forms import Form
-from megatron_dip.limits import MemoryLimit, Positive, Ranks, Size, Time
+from megatron_dip.limits import MemoryLimit, Positive, PositiveNumber, Ranks, Size, Time
 from megatron_dip.partition import Partition
 from megatron_dip.reading import read_yaml
 from megatron_dip.workload import TransferCost
 
-__all__ = ["ClusterConfig", "RateAssumptions", "cluster_builder", "config_builder", "load_cluster"]
+__all__ = ["Assumptions", "ClusterConfig", "cluster_builder", "config_builder", "load_cluster"]
 
 _GIB = 1024**3
 
 
-class RateAssumptions(Form):
-    """What replaces the preset's rates; nothing does where a field is not given."""
+class Assumptions(Form):
+    """What replaces the preset's rates, and what layers hold; nothing does where a field is not
+    given."""
 
     efficiency: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     """Share of the peak achieved at every size, instead of the preset's curve."""
@@ -37,6 +38,11 @@ class RateAssumptions(Form):
     """False: only operations take time."""
     collectives: bool = True
     """False: collectives inside a layer take no time."""
+    optimizer_state: bool = True
+    """False: it lies elsewhere, so that a weight takes 6 bytes with its gradient."""
+    activation_bytes_per_value: PositiveNumber | None = None
+    """Kept by every layer per token and hidden value, and nothing by what sits before and after
+    the layers, instead of what their backwards read."""
 
 
 class ClusterConfig(Form):
@@ -58,7 +64,7 @@ class ClusterConfig(Form):
     memory_limit_bytes: Annotated[MemoryLimit, Field(gt=0)] | None = None
     """Per GPU; all of the preset's memory where not given."""
     transfer_latency_us: Time = 20.0
-    assumptions: RateAssumptions = RateAssumptions()
+    assumptions: Assumptions = Assumptions()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -164,6 +170,8 @@ def cluster_builder(
         memory=MemoryModel(
             parallel=parallel,
             optimizer_shards=shards if cluster.distributed_optimizer else 1,
+            holds_optimizer=cluster.assumptions.optimizer_state,
+            activation_bytes_per_value=cluster.assumptions.activation_bytes_per_value,
         ),
         num_ranks=cluster.pipeline_parallel,
         memory_limit_bytes=cluster.memory_limit_bytes or device.memory_bytes,

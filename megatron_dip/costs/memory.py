@@ -46,11 +46,18 @@ class MemoryModel:
     """Per module, the mean over its stages that have any; where not given they are many."""
     optimizer_shards: int = 1
     """Ranks that share one optimizer state: the data-parallel size with a distributed optimizer."""
+    holds_optimizer: bool = True
+    """Whether its state lies on the rank, and not elsewhere."""
+    activation_bytes_per_value: float | None = None
+    """Where given, every layer keeps so many bytes per token and hidden value, divided over the
+    ranks of its group, and what sits before and after the layers keeps nothing."""
 
     def bytes_per_weight(self, *, trainable: bool, shards: int | None = None) -> float:
         """Weight, gradient and optimizer state together; ``shards`` ranks share the latter."""
         if not trainable:
             return self.kernels.bytes_per_value
+        if not self.holds_optimizer:
+            return self.kernels.bytes_per_value + _FP32_BYTES
         # In fp32 the weight is its own master copy.
         state = _ADAM_BYTES if self.kernels.is_fp32 else _ADAM_BYTES + _FP32_BYTES
         return (
@@ -120,11 +127,17 @@ class MemoryModel:
         """
         if part == "linear":
             return self.activation_bytes(module, size)
+        if self.activation_bytes_per_value is not None:
+            return 0
         kept = self._kept(module, size, is_entered=is_entered)
         return round(_total(kept.first_extra() if part == "first_extra" else kept.last_extra()))
 
     def activation_bytes(self, module: ModuleShape, size: ItemSize) -> int:
         """Kept per layer from forward to backward for one item, without a plan's recompute."""
+        if self.activation_bytes_per_value is not None:
+            parallel = self.parallel.of(module)
+            values = size.tokens * module.hidden_size / parallel.tensor / parallel.context
+            return round(self.activation_bytes_per_value * values)
         kept = self._kept(module, size)
         stored = _total(kept.layer())
         # Spread over the layers, of which a problem knows the number in no stage.

@@ -1,37 +1,37 @@
 """Batches drawn from distributions: what a data set looks like to the planner, without the data.
 
-Two kinds of workload are known.  ``vlm``: every microbatch is one packed sequence whose share of
-image tokens is drawn first, so that batches range from nearly all text to nearly all images.
-``t2v``: every microbatch holds clips of drawn frames and resolution, each with its captions.
-Draws are independent; data sets that are sorted or bucketed by length are not modelled.
+Kinds of workload.  ``vlm``: every microbatch is one packed sequence whose share of image tokens is
+drawn first, so that batches range from nearly all text to nearly all images.  ``t2v``: every
+microbatch holds clips of drawn frames and resolution, each with its captions.  ``packed`` and
+``grouped``: see ``megatron_dip.costs.published_mixtures``.  Microbatches are drawn independently.
 ``docs/workloads.md`` describes the built-in mixtures and the file format.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.errors import ConfigError
+from megatron_dip.costs.distributions import Counts, Shares
+from megatron_dip.costs.published_mixtures import GroupedClips, PackedSamples, dip_t2v, dip_vlm
+from megatron_dip.errors import ConfigError, shown
 from megatron_dip.forms import Form, explain_validation_error
 from megatron_dip.limits import MOST_ITEMS, MOST_MICROBATCHES, MOST_TOKENS, Tokens
 from megatron_dip.reading import read_json
 
 __all__ = [
+    "BUILT_IN",
     "Clips",
-    "Counts",
     "ImagesAndText",
-    "Shares",
+    "LanguageItems",
     "Workload",
     "built_in_mixture",
     "draw_microbatches",
     "load_workload",
 ]
-
-Weight = Annotated[float, Field(ge=0, le=1e15)]
 
 _MOST_DRAWN = 10**6
 """Images, samples or captions of one microbatch."""
@@ -40,49 +40,6 @@ _IMAGE_MERGE = 4
 """Patches that stand for one language token, after the 2x2 merge."""
 _LEAST_TEXT_TOKENS = 8
 """Of a sample with images: a question and an answer."""
-
-
-class _Weighted(Form):
-    weights: tuple[Weight, ...] | None = None
-    """One per value, in any unit; all alike where not given."""
-
-    def _check_weights(self, num_values: int) -> None:
-        if self.weights is None:
-            return
-        if len(self.weights) != num_values:
-            raise ValueError(f"{len(self.weights)} weights for {num_values} values (one per value)")
-        if not sum(self.weights) > 0:
-            raise ValueError("weights sum to 0 (give one value a positive weight)")
-
-
-class Counts(_Weighted):
-    """A distribution over whole numbers."""
-
-    values: Annotated[tuple[Tokens, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self._check_weights(len(self.values))
-        return self
-
-    def draw(self, random: Random) -> int:
-        """One value."""
-        return random.choices(self.values, self.weights)[0]
-
-
-class Shares(_Weighted):
-    """A distribution over shares of a whole."""
-
-    values: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self._check_weights(len(self.values))
-        return self
-
-    def draw(self, random: Random) -> float:
-        """One value."""
-        return random.choices(self.values, self.weights)[0]
 
 
 class ImagesAndText(Form):
@@ -117,17 +74,17 @@ class ImagesAndText(Form):
         return self
 
     def draw(self, random: Random) -> ItemSizes:
-        """The items of one microbatch: its images and one sequence."""
+        """The items of one microbatch: its images, and a language item per sample."""
         share = self.image_share.draw(random)
         images: list[int] = []
-        spans: list[int] = []
+        samples: list[ItemSize] = []
         room = self.sequence_tokens
         while room > 0:
             drawn: list[int] = []
             if share > 0:
                 count = self.images_per_sample.draw(random)
                 drawn = [self.image_patches.draw(random) for _ in range(count)]
-            image_tokens = 0
+            image_tokens, first = 0, len(images)
             for patches in drawn:
                 # Images that no longer fit are left out; they are never cut.
                 if image_tokens + patches // _IMAGE_MERGE + _LEAST_TEXT_TOKENS <= room:
@@ -138,17 +95,13 @@ class ImagesAndText(Form):
                 text = max(_LEAST_TEXT_TOKENS, text)
             else:
                 text = self.text_tokens.draw(random)
-            spans.append(min(room, image_tokens + text))
-            room -= spans[-1]
+            tokens = min(room, image_tokens + text)
+            needed = tuple(range(first, len(images)))
+            samples.append(ItemSize(tokens=tokens, spans=(tokens,), needs={"vision": needed}))
+            room -= tokens
         return {
             "vision": [ItemSize(tokens=patches, spans=(patches,)) for patches in images],
-            "language": [
-                ItemSize(
-                    tokens=self.sequence_tokens,
-                    spans=tuple(spans),
-                    needs={"vision": tuple(range(len(images)))},
-                )
-            ],
+            "language": samples,
         }
 
 
@@ -202,20 +155,23 @@ class Clips(Form):
         return {"text": captions, "dit": clips}
 
 
-Workload = Annotated[ImagesAndText | Clips, Field(discriminator="kind")]
+Workload = ImagesAndText | Clips | PackedSamples | GroupedClips
+LanguageItems = Literal["sequences", "samples"]
+"""What is an item of packed text: a whole sequence, or each of the samples in it."""
 
 
-def built_in_mixture(name: Literal["vlm", "t2v"]) -> ImagesAndText | Clips:
-    """The mixture called ``name``; see ``docs/workloads.md``."""
-    if name == "vlm":
-        return ImagesAndText(
-            kind="vlm",
-            sequence_tokens=8192,
-            image_share=Shares(values=(0.0, 0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)),
-            image_patches=Counts(values=(196, 256, 676, 1296, 2704), weights=(1, 2, 3, 2, 2)),
-            images_per_sample=Counts(values=(1, 2, 4, 8), weights=(4, 2, 1, 1)),
-            text_tokens=Counts(values=(128, 512, 1024, 2048, 4096), weights=(3, 3, 2, 2, 1)),
-        )
+def _vlm() -> ImagesAndText:
+    return ImagesAndText(
+        kind="vlm",
+        sequence_tokens=8192,
+        image_share=Shares(values=(0.0, 0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)),
+        image_patches=Counts(values=(196, 256, 676, 1296, 2704), weights=(1, 2, 3, 2, 2)),
+        images_per_sample=Counts(values=(1, 2, 4, 8), weights=(4, 2, 1, 1)),
+        text_tokens=Counts(values=(128, 512, 1024, 2048, 4096), weights=(3, 3, 2, 2, 1)),
+    )
+
+
+def _t2v() -> Clips:
     return Clips(
         kind="t2v",
         frames=Counts(values=(1, 8, 16, 24, 32)),
@@ -225,14 +181,42 @@ def built_in_mixture(name: Literal["vlm", "t2v"]) -> ImagesAndText | Clips:
     )
 
 
-def load_workload(path: str | Path) -> ImagesAndText | Clips:
+class BuiltIn(NamedTuple):
+    """A mixture that comes with the package."""
+
+    make: Callable[[], Workload]
+    num_microbatches: int
+    """Of a batch, where nothing else is asked for."""
+
+
+BUILT_IN: Mapping[str, BuiltIn] = {
+    "vlm": BuiltIn(_vlm, 16),
+    "t2v": BuiltIn(_t2v, 16),
+    "dip-vlm": BuiltIn(dip_vlm, 64),
+    "dip-t2v": BuiltIn(dip_t2v, 64),
+}
+"""By name; see ``docs/workloads.md``."""
+
+
+def built_in_mixture(name: str) -> Workload:
+    """The mixture called ``name``.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in BUILT_IN:
+        raise ConfigError(f"mixture {shown(name)} (expected one of {list(BUILT_IN)})")
+    return BUILT_IN[name].make()
+
+
+def load_workload(path: str | Path) -> Workload:
     """The distributions in a statistics file (JSON).
 
     Raises:
         ConfigError: The file cannot be read, or a field is missing, unknown or out of range.
     """
     data = read_json(path, ConfigError)
-    adapter: TypeAdapter[ImagesAndText | Clips] = TypeAdapter(Workload)
+    adapter: TypeAdapter[Workload] = TypeAdapter(Annotated[Workload, Field(discriminator="kind")])
     try:
         return adapter.validate_python(data)
     except ValidationError as error:
@@ -240,9 +224,15 @@ def load_workload(path: str | Path) -> ImagesAndText | Clips:
 
 
 def draw_microbatches(
-    workload: ImagesAndText | Clips, num_microbatches: int, seed: int
+    workload: Workload,
+    num_microbatches: int,
+    seed: int,
+    language_items: LanguageItems = "sequences",
 ) -> Sequence[ItemSizes]:
     """The items of a batch; the same for the same arguments.
+
+    Args:
+        language_items: Whether each packed sequence is an item, or each sample in one.
 
     Raises:
         ConfigError: ``num_microbatches`` is not positive or too large, or they hold too much.
@@ -253,7 +243,8 @@ def draw_microbatches(
     drawn: list[ItemSizes] = []
     num_items = 0
     for _ in range(num_microbatches):
-        drawn.append(workload.draw(random))
+        samples = workload.draw(random)
+        drawn.append(joined_sequences(samples) if language_items == "sequences" else samples)
         num_items += sum(len(size.spans) for sizes in drawn[-1].values() for size in sizes)
         if num_items > MOST_ITEMS:
             raise ConfigError(
@@ -261,3 +252,17 @@ def draw_microbatches(
                 f"{MOST_ITEMS:,} items (give fewer microbatches, or shorter ones)"
             )
     return drawn
+
+
+def joined_sequences(microbatch: ItemSizes) -> ItemSizes:
+    """The same microbatch with one language item, in which samples do not see each other."""
+    samples = microbatch.get("language", ())
+    if not samples:
+        return microbatch
+    needed = tuple(number for sample in samples for number in sample.needs["vision"])
+    sequence = ItemSize(
+        tokens=sum(sample.tokens for sample in samples),
+        spans=tuple(sample.tokens for sample in samples),
+        needs={"vision": needed},
+    )
+    return {**microbatch, "language": [sequence]}

@@ -2,14 +2,13 @@
 
 A model is a list of modules, upstream modules first.  Four kinds of layer exist:
 
-- ``vit``: full attention over each span, biases, GELU; patch embedding with learned positions
-  before the first layer, a final norm and optionally a projector after the last.
+- ``vit``: full attention over each span, biases, GELU; patch embedding with learned or without
+  positions before the first layer, a final norm and optionally a projector after the last.
 - ``causal``: causal attention with grouped queries over packed spans, gated MLP, RMSNorm;
   an embedding before the first layer, a final norm and optionally a head with loss after the last.
 - ``dit``: full self-attention over each clip, cross-attention to the upstream module's tokens,
   GELU, AdaLN modulation; patch embedding, caption projection and timestep embedding before the
   first layer, the output layer after the last.
-
 - ``generic``: any layers, known by their widths and, once stages are built, by their weights.
 
 A ``causal`` layer may have experts in place of its MLP.  Tied embeddings are not modelled.
@@ -77,6 +76,8 @@ class ModuleShape(Form):
     """Of ``vit`` and ``dit`` modules: values of one patch (channels x frames x rows x columns)."""
     num_positions: Count = 0
     """Rows of the learned table of positions."""
+    positions: Literal["table", "rotary_2d"] = "table"
+    """Of ``vit`` modules; rotary ones have no table, as in Qwen2-VL (arXiv 2409.12191)."""
     num_mels: Positive | None = None
     """Of ``vit`` modules whose embedding are two convolutions over log-mel frames."""
     projector: ProjectorShape | None = None
@@ -121,6 +122,8 @@ class ModuleShape(Form):
             raise ValueError(f"{required[self.kind]} is missing (a {self.kind} module needs it)")
         if (self.kind == "dit") != (self.context_size is not None):
             raise ValueError("context_size is needed by dit modules, and only by them")
+        if self.positions == "rotary_2d" and (self.kind != "vit" or self.num_positions):
+            raise ValueError("rotary_2d belongs to vit modules without num_positions")
         if self.projector is not None and self.kind != "vit":
             raise ValueError(f"projector belongs to vit modules (this one is {self.kind})")
         if self.adapter is not None and self.kind == "dit":
@@ -341,9 +344,8 @@ class ModuleShape(Form):
 
     def num_parameters(self) -> int:
         """All parameters of the module."""
-        layer = self.layer_parameters() + self.adapter_parameters()
-        own = self.num_layers * layer + self.first_parameters() + self.last_parameters()
-        return own + self.neck_parameters()
+        layers = self.num_layers * (self.layer_parameters() + self.adapter_parameters())
+        return layers + self.first_parameters() + self.last_parameters() + self.neck_parameters()
 
     def num_trained_parameters(self) -> int:
         """Those that are trained."""

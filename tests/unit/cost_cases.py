@@ -10,6 +10,14 @@ from megatron_dip.costs.devices import Device, device_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("vlm_s", "vlm_m", "vlm_l", "t2v_s", "t2v_l")
+GPUS = {"vlm_s": 16, "t2v_s": 16, "vlm_m": 32, "vlm_l": 64, "t2v_l": 64}
+"""Of one replica, by model."""
+
+
+def stand_in(name: str) -> Path:
+    """The file of the model that ``benchmarks/problems`` are of."""
+    own = ROOT / "benchmarks" / "problems" / "models" / f"{name}.yaml"
+    return own if own.exists() else ROOT / "configs" / "models" / f"{name}.yaml"
 
 
 def vit(**fields: Any) -> ModuleShape:

@@ -1,21 +1,21 @@
 """Drawn batches, and the command that makes problems of them."""
 
 import json
+from statistics import mean, pstdev
 
 import pytest
-from cost_cases import MODELS, ROOT
+from cost_cases import GPUS, MODELS, ROOT
 from typer.testing import CliRunner
 
 from megatron_dip.cli.main import app
-from megatron_dip.costs.mixtures import Counts, built_in_mixture, draw_microbatches, load_workload
+from megatron_dip.costs.distributions import Counts
+from megatron_dip.costs.mixtures import BUILT_IN, built_in_mixture, draw_microbatches, load_workload
 from megatron_dip.errors import ConfigError
 from megatron_dip.partition import uniform_partition
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner import make_plan
-from megatron_dip.simulator import simulate
+from megatron_dip.simulator import simulate, useful_work_us
 from megatron_dip.workload import load_problem
-
-CLUSTER = {"vlm_s": 16, "t2v_s": 16, "vlm_m": 32, "vlm_l": 64, "t2v_l": 64}
 
 
 def run(output, name, *more):
@@ -24,7 +24,7 @@ def run(output, name, *more):
         "--model",
         ROOT / "configs" / "models" / f"{name}.yaml",
         "--cluster",
-        ROOT / "configs" / "clusters" / f"h100_{CLUSTER[name]}.yaml",
+        ROOT / "configs" / "clusters" / f"h100_{GPUS[name]}.yaml",
         "-o",
         output,
         *more,
@@ -79,7 +79,64 @@ def test_each_of_two_clips_reads_the_captions_that_follow_the_firsts():
     assert (first.context_tokens, second.context_tokens) == (sum(lengths[:3]), sum(lengths[3:]))
 
 
-@pytest.mark.parametrize("kind", ["vlm", "t2v"])
+def test_dips_sequences_hold_images_of_one_size_from_few_to_as_many_as_fit():
+    batch = draw_microbatches(built_in_mixture("dip-vlm"), 640, 0)
+    counts = [len(microbatch["vision"]) for microbatch in batch]
+    assert min(counts) < 5 and 43 < max(counts) <= 48
+    assert 21 < mean(counts) < 24  # as in batches made elsewhere from the same description
+    assert 9.5 < pstdev(counts) < 11.5
+    for microbatch in batch:
+        (sequence,) = microbatch["language"]
+        assert sum(sequence.spans) == sequence.tokens == 8192
+        assert sequence.needs == {"vision": tuple(range(len(microbatch["vision"])))}
+        assert {(image.tokens, image.output_tokens) for image in microbatch["vision"]} == {
+            (2704, 169)
+        }
+
+
+def test_dips_clips_of_a_microbatch_are_alike_in_length_and_bounded():
+    batch = draw_microbatches(built_in_mixture("dip-t2v"), 640, 0)
+    for microbatch in batch:
+        lengths = [clip.tokens / 2048 for clip in microbatch["dit"]]
+        assert 1 <= len(lengths) <= 8 and sum(lengths) <= 16
+        assert max(lengths) <= 1.3 * min(lengths)
+        for number, clip in enumerate(microbatch["dit"]):
+            assert clip.needs == {"text": (number,)}
+            assert clip.context_tokens == microbatch["text"][number].tokens
+    assert {len(microbatch["dit"]) for microbatch in batch} == set(range(1, 9))
+
+
+@pytest.mark.parametrize("kind", ["vlm", "dip-vlm"])
+def test_samples_are_the_parts_of_the_sequences_with_the_images_that_each_reads(kind):
+    mixture = built_in_mixture(kind)
+    sequences = draw_microbatches(mixture, 30, 5)
+    samples = draw_microbatches(mixture, 30, 5, "samples")
+    for whole, parts in zip(sequences, samples, strict=True):
+        assert whole["vision"] == parts["vision"]
+        (sequence,) = whole["language"]
+        assert sequence.spans == tuple(part.tokens for part in parts["language"])
+        read = [number for part in parts["language"] for number in part.needs["vision"]]
+        assert read == list(range(len(parts["vision"])))
+    assert any(part.needs == {"vision": ()} for each in samples for part in each["language"])
+
+
+def test_a_problem_of_samples_costs_what_that_of_sequences_does(tmp_path):
+    half = ("--cluster", ROOT / "configs" / "clusters" / "h100_16_half_peak.yaml")
+    arguments = ("--mixture", "dip-vlm", "--seed", "4", *half)
+    for name, more in (("sequences", ()), ("samples", ("--language-items", "samples"))):
+        result = run(tmp_path / f"{name}.json", "vlm_s", *arguments, *more)
+        assert result.exit_code == 0, result.output
+    whole, parts = (load_problem(tmp_path / f"{n}.json") for n in ("sequences", "samples"))
+    assert whole.num_microbatches == parts.num_microbatches == 64
+    assert useful_work_us(parts) == pytest.approx(useful_work_us(whole))
+    assert all(len(microbatch["language"]) == 1 for microbatch in whole.microbatches)
+    texts = [
+        i for each in parts.microbatches for i in each["language"] if i.needs == {"vision": ()}
+    ]
+    assert texts  # a sample without an image waits for none
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_a_seed_gives_one_batch_and_another_seed_another(kind):
     mixture = built_in_mixture(kind)
     assert draw_microbatches(mixture, 8, 3) == draw_microbatches(mixture, 8, 3)

@@ -9,23 +9,19 @@ at most an eighth of a clip's time.
 from statistics import mean
 
 import pytest
-from cost_cases import ROOT, item
+from cost_cases import GPUS, ROOT, item, stand_in
 
 from megatron_dip.costs import cluster_builder, load_cluster, load_model
 from megatron_dip.costs.mixtures import built_in_mixture, draw_microbatches
 from megatron_dip.workload import load_problem
 
 SAMPLES = sorted((ROOT / "benchmarks" / "problems").glob("*.json"))
-CLUSTER = {"vlm_s": 16, "t2v_s": 16, "vlm_m": 32, "vlm_l": 64, "t2v_l": 64}
 ROUNDING_US = 0.002
 
 
 def builder_of(name):
-    configs = ROOT / "configs"
-    plain = load_cluster(configs / "clusters" / "h100_16_half_peak.yaml").assumptions
-    cluster = load_cluster(configs / "clusters" / f"h100_{CLUSTER[name]}.yaml")
-    cluster = cluster.model_copy(update={"assumptions": plain})
-    return cluster_builder(load_model(configs / "models" / f"{name}.yaml"), cluster)
+    cluster = ROOT / "configs" / "clusters" / f"h100_{GPUS[name]}_half_peak.yaml"
+    return cluster_builder(load_model(stand_in(name)), load_cluster(cluster))
 
 
 def pairs(name, module, suffix="fit-0"):
@@ -131,3 +127,28 @@ def test_clips_differ_by_cross_attention_alone(name):
 def clip_context(name, number):
     path = ROOT / "benchmarks" / "problems" / f"{name.replace('_', '-')}-fit-0.json"
     return sum(text.tokens for text in load_problem(path).microbatches[number]["text"])
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "tokens", "times_us", "stored", "passed", "weights"),
+    [
+        ("vlm_s", "vision", 2704, (212.127, 238.623, 185.631), 41187328, 2422784, 101842944),
+        ("vlm_m", "vision", 2704, (106.064, 119.312, 92.815), 20593664, 1211392, 50921472),
+        ("vlm_l", "vision", 2704, (664.669, 710.092, 619.247), 70606848, 4153344, 339738624),
+        ("t2v_s", "text", 208, (46.049, 0.0, 0.0), 0, 425984, 109051904),
+        ("t2v_l", "text", 208, (51.385, 0.0, 0.0), 0, 266240, 121896960),
+    ],
+)
+def test_items_of_published_models_cost_what_others_count(
+    name, module, tokens, times_us, stored, passed, weights
+):
+    """Microseconds and bytes of one layer, as counted elsewhere from the published dimensions."""
+    cluster = ROOT / "configs" / "clusters" / f"h100_{GPUS[name]}_half_peak.yaml"
+    model = load_model(ROOT / "configs" / "models" / f"{name}.yaml")
+    problem = cluster_builder(model, load_cluster(cluster)).build([{module: [item(tokens)]}])
+    found = problem.item(module, 0, 0)
+    took = (found.forward_us, found.input_grad_us, found.weight_grad_us)
+    assert took == pytest.approx(times_us, abs=ROUNDING_US)
+    assert (found.activation_bytes, found.boundary_bytes) == (stored, passed)
+    # Norms and biases are counted here alone.
+    assert problem.module(module).layer_static_bytes == pytest.approx(weights, rel=0.005)

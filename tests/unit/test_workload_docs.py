@@ -12,7 +12,12 @@ TEXT = (ROOT / "docs" / "workloads.md").read_text(encoding="utf-8")
 
 def test_the_statistics_files_shown_are_valid(tmp_path):
     examples = re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert [json.loads(example)["kind"] for example in examples] == ["vlm", "t2v"]
+    assert [json.loads(example)["kind"] for example in examples] == [
+        "vlm",
+        "t2v",
+        "packed",
+        "grouped",
+    ]
     for example in examples:
         path = tmp_path / "example.json"
         path.write_text(example)
