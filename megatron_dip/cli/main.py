@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from megatron_dip.cli.adapters import export_to_released
+from megatron_dip.cli.assign import assign_items
 from megatron_dip.cli.comparison import Row, print_rows
 from megatron_dip.cli.doctor import examine_machine
 from megatron_dip.cli.launch_command import print_launch_command
@@ -216,6 +217,7 @@ def validate(plans: PlanFiles) -> None:
         typer.echo(f"{path}: ok ({sum(map(len, loaded.actions))} actions)")
 
 
+app.command("assign")(assign_items)
 app.command("partition")(make_partition)
 app.command("simulate")(simulate_plans)
 app.command("profile")(measure_layers)

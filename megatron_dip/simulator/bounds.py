@@ -1,13 +1,15 @@
 """What no schedule of a batch can beat, and what of its time is useful."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from megatron_dip.compiled import compiled
 from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskGraph
 from megatron_dip.simulator.tasks import TaskTable
-from megatron_dip.workload import Problem
+from megatron_dip.workload import Item, Problem
 
-__all__ = ["heads_us", "lower_bound_us", "tails_us", "useful_work_us"]
+__all__ = ["heads_us", "item_work_us", "lower_bound_us", "tails_us", "useful_work_us"]
 
 
 def lower_bound_us(table: TaskTable, *, split_backward: bool = False) -> float:
@@ -117,19 +119,30 @@ def useful_work_us(problem: Problem) -> float:
     """Times of all items in all layers with their extras, without overheads and recomputation."""
     total = 0.0
     for name in problem.module_order:
-        module = problem.module(name)
-        first = problem.first_with_backward.get(name)
-        layers = range(module.num_layers)
-        num_with_backward = 0 if first is None else len(layers[max(first, 0) :])
-        num_trained = module.num_trained(layers)
+        work_us = item_work_us(problem, name)
         for number in range(problem.num_microbatches):
             for item in problem.items(name, number):
-                total += module.num_layers * item.forward_us
-                total += item.first_extra_forward_us + item.last_extra_forward_us
-                total += num_with_backward * item.input_grad_us
-                total += (first == -1) * item.first_extra_input_grad_us
-                total += (first is not None) * item.last_extra_input_grad_us
-                total += num_trained * item.weight_grad_us
-                total += module.trains_first_extra * item.first_extra_weight_grad_us
-                total += module.trains_last_extra * item.last_extra_weight_grad_us
+                total += work_us(item)
     return total
+
+
+def item_work_us(problem: Problem, name: str) -> Callable[[Item], float]:
+    """What an item of module ``name`` takes, forward and backward, in all layers and extras."""
+    module = problem.module(name)
+    first = problem.first_with_backward.get(name)
+    layers = range(module.num_layers)
+    num_with_backward = 0 if first is None else len(layers[max(first, 0) :])
+    num_trained = module.num_trained(layers)
+
+    def work_us(item: Item) -> float:
+        total = module.num_layers * item.forward_us
+        total += item.first_extra_forward_us + item.last_extra_forward_us
+        total += num_with_backward * item.input_grad_us
+        total += (first == -1) * item.first_extra_input_grad_us
+        total += (first is not None) * item.last_extra_input_grad_us
+        total += num_trained * item.weight_grad_us
+        total += module.trains_first_extra * item.first_extra_weight_grad_us
+        total += module.trains_last_extra * item.last_extra_weight_grad_us
+        return total
+
+    return work_us

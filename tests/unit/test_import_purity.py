@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_dip"
 PLANNING = (
+    "assignment",
     "config",
     "costs",
     "errors",
