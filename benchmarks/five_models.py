@@ -39,6 +39,7 @@ MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
 ONE_F_ONE_B = ("1f1b", "1f1b-stock")
 INTERLEAVED = ("interleaved", "interleaved-stock")
 UNLIMITED = 10**15
+CHOOSING_MINUTES = 10.0
 DIP, DIP_UNLIMITED = "DIP", "DIP, no memory limit"
 DIP_SPLIT = "DIP, split backward"
 
@@ -175,7 +176,7 @@ def load_or_choose(model: str, choose: bool) -> Partition:
     path = PARTITIONS / f"{model.replace('-', '_')}.json"
     if not choose:
         return load_partition(path)
-    chosen = choose_partition(load_problems(model, "fit"))
+    chosen = choose_partition(load_problems(model, "fit"), minutes=CHOOSING_MINUTES)
     path.write_text(chosen.partition.model_dump_json() + "\n", encoding="utf-8")
     print(f"{path.name}: {chosen.utilisation:.1%} on fit problems, {chosen.num_judged} cuts judged")
     return chosen.partition

@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
@@ -46,7 +52,16 @@ def make_partition(
     evaluations: Annotated[
         int, typer.Option(help="Schedules that are made to judge a cut on one sample.")
     ] = 64,
-    changes: Annotated[int, typer.Option(help="Changes that are tried; 0 for none.")] = 1000,
+    changes: Annotated[
+        int, typer.Option(help="Changes that are tried at most; 0 for none.")
+    ] = 1000,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            help="About how long it may take on one core of 2.5 GHz; counted in actions that are "
+            "put in order, so that every machine chooses the same."
+        ),
+    ] = 2.0,
     seed: Annotated[int, typer.Option(help="Of the random changes.")] = 0,
 ) -> None:
     """Choose segments, layers and sub-microbatch sizes for batches like the samples."""
@@ -55,12 +70,12 @@ def make_partition(
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("cuts"),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[cuts]} cuts"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("judging", total=None)
+        task = bar.add_task("judging", total=1.0, cuts=0)
         chosen = choose_partition(
             samples,
             start=given,
@@ -68,8 +83,9 @@ def make_partition(
             evaluations=evaluations,
             max_changes=changes,
             seed=seed,
-            progress=lambda step, done, most: bar.update(
-                task, description=step, completed=done, total=most
+            minutes=minutes,
+            progress=lambda step, cuts, share: bar.update(
+                task, description=step, completed=share, cuts=cuts
             ),
         )
     write_file(output, lambda: output.write_text(chosen.partition.model_dump_json() + "\n"))

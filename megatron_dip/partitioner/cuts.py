@@ -8,7 +8,16 @@ from megatron_dip.partition.stages import Partition
 from megatron_dip.partition.uniform import partition_from_layers
 from megatron_dip.workload import Item, Problem
 
-__all__ = ["Cut", "Layers", "Path", "balanced_layers", "layers_of", "path_of", "there_and_back"]
+__all__ = [
+    "Cut",
+    "Layers",
+    "Path",
+    "balanced_counts",
+    "layers_of",
+    "path_of",
+    "spread_layers",
+    "there_and_back",
+]
 
 Layers = tuple[tuple[int, ...], ...]
 """Layers of one module, per segment and rank."""
@@ -61,29 +70,50 @@ class Cut:
         return repr((sorted(self.layers.items()), sorted(self.sub_microbatch_tokens.items())))
 
 
-def balanced_layers(problems: Sequence[Problem], module: str, num_segments: int) -> Layers:
-    """Every rank has about the same work of ``module``, what sits before and after it included.
+def balanced_counts(problems: Sequence[Problem], *, is_joint: bool) -> dict[str, tuple[int, ...]]:
+    """Per module, layers of every rank, so that ranks have about the same work of a module.
 
-    Layers are shared out one by one to the rank that has least, then over the segments as evenly
-    as they can be.
+    What sits before and after a module is counted.  Layers are shared out one by one to the rank
+    that has least.
+
+    Args:
+        problems: Samples.
+        is_joint: Ranks have about the same work of all modules together instead; modules with long
+            layers are shared out first, short ones fill up what those leave.
     """
-    num_ranks = problems[0].num_ranks
-    items = [
-        item
-        for problem in problems
-        for number in range(problem.num_microbatches)
-        for item in problem.items(module, number)
-    ]
-    layer_us = sum(_time_us(item) for item in items)
-    load_us = [0.0] * num_ranks
-    load_us[0] += sum(_time_us(item, "first_extra_") for item in items)
-    load_us[-1] += sum(_time_us(item, "last_extra_") for item in items)
-    counts = [0] * num_ranks
-    for _ in range(problems[0].module(module).num_layers):
-        rank = min(range(num_ranks), key=lambda rank: (load_us[rank], counts[rank], rank))
-        load_us[rank] += layer_us
-        counts[rank] += 1
-    return _spread(counts, num_segments)
+    ranks = range(problems[0].num_ranks)
+    layer_us: dict[str, float] = {}
+    loads_us: dict[str, list[float]] = {}
+    for name in problems[0].module_order:
+        items = [
+            item
+            for problem in problems
+            for number in range(problem.num_microbatches)
+            for item in problem.items(name, number)
+        ]
+        layer_us[name] = sum(_time_us(item) for item in items)
+        loads_us[name] = [0.0 for _ in ranks]
+        loads_us[name][0] += sum(_time_us(item, "first_extra_") for item in items)
+        loads_us[name][-1] += sum(_time_us(item, "last_extra_") for item in items)
+    shared_us = [sum(load_us[rank] for load_us in loads_us.values()) for rank in ranks]
+    found: dict[str, tuple[int, ...]] = {}
+    for name in sorted(layer_us, key=lambda name: -layer_us[name]):
+        load_us = shared_us if is_joint else loads_us[name]
+        counts = [0 for _ in ranks]
+        for _ in range(problems[0].module(name).num_layers):
+            rank = min(ranks, key=lambda rank: (load_us[rank], counts[rank], rank))
+            load_us[rank] += layer_us[name]
+            counts[rank] += 1
+        found[name] = tuple(counts)
+    return found
+
+
+def spread_layers(counts: Sequence[int], num_segments: int) -> Layers:
+    """The layers of every rank, over the segments as evenly as they can be."""
+    return tuple(
+        tuple(count // num_segments + (segment < count % num_segments) for count in counts)
+        for segment in range(num_segments)
+    )
 
 
 def path_of(layers: Layers) -> Path:
@@ -116,13 +146,6 @@ def there_and_back(layers: Layers) -> Layers:
     for segment, row in enumerate(layers):
         path += path_of((row,))[:: -1 if segment % 2 else 1]
     return layers_of(path, num_ranks)
-
-
-def _spread(counts: Sequence[int], num_segments: int) -> Layers:
-    return tuple(
-        tuple(count // num_segments + (segment < count % num_segments) for count in counts)
-        for segment in range(num_segments)
-    )
 
 
 def _time_us(item: Item, part: str = "") -> float:

@@ -12,7 +12,14 @@ from megatron_dip.errors import ConfigError, InfeasibleError, PartitionError
 from megatron_dip.partition import load_partition, partition_from_layers
 from megatron_dip.partitioner.changes import changed
 from megatron_dip.partitioner.choose import choose_partition
-from megatron_dip.partitioner.cuts import Cut, balanced_layers, layers_of, path_of, there_and_back
+from megatron_dip.partitioner.cuts import (
+    Cut,
+    balanced_counts,
+    layers_of,
+    path_of,
+    spread_layers,
+    there_and_back,
+)
 from megatron_dip.planner import make_plan
 from megatron_dip.workload import Problem
 
@@ -48,10 +55,29 @@ def makespan_us(problem: Problem, layers, evaluations: int = 48) -> float:
     return plan.estimate.makespan_us
 
 
-def test_the_rank_with_the_head_gets_fewer_layers():
-    assert balanced_layers([headed_chain(6, 1, head_us=0.0)], "language", 1) == ((3, 3),)
-    assert balanced_layers([headed_chain(6, 1, head_us=6.0)], "language", 1) == ((4, 2),)
-    assert balanced_layers([headed_chain(6, 1, head_us=6.0)], "language", 2) == ((2, 1), (2, 1))
+@pytest.mark.parametrize(("head_us", "counts"), [(0.0, (3, 3)), (6.0, (4, 2))])
+def test_the_rank_with_the_head_gets_fewer_layers(head_us, counts):
+    problem = headed_chain(6, 1, head_us)
+    for is_joint in (False, True):
+        assert balanced_counts([problem], is_joint=is_joint) == {"language": counts}
+
+
+def test_layers_are_spread_evenly_over_segments():
+    assert spread_layers((4, 2), 1) == ((4, 2),)
+    assert spread_layers((3, 2), 2) == ((2, 1), (1, 1))
+
+
+def test_modules_balanced_together_fill_up_what_others_leave():
+    """Three layers of 30 us and four of 3 us on two ranks."""
+    problem = make_problem(
+        MODULE_GRAPHS["encoder"],
+        {"vision": 4, "language": 3},
+        [{"vision": [make_item(0, 1.0)], "language": [make_item(0, 10.0)]}],
+        num_ranks=2,
+    )
+    alone = balanced_counts([problem], is_joint=False)
+    assert alone == {"vision": (2, 2), "language": (2, 1)}
+    assert balanced_counts([problem], is_joint=True) == {"vision": (0, 4), "language": (2, 1)}
 
 
 def test_a_path_may_visit_ranks_in_any_order():
@@ -95,7 +121,7 @@ def test_no_cut_of_a_tiny_model_is_better_than_the_chosen_one(head_us):
 
 def test_images_are_split_where_few_microbatches_must_fill_many_ranks():
     samples = [images(4, 8, num_ranks=4), images(2, 8, num_ranks=4)]
-    chosen = choose_partition(samples, max_changes=60)
+    chosen = choose_partition(samples, minutes=0.1)
     assert chosen.partition.sub_microbatch_tokens["vision"] < 8
     split_us = whole_us = 0.0
     for sample in samples:
@@ -137,13 +163,17 @@ def test_a_limit_that_no_cut_keeps_is_reported():
 
 def test_the_same_samples_give_the_same_partition():
     samples = [images(4, 4)]
-    first, second = (choose_partition(samples, max_changes=40) for _ in range(2))
+    first, second = (choose_partition(samples, minutes=0.03) for _ in range(2))
     assert first.partition.digest() == second.partition.digest()
 
 
 def test_another_seed_tries_other_changes():
     samples = [images(4, 4)]
-    judged = {choose_partition(samples, max_changes=40, seed=seed).num_judged for seed in range(4)}
+    start = partition_from_layers({"vision": [[2, 2]], "language": [[2, 2]]}, 2)
+    judged = {
+        choose_partition(samples, start=start, max_changes=40, seed=seed).num_judged
+        for seed in range(4)
+    }
     assert len(judged) > 1
 
 
@@ -180,18 +210,45 @@ def test_samples_must_be_alike_and_numbers_positive():
         choose_partition([])
     with pytest.raises(ConfigError, match="evaluations 0"):
         choose_partition([images(2, 1)], evaluations=0)
+    for minutes in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="minutes"):
+            choose_partition([images(2, 1)], minutes=minutes)
     with pytest.raises(PartitionError, match="sample 1 has other modules"):
         choose_partition([images(2, 1), chain_case(2, 2)[0]])
 
 
 def test_progress_is_told_for_every_cut():
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, int, float]] = []
     chosen = choose_partition(
         [images(2, 2)], max_changes=40, progress=lambda *step: told.append(step)
     )
     assert [done for _, done, _ in told] == list(range(1, chosen.num_judged + 1))
     assert {step for step, _, _ in told} == {"segments", "changes", "finals"}
-    assert all(done <= most for _, done, most in told)
+    shares = [share for _, _, share in told]
+    assert shares == sorted(shares)
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_little_effort_judges_few_cuts_and_the_same_on_every_machine():
+    samples = [images(4, 4), images(6, 4)]
+    counts = [choose_partition(samples, minutes=minutes).num_judged for minutes in (0.1, 0.03)]
+    assert counts[1] < counts[0] < 1000
+    assert choose_partition(samples, minutes=0.03).num_judged == counts[1]
+
+
+def test_small_groups_pass_quickly_where_memory_is_short():
+    """Whole microbatches would hold too much for two of them at once."""
+    image = [make_item(number, 1.0, activation_bytes=100) for number in range(8)]
+    text = [make_item(0, 2.0, activation_bytes=10)]
+    sample = make_problem(
+        MODULE_GRAPHS["encoder"],
+        {"vision": 4, "language": 4},
+        [{"vision": image, "language": text} for _ in range(6)],
+        num_ranks=4,
+        memory_limit_bytes=[1000] * 4,
+    )
+    chosen = choose_partition([sample], minutes=0.03)
+    assert chosen.partition.sub_microbatch_tokens["vision"] < 8
 
 
 def test_the_command_writes_a_partition_that_plans_take(tmp_path):
