@@ -30,6 +30,7 @@ from megatron_dip.limits import (
 from megatron_dip.reading import read_json
 
 __all__ = [
+    "HostLink",
     "Item",
     "LayerExtra",
     "Module",
@@ -193,6 +194,17 @@ class TransferCost(Form):
         return self.latency_us + num_bytes / self.bytes_per_us
 
 
+class HostLink(Form):
+    """Between the memory of a rank's device and that of its host: one copy at a time in each
+    direction, neither delaying the other."""
+
+    latency_us: Time
+    bytes_per_us: Rate
+    """What is left for activations; what else uses the link is taken off beforehand."""
+    memory_bytes: tuple[MemoryLimit, ...]
+    """Per rank: of the host, for activations that are away."""
+
+
 class SubMicrobatch(NamedTuple):
     """A group of items of one module in one microbatch: what one compute action works on."""
 
@@ -224,14 +236,20 @@ class Problem(Form):
     stage_factors: dict[Count, StageFactor] | None = None
     """By what the forwards and the backwards of a stage take longer than its items say, as measured
     on the rank that it is on; 1 where a stage is not named."""
+    host_link: HostLink | None = Field(default=None, exclude_if=_is_none)
+    """What activations can be offloaded over; nothing is offloaded where it is not given."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.memory_limit_bytes) != self.num_ranks:
-            raise ValueError(
-                f"memory_limit_bytes has {len(self.memory_limit_bytes)} entries for "
-                f"{self.num_ranks} ranks (expected one per rank)"
-            )
+        limits = {"memory_limit_bytes": self.memory_limit_bytes}
+        if self.host_link is not None:
+            limits["host_link.memory_bytes"] = self.host_link.memory_bytes
+        for name, given in limits.items():
+            if len(given) != self.num_ranks:
+                raise ValueError(
+                    f"{name} has {len(given)} entries for {self.num_ranks} ranks (expected one "
+                    f"per rank)"
+                )
         if not self.modules or not self.microbatches:
             raise ValueError("modules and microbatches must not be empty")
         topological_order(self.modules)

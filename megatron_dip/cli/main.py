@@ -211,7 +211,8 @@ def validate(plans: PlanFiles) -> None:
         loaded = load_plan(path)
         try:
             validate_plan(loaded)
-            check_memory(loaded, simulate(loaded).peak_bytes)
+            simulation = simulate(loaded)
+            check_memory(loaded, simulation.peak_bytes, simulation.host_peak_bytes)
         except DipError as error:
             raise type(error)(f"{path}: {error}") from error
         typer.echo(f"{path}: ok ({sum(map(len, loaded.actions))} actions)")

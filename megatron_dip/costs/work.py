@@ -10,7 +10,7 @@ With L the layers of the stage, of which B have a backward and T are trained (se
 - stored from the start of the forward to the end of the backward: of the B layers, per item
   ``activation_bytes`` for each stored and ``boundary_bytes`` for each recomputed one, and the bytes
   of extras with a backward; of what sits before the first layer also where that layer, in the same
-  stage, has one.
+  stage, has one.  An offloaded layer takes its ``activation_bytes`` to the host.
 
 Times of a stage that ``stage_factors`` names are multiplied by its factors at the end.
 
@@ -44,6 +44,8 @@ class WorkCosts(NamedTuple):
     """Without recompute."""
     saved_layer_bytes: IntArray
     """Taken off ``stored_bytes`` by each recomputed layer."""
+    layer_bytes: IntArray
+    """What one of the B layers keeps."""
     boundary_bytes: IntArray
     """What a transfer of the work's output, or of its gradient, moves."""
 
@@ -116,6 +118,7 @@ def work_costs(graph: PipelineGraph) -> WorkCosts:
         recompute_layer_us=wiring.has_backward * backward_factor * (overhead_us + times_us[3]),
         stored_bytes=kept_bytes,
         saved_layer_bytes=wiring.has_backward * (activation_bytes - boundary_bytes),
+        layer_bytes=wiring.has_backward * activation_bytes,
         boundary_bytes=boundary_bytes,
     )
 

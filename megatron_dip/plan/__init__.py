@@ -3,7 +3,15 @@
 from megatron_dip.plan.actions import Action, ActionType, format_actions, parse_actions
 from megatron_dip.plan.channels import Channel, one_queue_model, pipeline_channels
 from megatron_dip.plan.graph import Message, PipelineGraph, Work
-from megatron_dip.plan.plan import Estimate, Plan, Recompute, load_plan, parse_plan, save_plan
+from megatron_dip.plan.plan import (
+    Estimate,
+    Offload,
+    Plan,
+    Recompute,
+    load_plan,
+    parse_plan,
+    save_plan,
+)
 from megatron_dip.plan.queues import QueueModel
 
 __all__ = [
@@ -12,6 +20,7 @@ __all__ = [
     "Channel",
     "Estimate",
     "Message",
+    "Offload",
     "PipelineGraph",
     "Plan",
     "QueueModel",

@@ -2,9 +2,11 @@
 
 One action is written ``<stage><TYPE><microbatch>[.<sub>]``; sends name the stage they send to
 (``3SEND_F12.1>4``), receives the stage they receive from (``4RECV_F12.1<3``), and ``REDUCE_GRAD``
-stands for a whole stage (``3REDUCE_GRAD``).  The sub-microbatch of a transfer is that of the
-upstream module, in both directions.  The form follows ``torch.distributed.pipelining``; it is the
-one used in plan files, logs, traces, golden tests and error messages.
+stands for a whole stage (``3REDUCE_GRAD``).  ``3OFFLOAD12.1``, ``3RELEASE12.1`` and ``3RELOAD12.1``
+move activations of a work to the memory of the host and back.  The sub-microbatch of a transfer is
+that of the upstream module, in both directions.  The form follows
+``torch.distributed.pipelining``; it is the one used in plan files, logs, traces, golden tests and
+error messages.
 """
 
 import re
@@ -15,7 +17,7 @@ from typing import NamedTuple
 
 from megatron_dip.errors import PlanError, shown
 
-__all__ = ["COMPUTE_TYPES", "Action", "ActionType", "format_actions", "parse_actions"]
+__all__ = ["COMPUTE_TYPES", "COPY_TYPES", "Action", "ActionType", "format_actions", "parse_actions"]
 
 
 class ActionType(StrEnum):
@@ -30,10 +32,20 @@ class ActionType(StrEnum):
     SEND_BACKWARD = "SEND_B"
     RECV_BACKWARD = "RECV_B"
     REDUCE_GRAD = "REDUCE_GRAD"
+    OFFLOAD = "OFFLOAD"
+    """Begins the copy of activations to the host."""
+    RELEASE = "RELEASE"
+    """Computing behind it waits for the end of that copy; their memory is free from here."""
+    RELOAD = "RELOAD"
+    """Takes memory for them again and begins the copy back, which their backward waits for."""
 
     @property
     def is_compute(self) -> bool:
         return self in COMPUTE_TYPES
+
+    @property
+    def is_copy(self) -> bool:
+        return self in COPY_TYPES
 
     @property
     def is_send(self) -> bool:
@@ -47,6 +59,8 @@ class ActionType(StrEnum):
 COMPUTE_TYPES = frozenset(
     {ActionType.FORWARD, ActionType.BACKWARD, ActionType.INPUT_GRAD, ActionType.WEIGHT_GRAD}
 )
+
+COPY_TYPES = frozenset({ActionType.OFFLOAD, ActionType.RELEASE, ActionType.RELOAD})
 
 _SEND_TYPES = frozenset({ActionType.SEND_FORWARD, ActionType.SEND_BACKWARD})
 _RECEIVE_TYPES = frozenset({ActionType.RECV_FORWARD, ActionType.RECV_BACKWARD})

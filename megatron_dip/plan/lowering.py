@@ -13,6 +13,9 @@ that matters:
 - the plan cannot deadlock even where a send waits for its receive, because every list is sorted
   by one and the same sequence.
 
+Copies to and from the host stand where the order of their rank has them: between the same two
+computing actions, behind messages that are ready there.
+
 For ranks with one hardware queue receives are then placed anew, see
 :mod:`megatron_dip.plan.placing`.
 """
@@ -35,8 +38,8 @@ from megatron_dip.plan.wiring import IntArray, Wiring
 __all__ = ["Lowered", "canonical_reduce_order", "lower", "lower_lists"]
 
 # What stands at one place of the sequence: first the computing, then its messages, so that they
-# leave at once, then gradient reductions.
-_COMPUTE, _MESSAGE, _REDUCE = range(3)
+# leave at once, then copies, then gradient reductions.
+_COMPUTE, _MESSAGE, _COPY, _REDUCE = range(4)
 
 
 class Lowered(NamedTuple):
@@ -92,19 +95,25 @@ def canonical_reduce_order(graph: PipelineGraph, rank: int) -> tuple[int, ...]:
     )
 
 
-def lower(graph: PipelineGraph, completion_order: IntArray) -> tuple[tuple[Action, ...], ...]:
+def lower(
+    graph: PipelineGraph, completion_order: IntArray, rank_order: IntArray | None = None
+) -> tuple[tuple[Action, ...], ...]:
     """The complete actions of every rank; see :func:`lower_lists`."""
-    return lower_lists(graph, completion_order).ranks()
+    return lower_lists(graph, completion_order, rank_order).ranks()
 
 
 @without_collection()
-def lower_lists(graph: PipelineGraph, completion_order: IntArray) -> Lowered:
-    """All that ranks do: computing, transfers and gradient reductions.
+def lower_lists(
+    graph: PipelineGraph, completion_order: IntArray, rank_order: IntArray | None = None
+) -> Lowered:
+    """All that ranks do: computing, transfers, copies and gradient reductions.
 
     Args:
         graph: The dependencies of the batch.
         completion_order: Tasks (see :mod:`megatron_dip.plan.numbers`) in one sequence that respects
             dependencies and the order of every rank, e.g. ``Simulation.completion_order``.
+        rank_order: The tasks of every rank, one rank after the other, with copies among them; there
+            are none where it is None.
 
     Raises:
         PlanError: Nobody computes what a message sends.
@@ -124,11 +133,12 @@ def lower_lists(graph: PipelineGraph, completion_order: IntArray) -> Lowered:
             tie=np.zeros_like(completion_order),
         ),
         *_transfers(wiring, place),
+        *(() if rank_order is None else [_copies(graph, rank_order, place)]),
         *(_reductions(graph, rank, place) for rank in range(graph.problem.num_ranks)),
     ]
     # One number that sorts by place, kind and tie: all are small.
     num_ties = 1 + max(int(entry.tie.max(initial=0)) for entry in entries)
-    keys = np.concatenate([((e.place + 1) * 3 + e.kind) * num_ties + e.tie for e in entries])
+    keys = np.concatenate([((e.place + 1) * 4 + e.kind) * num_ties + e.tie for e in entries])
     rank = np.concatenate([entry.rank for entry in entries])
     order = np.argsort(rank * (keys.max(initial=0) + 1) + keys)
     ends = np.cumsum(np.bincount(rank, minlength=graph.problem.num_ranks))
@@ -186,6 +196,26 @@ def _transfers(wiring: Wiring, place: IntArray) -> Iterator[_Entries]:
                 kind=_MESSAGE,
                 tie=2 * messages + direction,
             )
+
+
+def _copies(graph: PipelineGraph, rank_order: IntArray, place: IntArray) -> _Entries:
+    """Copies behind the computing that they stand behind on their rank."""
+    wiring = graph.wiring
+    num_works = len(wiring.stage)
+    is_copy = rank_order >= 3 * num_works
+    index = np.arange(len(rank_order))
+    computing = np.maximum.accumulate(np.where(is_copy, -1, index))[is_copy]
+    tasks = rank_order[is_copy]
+    actions = decode_tasks(graph, tasks)
+    return _Entries(
+        actions=actions,
+        type=np.array([TYPE_NUMBERS[action.type] for action in actions], dtype=np.int64),
+        number=tasks % num_works,
+        rank=wiring.rank[tasks % num_works],
+        place=place[rank_order[computing]],
+        kind=_COPY,
+        tie=index[is_copy],
+    )
 
 
 def _reductions(graph: PipelineGraph, rank: int, place: IntArray) -> _Entries:

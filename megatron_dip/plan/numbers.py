@@ -1,7 +1,8 @@
 """Actions as numbers, and back.
 
 A *task* is a compute action as a number: with N works, task n is the forward of work n, N + n its
-backward (or input gradient), 2 N + n its weight gradient.
+backward (or input gradient), 2 N + n its weight gradient.  In the order of a rank its copies stand
+among them, as 3 N + n (``OFFLOAD``), 4 N + n (``RELEASE``) and 5 N + n (``RELOAD``).
 """
 
 import itertools
@@ -19,18 +20,28 @@ from megatron_dip.plan.wiring import IntArray, Wiring
 __all__ = [
     "BACKWARD_KIND",
     "FORWARD_KIND",
+    "OFFLOAD_KIND",
+    "RELEASE_KIND",
+    "RELOAD_KIND",
     "TYPE_NUMBERS",
     "WEIGHT_KIND",
     "ActionNumbers",
     "decode_tasks",
+    "encode_tasks",
     "number_actions",
 ]
 
-FORWARD_KIND, BACKWARD_KIND, WEIGHT_KIND = range(3)
+FORWARD_KIND, BACKWARD_KIND, WEIGHT_KIND, OFFLOAD_KIND, RELEASE_KIND, RELOAD_KIND = range(6)
 """A task's number divided by the number of works."""
 
 TYPE_NUMBERS = {kind: number for number, kind in enumerate(ActionType)}
-"""``F B I W`` are 0 to 3, sends and receives 4 to 7, ``REDUCE_GRAD`` is 8."""
+"""``F B I W`` are 0 to 3, sends and receives 4 to 7, ``REDUCE_GRAD`` is 8, ``OFFLOAD RELEASE
+RELOAD`` are 9 to 11."""
+
+_KINDS = np.array([0, 1, 1, 2, -1, -1, -1, -1, -1, 3, 4, 5])
+"""Of the types; -1 for those that are no tasks."""
+_TYPES = np.array([0, 1, 3, 9, 10, 11])
+"""Of the kinds."""
 
 _ABSENT = np.iinfo(np.int64).min
 """Stands for None: no action names it."""
@@ -49,8 +60,8 @@ class ActionNumbers(NamedTuple):
     place: IntArray
     """[T]: of the stage, as in :class:`Wiring`; -1 where there is none of that number."""
     number: IntArray
-    """[T]: of the work (compute), message (transfer) or place (``REDUCE_GRAD``); -1 where the batch
-    has none like that."""
+    """[T]: of the work (computing and copies), message (transfer) or place (``REDUCE_GRAD``); -1
+    where the batch has none like that."""
 
 
 @without_collection()
@@ -73,8 +84,8 @@ def number_actions(graph: PipelineGraph, ranks: Sequence[Sequence[Action]]) -> A
     upstream = np.where(names_peer, peer_place, stage_place)
     downstream = np.where(names_peer, stage_place, peer_place)
     number = _works(wiring, upstream, microbatch, sub)
-    number[(kinds < _SEND_FORWARD) & (peer != _ABSENT)] = -1
-    moves = np.flatnonzero((kinds >= _SEND_FORWARD) & (kinds != _REDUCE))
+    number[(_KINDS[kinds] >= 0) & (peer != _ABSENT)] = -1
+    moves = np.flatnonzero((kinds >= _SEND_FORWARD) & (kinds < _REDUCE))
     number[moves] = _messages(wiring, number[moves], downstream[moves])
     reduces = kinds == _REDUCE
     number[reduces] = np.where(microbatch == _ABSENT, stage_place, -1)[reduces]
@@ -88,15 +99,21 @@ def number_actions(graph: PipelineGraph, ranks: Sequence[Sequence[Action]]) -> A
     )
 
 
+def encode_tasks(kinds: IntArray, number: IntArray, num_works: int) -> IntArray:
+    """Numbers of the tasks with these types and works; -1 for actions that are no tasks."""
+    kind = _KINDS[kinds]
+    return np.where(kind >= 0, number + num_works * kind, -1)
+
+
 @without_collection()
 def decode_tasks(graph: PipelineGraph, tasks: IntArray) -> list[Action]:
-    """The compute actions with these numbers; backwards whose ``W`` is among them are halves."""
+    """The actions with these numbers; backwards whose ``W`` is among them are halves."""
     wiring = graph.wiring
     num_works = len(wiring.stage)
     kind, number = np.divmod(tasks, num_works)
     is_half = ~wiring.has_weight_grad
     is_half[number[kind == WEIGHT_KIND]] = True
-    types = np.array([0, 1, 3])[kind] + ((kind == BACKWARD_KIND) & is_half[number])
+    types = _TYPES[kind] + ((kind == BACKWARD_KIND) & is_half[number])
     return list(
         map(
             Action._make,

@@ -95,8 +95,9 @@ def _placed(lists: ActionLists, kernels: Kernels, times: KernelTimes) -> IntArra
         here = np.arange(start, end)
         slot[here] = np.cumsum(computes[here])
         starts_us = times.starts_us[here[computes[here]]]
-        sends = here[~computes[here] & ~receives[here] & (lists.type[here] != _REDUCE)]
-        time_us[sends] = np.maximum.accumulate(times.starts_us[sends])
+        # Sends and copies keep their order: it says what is held.
+        others = here[~computes[here] & ~receives[here] & (lists.type[here] != _REDUCE)]
+        time_us[others] = np.maximum.accumulate(times.starts_us[others])
         own = here[receives[here]]
         free_us = _free_us(lists, kernels, times, own)
         slot[own] = np.maximum(slot[own], np.searchsorted(starts_us, free_us, side="right"))

@@ -26,6 +26,7 @@ from megatron_dip.workload import Problem, SubMicrobatch
 
 __all__ = [
     "Estimate",
+    "Offload",
     "Plan",
     "Recompute",
     "load_plan",
@@ -38,6 +39,16 @@ __all__ = [
 
 class Recompute(NamedTuple):
     """Layers of one work whose activations are computed again in its backward."""
+
+    stage: int
+    microbatch: int
+    sub: int
+    layers: tuple[int, ...]
+    """Layer numbers within the module."""
+
+
+class Offload(NamedTuple):
+    """Layers of one work whose activations are in the memory of the host for a while."""
 
     stage: int
     microbatch: int
@@ -70,8 +81,9 @@ class Plan:
     partition: Partition
     sub_microbatches: tuple[SubMicrobatch, ...]
     actions: tuple[tuple[Action, ...], ...]
-    """Per rank, in order: compute and transfer actions."""
+    """Per rank, in order: computing, transfers and copies."""
     recompute: tuple[Recompute, ...] = ()
+    offload: tuple[Offload, ...] = ()
     estimate: Estimate | None = None
     queues: QueueModel | None = None
     """What receives are placed for, and time is reckoned by; None where every stream has a hardware
@@ -84,6 +96,7 @@ class Plan:
         actions: tuple[tuple[Action, ...], ...],
         *,
         recompute: tuple[Recompute, ...] = (),
+        offload: tuple[Offload, ...] = (),
         estimate: Estimate | None = None,
         queues: QueueModel | None = None,
     ) -> Self:
@@ -94,6 +107,7 @@ class Plan:
             sub_microbatches=graph.sub_microbatches,
             actions=actions,
             recompute=recompute,
+            offload=offload,
             estimate=estimate,
             queues=queues,
         )
@@ -107,6 +121,10 @@ class Plan:
     @cached_property
     def recomputed_layers(self) -> dict[Work, tuple[int, ...]]:
         return {Work(r.stage, r.microbatch, r.sub): r.layers for r in self.recompute}
+
+    @cached_property
+    def offloaded_layers(self) -> dict[Work, tuple[int, ...]]:
+        return {Work(o.stage, o.microbatch, o.sub): o.layers for o in self.offload}
 
     def to_text(self) -> str:
         """One line per rank."""
@@ -129,20 +147,17 @@ class Plan:
                 for s in self.sub_microbatches
             ],
             "ranks": [{"actions": [str(a) for a in actions]} for actions in self.actions],
-            "recompute": [
-                {
-                    "stage": r.stage,
-                    "microbatch": r.microbatch,
-                    "sub": r.sub,
-                    "layers": list(r.layers),
-                }
-                for r in self.recompute
-            ],
+            "recompute": [_layers_json(one) for one in self.recompute],
+            **({"offload": [_layers_json(one) for one in self.offload]} if self.offload else {}),
             "estimate": None if self.estimate is None else self.estimate.model_dump(mode="json"),
             **({} if self.queues is None else {"queues": self.queues.model_dump(mode="json")}),
             "partition": self.partition.model_dump(mode="json"),
             "problem": self.problem.model_dump(mode="json"),
         }
+
+
+def _layers_json(one: Recompute | Offload) -> dict[str, Any]:
+    return one._asdict() | {"layers": list(one.layers)}
 
 
 class _SubMicrobatchForm(Form):
@@ -156,7 +171,7 @@ class _RankForm(Form):
     actions: tuple[str, ...]
 
 
-class _RecomputeForm(Form):
+class _LayersForm(Form):
     stage: Count
     microbatch: Count
     sub: Count
@@ -170,7 +185,8 @@ class _PlanForm(Form):
     partition_digest: str
     sub_microbatches: tuple[_SubMicrobatchForm, ...]
     ranks: tuple[_RankForm, ...]
-    recompute: tuple[_RecomputeForm, ...] = ()
+    recompute: tuple[_LayersForm, ...] = ()
+    offload: tuple[_LayersForm, ...] = ()
     estimate: Estimate | None = None
     queues: QueueModel | None = None
     partition: Partition
@@ -203,6 +219,7 @@ def parse_plan(data: Mapping[str, Any], source: str = "") -> Plan:
         ),
         actions=_parse_ranks(form.ranks, source),
         recompute=tuple(Recompute(r.stage, r.microbatch, r.sub, r.layers) for r in form.recompute),
+        offload=tuple(Offload(o.stage, o.microbatch, o.sub, o.layers) for o in form.offload),
         estimate=form.estimate,
         queues=form.queues,
     )

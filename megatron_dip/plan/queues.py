@@ -11,6 +11,10 @@ ranks; message k of a channel travels on communicator k modulo their number.  A 
 - and, with one hardware queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``), every kernel before it in the
   rank's list has *started*: what cannot start holds up all behind it.
 
+Copies to and from the host have a stream each.  ``OFFLOAD`` and ``RELOAD`` wait for the computing
+before them in the list; ``RELEASE`` stands in the stream of computing and takes no time, but waits
+for its ``OFFLOAD``; the backward waits for its ``RELOAD``.
+
 A transfer goes on once both of its kernels have started (rendezvous: neither side is buffered), and
 ends for both a given time later.  So starts and ends are nodes of a graph.  If it has no cycle, no
 choice of times can bring the ranks to rest for ever; the longest path to a node is its time.  What
@@ -41,7 +45,9 @@ __all__ = [
     "run_kernels",
 ]
 
-_F, _B, _I, _W, _SEND_F, _RECV_F, _SEND_B, _RECV_B, _REDUCE = TYPE_NUMBERS.values()
+_F, _B, _I, _W, _SEND_F, _RECV_F, _SEND_B, _RECV_B, _REDUCE, _OFFLOAD, _RELEASE, _RELOAD = (
+    TYPE_NUMBERS.values()
+)
 
 
 class QueueModel(Form):
@@ -63,7 +69,7 @@ class ActionLists(NamedTuple):
     type: IntArray
     """[T]: see ``TYPE_NUMBERS``."""
     number: IntArray
-    """[T]: of the work (computing), message (transfer) or place of the stage (reduction)."""
+    """[T]: of the work (computing, copies), message (transfer) or place of a stage (reduction)."""
 
 
 class Kernels(NamedTuple):
@@ -139,13 +145,16 @@ def list_kernels(
         moves = send >= 0
         other_side[send[moves]], other_side[receive[moves]] = receive[moves], send[moves]
     before = np.full(num_actions, -1)
-    computes = np.flatnonzero(lists.type < _SEND_F)
+    computes = np.flatnonzero(_in_computing_stream(lists))
+    offloads, reloads = (np.flatnonzero(lists.type == kind) for kind in (_OFFLOAD, _RELOAD))
     transfers = np.flatnonzero(other_side >= 0)
     peer = lists.rank[other_side[transfers]]
     # The four types of transfers keep sides and directions apart.
     channel = (lists.rank[transfers] * len(lists.first) + peer) * len(TYPE_NUMBERS)
     for stream, members, turns in (
         (lists.rank[computes], computes, 1),
+        (lists.rank[offloads], offloads, 1),
+        (lists.rank[reloads], reloads, 1),
         (channel + lists.type[transfers], transfers, num_communicators),
     ):
         _, previous = communicator_numbers(stream, turns)
@@ -167,6 +176,11 @@ def list_kernels(
     )
 
 
+def _in_computing_stream(lists: ActionLists) -> BoolArray:
+    """[T]: computing, and what makes it wait for a copy."""
+    return (lists.type < _SEND_F) | (lists.type == _RELEASE)
+
+
 class _Positions(NamedTuple):
     """Where actions stand, -1 where they do not."""
 
@@ -176,16 +190,20 @@ class _Positions(NamedTuple):
     """[N]: ``B`` or ``I``."""
     moved: IntArray
     """[4, M]: both sides of every message, then of its gradient."""
+    copied: IntArray
+    """[3, N]: ``OFFLOAD``, ``RELEASE``, ``RELOAD``."""
 
 
 def _positions(wiring: Wiring, lists: ActionLists) -> _Positions:
     computed = np.full((4, len(wiring.stage)), -1)
     moved = np.full((4, len(wiring.source)), -1)
-    for kind in range(_REDUCE):
-        index = np.flatnonzero(lists.type == kind)
-        into = computed[kind] if kind < _SEND_F else moved[kind - _SEND_F]
-        into[lists.number[index]] = index
-    return _Positions(computed[_F], np.maximum(computed[_B], computed[_I]), moved)
+    copied = np.full((3, len(wiring.stage)), -1)
+    places = [*computed, *moved, None, *copied]
+    for kind, into in enumerate(places):
+        if into is not None:
+            index = np.flatnonzero(lists.type == kind)
+            into[lists.number[index]] = index
+    return _Positions(computed[_F], np.maximum(computed[_B], computed[_I]), moved, copied)
 
 
 def _waits(wiring: Wiring, lists: ActionLists, at: _Positions) -> tuple[IntArray, IntArray]:
@@ -194,16 +212,21 @@ def _waits(wiring: Wiring, lists: ActionLists, at: _Positions) -> tuple[IntArray
     is_read = np.flatnonzero(at.moved[1][message] >= 0)
     sends = np.flatnonzero((lists.type == _SEND_F) | (lists.type == _SEND_B))
     returns = np.flatnonzero(at.moved[3] >= 0)
-    places = np.where(lists.type < _SEND_F, np.arange(len(lists.type)), -1)
+    places = np.where(_in_computing_stream(lists), np.arange(len(lists.type)), -1)
     last_computing = np.maximum.accumulate(places)
-    return (
-        np.concatenate(
-            [last_computing[sends], at.moved[1][message[is_read]], at.moved[3][returns]]
-        ),
-        np.concatenate(
-            [sends, at.forward[wiring.reader[is_read]], at.backward[wiring.source[returns]]]
-        ),
+    copies = np.flatnonzero((lists.type == _OFFLOAD) | (lists.type == _RELOAD))
+    offload, release, reload = at.copied
+    released, reloaded = np.flatnonzero(release >= 0), np.flatnonzero(reload >= 0)
+    pairs = (
+        (last_computing[sends], sends),
+        (last_computing[copies], copies),
+        (at.moved[1][message[is_read]], at.forward[wiring.reader[is_read]]),
+        (at.moved[3][returns], at.backward[wiring.source[returns]]),
+        (offload[released], release[released]),
+        (reload[reloaded], at.backward[reloaded]),
     )
+    ended, waiting = zip(*pairs, strict=True)
+    return np.concatenate(ended), np.concatenate(waiting)
 
 
 def run_kernels(kernels: Kernels, duration_us: FloatArray) -> KernelTimes:
@@ -211,7 +234,7 @@ def run_kernels(kernels: Kernels, duration_us: FloatArray) -> KernelTimes:
 
     Args:
         kernels: What waits for what.
-        duration_us: [T] of computing; of a transfer, from the start of its later side on.
+        duration_us: [T] of computing and copies; of a transfer, from the start of its later side.
     """
     num_actions = len(duration_us)
     times = KernelTimes(

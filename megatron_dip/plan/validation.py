@@ -8,7 +8,8 @@ except for memory in :func:`check_memory`.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,14 +19,16 @@ from megatron_dip.plan.actions import ActionType
 from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.plan.lowering import canonical_reduce_order
 from megatron_dip.plan.numbers import TYPE_NUMBERS, ActionNumbers, number_actions
-from megatron_dip.plan.plan import Plan
+from megatron_dip.plan.plan import Offload, Plan, Recompute
 from megatron_dip.plan.progress import run_to_the_end
 from megatron_dip.plan.queues import ActionLists, QueueModel, list_kernels, run_kernels
 from megatron_dip.plan.wiring import BoolArray, IntArray
 
 __all__ = ["check_memory", "validate_plan"]
 
-_F, _B, _I, _W, _SEND_F, _RECV_F, _SEND_B, _RECV_B, _REDUCE = TYPE_NUMBERS.values()
+_F, _B, _I, _W, _SEND_F, _RECV_F, _SEND_B, _RECV_B, _REDUCE, _OFFLOAD, _, _RELOAD = (
+    TYPE_NUMBERS.values()
+)
 _TYPES = tuple(TYPE_NUMBERS)
 
 
@@ -39,6 +42,8 @@ class _Positions(NamedTuple):
     """[4, M]: both sides of every message, then of its gradient."""
     reduced: IntArray
     """[S]"""
+    copied: IntArray
+    """[3, N]: ``OFFLOAD``, ``RELEASE``, ``RELOAD`` of every work."""
 
     @property
     def backward(self) -> IntArray:
@@ -67,15 +72,23 @@ def validate_plan(plan: Plan) -> None:
     _check_order(graph, numbers, positions)
     _check_channels(graph, numbers, positions)
     _check_reduce(graph, numbers, positions)
-    _check_recompute(plan)
+    _check_layers(plan)
+    _check_copies(plan, numbers, positions)
     if plan.queues is None:
         _check_progress(numbers, positions)
     else:
         _check_queues(graph, numbers, plan.queues)
 
 
-def check_memory(plan: Plan, peak_bytes: Iterable[int]) -> None:
-    """Compare ``peak_bytes`` per rank, e.g. of a simulation, with the limits of the problem.
+def check_memory(
+    plan: Plan, peak_bytes: Iterable[int], host_peak_bytes: Iterable[int] = ()
+) -> None:
+    """Compare what ranks need with the limits of the problem.
+
+    Args:
+        plan: Which is valid.
+        peak_bytes: Per rank, e.g. of a simulation.
+        host_peak_bytes: Per rank, of the memory of its host; not read where nothing is offloaded.
 
     Raises:
         PlanMemoryError: A rank needs more than its limit; the message names the first.
@@ -88,6 +101,17 @@ def check_memory(plan: Plan, peak_bytes: Iterable[int]) -> None:
                 f"algorithm 'dual_queue', which keeps a limit that can be kept, use smaller "
                 f"microbatches or more ranks, or list layers under 'recompute')"
             )
+    if not plan.offload:
+        return
+    assert plan.problem.host_link is not None, "a valid plan offloads over a link"
+    for rank, (peak, limit) in enumerate(
+        zip(host_peak_bytes, plan.problem.host_link.memory_bytes, strict=True)
+    ):
+        if peak > limit:
+            raise PlanMemoryError(
+                f"rank {rank}: the plan needs {peak} bytes of the host's memory (limit {limit}: "
+                f"list fewer layers under 'offload', or bring them back before others leave)"
+            )
 
 
 # ---- where actions stand ------------------------------------------------------------------------
@@ -98,10 +122,11 @@ def _check_places(graph: PipelineGraph, numbers: ActionNumbers) -> _Positions:
     wiring = graph.wiring
     num_works, num_messages = len(wiring.stage), len(wiring.source)
     # All that a plan can hold, in one line: an action of type t has the places from first[t] on.
-    first = np.cumsum([0, *[num_works] * 4, *[num_messages] * 4])
+    num_stages = len(wiring.place_stage)
+    first = np.cumsum([0, *[num_works] * 4, *[num_messages] * 4, num_stages, *[num_works] * 3])
     known = np.flatnonzero(numbers.number >= 0)
     slot = first[numbers.type[known]] + numbers.number[known]
-    found = np.full(first[-1] + len(wiring.place_stage), -1)
+    found = np.full(first[-1], -1)
     # Of several assignments the last one stays, which is the first action.
     found[slot[::-1]] = known[::-1]
     is_repeated = np.zeros(len(numbers.type), dtype=bool)
@@ -118,7 +143,8 @@ def _check_places(graph: PipelineGraph, numbers: ActionNumbers) -> _Positions:
     return _Positions(
         computed=found[: first[4]].reshape(4, num_works),
         moved=found[first[4] : first[8]].reshape(4, num_messages),
-        reduced=found[first[8] :],
+        reduced=found[first[8] : first[9]],
+        copied=found[first[9] :].reshape(3, num_works),
     )
 
 
@@ -296,11 +322,30 @@ def _check_reduce(graph: PipelineGraph, numbers: ActionNumbers, positions: _Posi
             )
 
 
-def _check_recompute(plan: Plan) -> None:
-    repeated = Counter(Work(r.stage, r.microbatch, r.sub) for r in plan.recompute)
-    for entry in plan.recompute:
+def _check_layers(plan: Plan) -> None:
+    """Recomputed and offloaded layers exist, once, and no layer is both."""
+    for name, entries in (("recompute", plan.recompute), ("offload", plan.offload)):
+        _check_entries(plan, name, entries)
+    for entry in plan.offload:
         work = Work(entry.stage, entry.microbatch, entry.sub)
-        what = f"recompute of {work.action(ActionType.FORWARD)}"
+        what = f"offload of {work.action(ActionType.FORWARD)}"
+        if plan.problem.host_link is None:
+            raise PlanError(f"{what}: the problem has no host_link (expected one to offload over)")
+        if not entry.layers:
+            raise PlanError(f"{what}: no layers (expected some, or no entry)")
+        both = sorted(set(entry.layers).intersection(plan.recomputed_layers.get(work, ())))
+        if both:
+            raise PlanError(
+                f"{what}: layers {both} are recomputed too (expected each under 'recompute' or "
+                f"under 'offload')"
+            )
+
+
+def _check_entries(plan: Plan, name: str, entries: Sequence[Recompute | Offload]) -> None:
+    repeated = Counter(Work(r.stage, r.microbatch, r.sub) for r in entries)
+    for entry in entries:
+        work = Work(entry.stage, entry.microbatch, entry.sub)
+        what = f"{name} of {work.action(ActionType.FORWARD)}"
         if work not in plan.graph.numbers:
             raise PlanError(f"{what}: no such work in the batch")
         if repeated[work] > 1:
@@ -314,6 +359,32 @@ def _check_recompute(plan: Plan) -> None:
                 f"{what}: layers {list(entry.layers)} (expected each once, from {known.start} to "
                 f"{known.stop - 1}: layers of the stage that have a backward)"
             )
+
+
+def _check_copies(plan: Plan, numbers: ActionNumbers, positions: _Positions) -> None:
+    """``OFFLOAD``, ``RELEASE`` and ``RELOAD`` of every offloaded work, in this order, between its
+    forward and its backward."""
+    graph = plan.graph
+    is_away = np.zeros(len(graph.wiring.stage), dtype=bool)
+    is_away[[graph.numbers[work] for work in plan.offloaded_layers]] = True
+    missing = is_away & (positions.copied < 0)
+    for work, kind in np.argwhere(missing.T)[:1].tolist():
+        action = graph.works[work].action(_TYPES[_OFFLOAD + kind])
+        raise PlanError(
+            f"{action} is missing from rank {graph.wiring.rank[work]} (its layers are under "
+            f"'offload')"
+        )
+    _refuse_others(
+        numbers,
+        (_OFFLOAD, _RELOAD),
+        np.stack([is_away] * 3),
+        "copies nothing (expected copies of works that are under 'offload')",
+    )
+    line = (positions.computed[_F], *positions.copied, positions.backward)
+    for before, after in pairwise(line):
+        _check_before(
+            numbers, is_away, (before, after), "{after} comes before {before} (expected after it)"
+        )
 
 
 def _check_progress(numbers: ActionNumbers, positions: _Positions) -> None:

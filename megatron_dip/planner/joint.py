@@ -20,11 +20,11 @@ from megatron_dip.partition import Partition
 from megatron_dip.plan.actions import Action
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.plan.numbers import number_actions
-from megatron_dip.plan.plan import Plan, load_plan
+from megatron_dip.plan.plan import Offload, Plan, Recompute, load_plan
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner.planner import estimate_simulation
 from megatron_dip.simulator.simulate import simulate
-from megatron_dip.workload import Item, Problem, StageFactor, SubMicrobatch
+from megatron_dip.workload import HostLink, Item, Problem, StageFactor, SubMicrobatch
 
 __all__ = ["joint_problem", "load_joint_plan", "restrict_plan"]
 
@@ -60,6 +60,7 @@ def joint_problem(problems: Sequence[Problem]) -> Problem:
             _joint_microbatch(problems, number) for number in range(first.num_microbatches)
         ),
         stage_factors=_joint_factors(problems),
+        host_link=_joint_link(problems),
     )
 
 
@@ -149,6 +150,27 @@ def _joint_factors(problems: Sequence[Problem]) -> dict[int, StageFactor] | None
     }
 
 
+def _joint_link(problems: Sequence[Problem]) -> HostLink | None:
+    """The link that all have, with the least memory behind it.
+
+    Raises:
+        PlanError: Their links differ.
+    """
+    links = [problem.host_link for problem in problems]
+    there = [link for link in links if link is not None]
+    speeds = {(link.latency_us, link.bytes_per_us) for link in there}
+    if not there:
+        return None
+    if len(there) < len(links) or len(speeds) > 1:
+        raise PlanError(
+            f"batches cannot be planned together: host_link of batch 0 is {shown(links[0])}, of "
+            f"another {shown(next(link for link in links if link != links[0]))} (expected the same "
+            f"machine)"
+        )
+    memory = zip(*(link.memory_bytes for link in there), strict=True)
+    return there[0].model_copy(update={"memory_bytes": tuple(map(min, memory))})
+
+
 def _factor(problem: Problem, stage: int) -> StageFactor:
     return (problem.stage_factors or {}).get(stage, StageFactor())
 
@@ -190,15 +212,15 @@ def restrict_plan(plan: Plan, problem: Problem) -> Plan:
         PartitionError: The partition of ``plan`` does not cover ``problem``.
     """
     graph = PipelineGraph(problem, plan.partition, _present(plan, problem))
-    recompute = (
-        one
-        for one in plan.recompute
-        if one.sub < len(graph.subs(plan.partition[one.stage].module, one.microbatch))
-    )
+
+    def exists(one: Recompute | Offload) -> bool:
+        return one.sub < len(graph.subs(plan.partition[one.stage].module, one.microbatch))
+
     restricted = Plan.of_graph(
         graph,
         _existing(graph, plan.actions),
-        recompute=tuple(recompute),
+        recompute=tuple(filter(exists, plan.recompute)),
+        offload=tuple(filter(exists, plan.offload)),
         queues=plan.queues,
     )
     validate_plan(restricted)

@@ -148,7 +148,7 @@ class MemoryFitter:
 
     def _run(self, graph: TaskGraph, order: TaskOrder) -> tuple[RunState, int]:
         state = new_run_state(graph, order)
-        num_done, _ = run_order(graph, graph.duration_us, order, state)
+        num_done, _ = run_order(graph, graph.duration_us, self._table.copy_us, order, state)
         return state, num_done
 
 

@@ -12,7 +12,7 @@ from megatron_dip.partition import Partition
 from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.plan.lowering import lower_lists
 from megatron_dip.plan.placing import place_receives
-from megatron_dip.plan.plan import Estimate, Plan, Recompute
+from megatron_dip.plan.plan import Estimate, Offload, Plan, Recompute
 from megatron_dip.plan.queues import QueueModel
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.planner.evaluator import Budget
@@ -103,7 +103,7 @@ def make_plan(
     subs = form_sub_microbatches(problem, sizes)
     table = build_task_table(PipelineGraph(problem, partition, subs))
     if algorithm == "one_f_one_b":
-        return _finish(_one_f_one_b(table, split_backward), (), queues)
+        return _finish(_one_f_one_b(table, split_backward), queues)
 
     schedule = partial(
         schedule_by_default, split_backward=split_backward, memory_program=memory_program
@@ -122,7 +122,7 @@ def make_plan(
     limited, found = _within_limits(table, schedule, when_infeasible, memory_program)
     found = _faster(limited, found, split_backward, memory_program)
     simulation = simulate_order(table.with_recompute(found.num_recomputed), found.order)
-    return _finish(simulation, layers_to_recompute(table, found.num_recomputed), queues)
+    return _finish(simulation, queues, layers_to_recompute(table, found.num_recomputed))
 
 
 def _check_budget(algorithm: Algorithm, budget: Budget) -> None:
@@ -193,22 +193,29 @@ def plan_from_order(
     compute_order: ComputeOrder,
     recompute: Sequence[Recompute] = (),
     queues: QueueModel | None = None,
+    offload: Sequence[Offload] = (),
 ) -> Plan:
-    """The validated plan that computes in ``compute_order``, e.g. one written by hand.
+    """The validated plan that computes and copies in ``compute_order``, e.g. one written by hand.
 
     Raises:
         PlanError: The order is not a correct schedule of the batch.
     """
-    layers = {Work(r.stage, r.microbatch, r.sub): r.layers for r in recompute}
-    table = build_task_table(graph, layers)
-    return _finish(simulate_order(table, compute_order), recompute, queues)
+    recomputed, offloaded = (
+        {Work(one.stage, one.microbatch, one.sub): one.layers for one in entries}
+        for entries in (recompute, offload)
+    )
+    table = build_task_table(graph, recomputed, offloaded)
+    return _finish(simulate_order(table, compute_order), queues, recompute, offload)
 
 
 def _finish(
-    simulation: Simulation, recompute: Sequence[Recompute], queues: QueueModel | None
+    simulation: Simulation,
+    queues: QueueModel | None,
+    recompute: Sequence[Recompute] = (),
+    offload: Sequence[Offload] = (),
 ) -> Plan:
     table = simulation.table
-    lowered = lower_lists(table.graph, simulation.completion_order)
+    lowered = lower_lists(table.graph, simulation.completion_order, simulation.order.task)
     if queues is not None:
         durations_us = list_durations_us(table, lowered.lists)
         lowered = lowered.arranged(
@@ -219,6 +226,7 @@ def _finish(
         table.graph,
         lowered.ranks(),
         recompute=tuple(recompute),
+        offload=tuple(offload),
         estimate=estimate_simulation(simulation),
         queues=queues,
     )

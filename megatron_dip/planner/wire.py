@@ -17,6 +17,7 @@ from megatron_dip.errors import PlanDigestError
 from megatron_dip.partition import Partition
 from megatron_dip.plan import (
     Estimate,
+    Offload,
     Plan,
     QueueModel,
     Recompute,
@@ -46,6 +47,7 @@ def pack_plan(plan: Plan, replicas: Sequence[BatchSizes]) -> bytes:
         "sub_microbatches": plan.sub_microbatches,
         "ranks": [format_actions(actions) for actions in plan.actions],
         "recompute": plan.recompute,
+        "offload": plan.offload,
         "estimate": None if plan.estimate is None else plan.estimate.model_dump(mode="json"),
         "communicators": None if plan.queues is None else plan.queues.communicators,
     }
@@ -103,6 +105,10 @@ def unpack_plan(
         recompute=tuple(
             Recompute(stage, microbatch, sub, tuple(layers))
             for stage, microbatch, sub, layers in record["recompute"]
+        ),
+        offload=tuple(
+            Offload(stage, microbatch, sub, tuple(layers))
+            for stage, microbatch, sub, layers in record["offload"]
         ),
         estimate=Estimate(**record["estimate"]) if has_estimate else None,
         queues=None if communicators is None else QueueModel(communicators=communicators),

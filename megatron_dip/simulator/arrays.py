@@ -46,7 +46,10 @@ class TaskGraph(NamedTuple):
 
 
 class TaskOrder(NamedTuple):
-    """Per rank, its tasks in order: rank r has task[first[r]] to task[first[r + 1]]."""
+    """Per rank, its tasks in order: rank r has task[first[r]] to task[first[r + 1]].
+
+    Copies to and from the host, which are numbered from 3 N on, stand among them.
+    """
 
     task: IntArray
     first: IntArray

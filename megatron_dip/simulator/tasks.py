@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_dip.costs.work import WorkCosts, static_bytes, work_costs
+from megatron_dip.errors import PlanError
 from megatron_dip.plan.graph import PipelineGraph, Work
 from megatron_dip.simulator.arrays import (
     BoolArray,
@@ -68,6 +69,8 @@ class TaskTable:
     """Of the work's stage, those with a backward: what can be recomputed."""
     num_recomputed: IntArray
     """Layers that are computed again in the backward."""
+    num_offloaded: IntArray
+    """Layers whose activations are on the host for a while."""
     static_bytes: IntArray
     """[num_ranks]"""
     transfer_us: FloatArray
@@ -76,6 +79,10 @@ class TaskTable:
     def with_recompute(self, num_recomputed: IntArray) -> "TaskTable":
         """The same batch with ``num_recomputed`` ([N]) layers of every work recomputed."""
         return replace(self, num_recomputed=num_recomputed)
+
+    def with_offload(self, num_offloaded: IntArray) -> "TaskTable":
+        """The same batch with ``num_offloaded`` ([N]) layers of every work offloaded."""
+        return replace(self, num_offloaded=num_offloaded)
 
     @property
     def num_ranks(self) -> int:
@@ -129,6 +136,22 @@ class TaskTable:
         """Held from the start of the forward to the end of the backward; zero without one."""
         return self.costs.stored_bytes - self.num_recomputed * self.costs.saved_layer_bytes
 
+    @cached_property
+    def away_bytes(self) -> IntArray:
+        """Of these, on the host for a while."""
+        return self.num_offloaded * self.costs.layer_bytes
+
+    @cached_property
+    def copy_us(self) -> FloatArray:
+        """Of what is offloaded, to the host or back."""
+        is_away = self.num_offloaded > 0
+        link = self.graph.problem.host_link
+        if link is None:
+            if is_away.any():
+                raise PlanError("layers are offloaded but the problem has no host_link")
+            return np.zeros(self.num_works)
+        return np.where(is_away, link.latency_us + self.away_bytes / link.bytes_per_us, 0.0)
+
     @property
     def recompute_layer_us(self) -> FloatArray:
         """What each recomputed layer adds to the input gradient."""
@@ -153,15 +176,12 @@ class TaskTable:
 
 
 def build_task_table(
-    graph: PipelineGraph, recomputed_layers: Mapping[Work, tuple[int, ...]] | None = None
+    graph: PipelineGraph,
+    recomputed_layers: Mapping[Work, tuple[int, ...]] | None = None,
+    offloaded_layers: Mapping[Work, tuple[int, ...]] | None = None,
 ) -> TaskTable:
-    """The tables of ``graph``; ``recomputed_layers`` names the layers of a work to recompute."""
+    """The tables of ``graph``, with these layers of works recomputed and offloaded."""
     problem, partition, wiring = graph.problem, graph.partition, graph.wiring
-    num_recomputed = np.zeros(len(wiring.stage), dtype=np.int64)
-    for work, layers in (recomputed_layers or {}).items():
-        # A work that the batch does not have is for validation to refuse.
-        if work in graph.numbers:
-            num_recomputed[graph.numbers[work]] = len(layers)
     costs = work_costs(graph)
     source = wiring.reader_source
     crosses = wiring.rank[source] != wiring.rank[wiring.reader]
@@ -179,10 +199,21 @@ def build_task_table(
         num_layers=np.array(
             [len(graph.backwards[stage.stage].layers) for stage in graph.stages], dtype=np.int64
         )[wiring.place],
-        num_recomputed=num_recomputed,
+        num_recomputed=_num_layers(graph, recomputed_layers),
+        num_offloaded=_num_layers(graph, offloaded_layers),
         static_bytes=np.array(
             [static_bytes(problem, partition, rank) for rank in range(problem.num_ranks)],
             dtype=np.int64,
         ),
         transfer_us=transfer_us,
     )
+
+
+def _num_layers(graph: PipelineGraph, layers_of: Mapping[Work, tuple[int, ...]] | None) -> IntArray:
+    """[N] how many layers are named for every work."""
+    found = np.zeros(len(graph.wiring.stage), dtype=np.int64)
+    for work, layers in (layers_of or {}).items():
+        # A work that the batch does not have is for validation to refuse.
+        if work in graph.numbers:
+            found[graph.numbers[work]] = len(layers)
+    return found

@@ -121,7 +121,8 @@ def plan_panel(plan: Plan, title: str, simulation: Simulation | None = None) -> 
 
 
 def _memory_curves(plan: Plan, simulation: Simulation) -> dict[int, list[tuple[float, int]]]:
-    table = build_task_table(plan.graph, plan.recomputed_layers)
+    table = build_task_table(plan.graph, plan.recomputed_layers, plan.offloaded_layers)
+    away_bytes = table.away_bytes.tolist()
     stored_bytes = table.stored_bytes.tolist()
     curves: dict[int, list[tuple[float, int]]] = {}
     for rank, line in enumerate(simulation.timelines):
@@ -132,6 +133,14 @@ def _memory_curves(plan: Plan, simulation: Simulation) -> dict[int, list[tuple[f
             if action.type is ActionType.FORWARD:
                 held += stored_bytes[number]
                 curve.append((start_us, held))
+            elif action.type is ActionType.RELEASE:
+                held -= away_bytes[number]
+                curve.append((start_us, held))
+            elif action.type is ActionType.RELOAD:
+                held += away_bytes[number]
+                curve.append((start_us, held))
+            elif action.type is ActionType.OFFLOAD:
+                continue
             elif action.type is not ActionType.INPUT_GRAD or not table.has_weight_grad[number]:
                 held -= stored_bytes[number]
                 curve.append((end_us, held))

@@ -27,7 +27,7 @@ from megatron_dip.simulator.arrays import (
     task_graph,
     timed,
 )
-from megatron_dip.simulator.kernels import new_run_state, peak_bytes, run_order
+from megatron_dip.simulator.kernels import Stored, new_run_state, peak_bytes, run_order
 from megatron_dip.simulator.timeline import Panel, Span, SpanKind
 
 __all__ = ["StaticRun", "StaticSimulator", "finish_run", "make_graph", "run_within_memory"]
@@ -183,7 +183,7 @@ class StaticSimulator:
             chain.delay_at_us[places[1:-1]] * (cut.num_ranks > 1),
         )
         state = new_run_state(graph, schedule.order)
-        run_order(graph, graph.duration_us, schedule.order, state)
+        run_order(graph, graph.duration_us, np.zeros(len(graph.rank)), schedule.order, state)
         return float(state.ends_us.max(initial=0.0))
 
     def _schedule(self, cut: StaticCut) -> _Schedule:
@@ -219,14 +219,16 @@ def finish_run(
 ) -> StaticRun:
     """Simulate ``order`` on ``graph``, time and memory."""
     state = new_run_state(graph, order)
-    num_done, orphan = run_order(graph, graph.duration_us, order, state)
+    num_done, orphan = run_order(graph, graph.duration_us, np.zeros(len(graph.rank)), order, state)
     assert orphan < 0 and num_done == len(order.task), "static orders are complete and can run"
     num_works = len(graph.rank)
     is_last = graph.exists.copy()
     is_last[:num_works] = False
     is_last[num_works : 2 * num_works] &= ~is_last[2 * num_works :]
     peaks = costs.total.static_bytes.reshape(-1, cut.num_ranks).sum(axis=0)
-    peak_bytes(costs.total.stored_bytes.ravel(), is_last, order, peaks)
+    stored_bytes = costs.total.stored_bytes.ravel()
+    stored = Stored(stored_bytes, np.zeros_like(stored_bytes), is_last)
+    peak_bytes(stored, order, peaks, np.zeros_like(peaks))
     return StaticRun(
         chain=chain,
         cut=cut,
