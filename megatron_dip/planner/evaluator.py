@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.limits import MOST_BUDGET_MS, MOST_EVALUATIONS
-from megatron_dip.planner.greedy import GreedySchedule, schedule_greedily
-from megatron_dip.planner.memory import MemoryFitter, memory_levels
+from megatron_dip.planner.greedy import GreedySchedule, Loaned, schedule_greedily
+from megatron_dip.planner.memory import Fit, MemoryFitter, memory_levels
 from megatron_dip.planner.rules import BatchRules
 from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskOrder
 from megatron_dip.simulator.tasks import TaskTable
 
-__all__ = ["Budget", "Evaluator", "Point"]
+__all__ = ["Budget", "Evaluator", "Point", "as_schedule"]
 
 # Tasks of all schedules that are kept for points that come again: about 100 MB.
 _MAX_KEPT_TASKS = 4_000_000
@@ -53,15 +53,15 @@ class Evaluator:
     """Schedules of one batch, counted and timed; the same point is scheduled once.
 
     Where not everything fits at once, a schedule is made for works that are taken to hold less than
-    they do, and what is over the limit is then recomputed.
+    they do, and what is over the limit is then offloaded or recomputed.
 
     Args:
         table: The batch, nothing recomputed.
         budget: When :attr:`is_over`.
         split_backward: Input and weight gradients apart.
         goal_us: Where a search may stop; no schedule can be faster.
-        can_recompute: Whether memory may be saved by recomputing layers; where it may not, works
-            are held back.
+        can_recompute: Whether memory may be saved by recomputing and offloading layers; where it
+            may not, works are held back.
 
     Raises:
         ConfigError: The budget is none.
@@ -131,14 +131,14 @@ class Evaluator:
         assert schedule is not None, "the memory guard leaves no schedule unfinished"
         return self._remember(schedule)
 
-    def refit(self, order: TaskOrder, weights: FloatArray | None) -> GreedySchedule | None:
-        """The schedule of an order, with its recomputation chosen by ``weights``.
+    def refit(self, schedule: GreedySchedule, weights: FloatArray | None) -> GreedySchedule | None:
+        """The same order, with its recomputation chosen by ``weights``.
 
         The best one is remembered; None where no recomputation makes the order fit.
         """
         self.num_evaluations += 1
-        schedule = self._fit(order, weights)
-        return None if schedule is None else self._remember(schedule)
+        found = self._fit(schedule.order, schedule.starts_us, weights)
+        return None if found is None else self._remember(found)
 
     def take(
         self, order: TaskOrder, starts_us: FloatArray, near: GreedySchedule
@@ -155,7 +155,7 @@ class Evaluator:
             return self._remember(
                 GreedySchedule(order, starts_us, makespan_us, near.num_recomputed)
             )
-        schedule = self._fit(order, near.weights)
+        schedule = self._fit(order, starts_us, near.weights)
         return None if schedule is None else self._remember(schedule)
 
     def schedule(self, batch: BatchRules, point: Point) -> GreedySchedule | None:
@@ -188,20 +188,29 @@ class Evaluator:
             return schedule
         if batch is not self.forwards:
             return schedule
-        return self._fit(schedule.order, None if near is None else near.weights)
+        weights = None if near is None else near.weights
+        return self._fit(schedule.order, schedule.starts_us, weights)
 
-    def _fit(self, order: TaskOrder, weights: FloatArray | None) -> GreedySchedule | None:
+    def _fit(
+        self, order: TaskOrder, starts_us: FloatArray, weights: FloatArray | None
+    ) -> GreedySchedule | None:
         assert self.fitter is not None, "only called where not everything fits at once"
-        num_recomputed = self.fitter.fit(order, weights)
-        if num_recomputed is None:
-            return None
-        times = self.fitter.run(order, num_recomputed)
-        return GreedySchedule(order, times.starts_us, times.makespan_us, num_recomputed, weights)
+        fit = self.fitter.fit_and_run(order, starts_us, weights)
+        return None if fit is None else as_schedule(order, fit, weights)
 
     def _remember(self, schedule: GreedySchedule) -> GreedySchedule:
         if self.best is None or schedule.makespan_us < self.best.makespan_us:
             self.best = schedule
         return schedule
+
+
+def as_schedule(order: TaskOrder, fit: Fit, weights: FloatArray | None = None) -> GreedySchedule:
+    """An order with what makes it keep the limits, chosen by ``weights``."""
+    loans = Loaned(fit.num_offloaded, fit.order) if fit.num_offloaded.any() else None
+    times = fit.times
+    return GreedySchedule(
+        order, times.starts_us, times.makespan_us, fit.num_recomputed, weights, loans
+    )
 
 
 def _digest(batch: BatchRules, point: Point) -> bytes:

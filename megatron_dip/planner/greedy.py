@@ -16,7 +16,16 @@ from megatron_dip.planner.rules import BatchRules
 from megatron_dip.simulator.arrays import FloatArray, IntArray, TaskOrder
 from megatron_dip.simulator.simulate import decode_order
 
-__all__ = ["GreedySchedule", "schedule_greedily"]
+__all__ = ["GreedySchedule", "Loaned", "schedule_greedily"]
+
+
+class Loaned(NamedTuple):
+    """What the host holds for a while."""
+
+    num_layers: IntArray
+    """[N]: offloaded layers of every work."""
+    order: TaskOrder
+    """The order with its copies."""
 
 
 class GreedySchedule(NamedTuple):
@@ -30,6 +39,8 @@ class GreedySchedule(NamedTuple):
     """[N]: layers of every work that are recomputed."""
     weights: FloatArray | None = None
     """[N]: what the recomputation was chosen by; see :mod:`megatron_dip.planner.memory`."""
+    loans: Loaned | None = None
+    """What is offloaded; None where nothing is."""
 
 
 def schedule_greedily(

@@ -163,7 +163,7 @@ class _LocalSearch:
             weights = evaluator.fitter.weights(slack_us)
             if current.weights is not None:
                 weights = (weights + current.weights) / 2
-            schedule = evaluator.refit(current.order, weights)
+            schedule = evaluator.refit(current, weights)
             if schedule is None or schedule.makespan_us >= current.makespan_us:
                 return
             current = schedule

@@ -44,6 +44,8 @@ class CoverState(NamedTuple):
     """[T + 1]: over the limit to begin with, summed over all forwards before."""
     held_bytes: IntArray
     """[T]: while the task runs."""
+    change_bytes: IntArray
+    """[T]: what comes back from the host before the task, less what has left."""
     live: IntArray
     """[T]: works that are held and have layers left to recompute."""
     slot: IntArray
@@ -58,6 +60,7 @@ def new_cover_state(num_works: int, num_tasks: int) -> CoverState:
         end=np.full(num_works, -1, np.int64),
         excess_bytes=np.zeros(num_tasks + 1),
         held_bytes=np.zeros(num_tasks, np.int64),
+        change_bytes=np.zeros(num_tasks, np.int64),
         live=np.empty(num_tasks, np.int64),
         slot=np.full(num_works, -1, np.int64),
     )
@@ -65,11 +68,11 @@ def new_cover_state(num_works: int, num_tasks: int) -> CoverState:
 
 @compiled
 def cover(order: TaskOrder, savings: Savings, per_byte: FloatArray, state: CoverState) -> bool:
-    """Recompute layers until every rank keeps its limit at every forward.
+    """Recompute layers until every rank keeps its limit at every task.
 
     A sweep over each rank's order.  Where the limit is passed, the work goes first whose layers
     cost least per byte, and per excess that recomputing them takes off from here to its end.
-    Starts from what ``state`` says is recomputed.
+    Starts from what ``state`` says is recomputed, and on the host for a while.
 
     Args:
         order: The tasks of every rank.
@@ -87,6 +90,7 @@ def cover(order: TaskOrder, savings: Savings, per_byte: FloatArray, state: Cover
         for place in range(order.first[rank], order.first[rank + 1]):
             task = order.task[place]
             number = task % num_works
+            held += state.change_bytes[place]
             if task < num_works:
                 held += savings.stored_bytes[number]
                 held -= state.num_recomputed[number] * savings.layer_bytes[number]
@@ -95,27 +99,27 @@ def cover(order: TaskOrder, savings: Savings, per_byte: FloatArray, state: Cover
                 ):
                     state.live[num_live], state.slot[number] = number, num_live
                     num_live += 1
-                while held > savings.free_bytes[rank]:
-                    best, best_excess = -1, 0.0
-                    for index in range(num_live):
-                        other = state.live[index]
-                        excess = 1.0 + (
-                            state.excess_bytes[state.end[other]] - state.excess_bytes[place]
-                        )
-                        # Quotients compared as products: divisions would take most of the time.
-                        if best < 0 or per_byte[other] * best_excess < per_byte[best] * excess:
-                            best, best_excess = other, excess
-                    if best < 0:
-                        return False
-                    size = savings.layer_bytes[best]
-                    wanted = (held - savings.free_bytes[rank] + size - 1) // size
-                    left = savings.num_layers[best] - state.num_recomputed[best]
-                    count = min(wanted, left)
-                    state.num_recomputed[best] += count
-                    held -= count * size
-                    if count == left:
-                        num_live = _drop(state, best, num_live)
-            elif savings.is_last[task]:
+            while held > savings.free_bytes[rank]:
+                best, best_excess = -1, 0.0
+                for index in range(num_live):
+                    other = state.live[index]
+                    excess = 1.0 + (
+                        state.excess_bytes[state.end[other]] - state.excess_bytes[place]
+                    )
+                    # Quotients compared as products: divisions would take most of the time.
+                    if best < 0 or per_byte[other] * best_excess < per_byte[best] * excess:
+                        best, best_excess = other, excess
+                if best < 0:
+                    return False
+                size = savings.layer_bytes[best]
+                wanted = (held - savings.free_bytes[rank] + size - 1) // size
+                left = savings.num_layers[best] - state.num_recomputed[best]
+                count = min(wanted, left)
+                state.num_recomputed[best] += count
+                held -= count * size
+                if count == left:
+                    num_live = _drop(state, best, num_live)
+            if savings.is_last[task]:
                 layer_bytes = state.num_recomputed[number] * savings.layer_bytes[number]
                 held -= savings.stored_bytes[number] - layer_bytes
                 num_live = _drop(state, number, num_live)
@@ -142,13 +146,15 @@ def _measure(order: TaskOrder, savings: Savings, state: CoverState, rank: int) -
     for place in range(order.first[rank], order.first[rank + 1]):
         task = order.task[place]
         number = task % num_works
-        excess = 0
+        held += state.change_bytes[place]
         if task < num_works:
             state.start[number] = place
             held += savings.stored_bytes[number]
             held -= state.num_recomputed[number] * savings.layer_bytes[number]
-            excess = max(0, held - savings.free_bytes[rank])
-        elif savings.is_last[task]:
+        # What is over at a backward was at a forward before it, or came back from the host.
+        is_raised = task < num_works or state.change_bytes[place] > 0
+        excess = max(0, held - savings.free_bytes[rank]) if is_raised else 0
+        if savings.is_last[task]:
             state.end[number] = place
             held -= savings.stored_bytes[number]
             held += state.num_recomputed[number] * savings.layer_bytes[number]
@@ -176,6 +182,7 @@ def uncover(
             number = task % num_works
             size = savings.stored_bytes[number]
             size -= state.num_recomputed[number] * savings.layer_bytes[number]
+            held += state.change_bytes[place]
             if task < num_works:
                 held += size
             state.held_bytes[place] = held
@@ -185,14 +192,14 @@ def uncover(
         size = savings.layer_bytes[number]
         left = savings.free_bytes[rank[number]]
         most = 0
-        for place in range(state.start[number], state.end[number]):
+        for place in range(state.start[number], state.end[number] + 1):
             most = max(most, state.held_bytes[place])
             if left - most < size:
                 break
         count = min(state.num_recomputed[number], (left - most) // size)
         if count > 0:
             state.num_recomputed[number] -= count
-            for place in range(state.start[number], state.end[number]):
+            for place in range(state.start[number], state.end[number] + 1):
                 state.held_bytes[place] += count * size
 
 

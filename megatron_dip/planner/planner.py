@@ -15,9 +15,13 @@ from megatron_dip.plan.placing import place_receives
 from megatron_dip.plan.plan import Estimate, Offload, Plan, Recompute
 from megatron_dip.plan.queues import QueueModel
 from megatron_dip.plan.validation import validate_plan
-from megatron_dip.planner.evaluator import Budget
+from megatron_dip.planner.evaluator import Budget, as_schedule
 from megatron_dip.planner.greedy import GreedySchedule
-from megatron_dip.planner.memory import MemoryFitter, layers_to_recompute
+from megatron_dip.planner.memory import (
+    MemoryFitter,
+    layers_to_offload,
+    layers_to_recompute,
+)
 from megatron_dip.planner.one_f_one_b import order_one_f_one_b
 from megatron_dip.planner.search import Search, check_workers, schedule_by_default, search_schedule
 from megatron_dip.planner.sub_microbatches import TokenLimit, form_sub_microbatches
@@ -39,6 +43,7 @@ __all__ = [
     "estimate_simulation",
     "make_plan",
     "plan_from_order",
+    "simulate_schedule",
 ]
 
 logger = logging.getLogger(__name__)
@@ -67,9 +72,10 @@ def make_plan(
 ) -> Plan:
     """Plan one batch.
 
-    The dual queue keeps the memory limit, by recomputing layers and by holding works back.  Its
+    The dual queue keeps the memory limit, by offloading layers where the problem has a
+    ``host_link``, by recomputing layers and by holding works back.  Its
     plan is replaced by 1F1B's on the same sub-microbatches where that is faster and keeps the
-    limit too, with what of it must be recomputed.
+    limit too, with what of it must be recomputed or offloaded.
 
     Args:
         problem: The batch.
@@ -82,7 +88,7 @@ def make_plan(
         evaluations: How many schedules the search may make; or
         budget_ms: how long it may take.  Without either the default priority is taken.
         seed: Of the search.
-        memory_program: Whether layers may be recomputed.
+        memory_program: Whether layers may be recomputed, and offloaded.
         workers: Searches at the same time.
         when_infeasible: What to do where the dual queue finds nothing that keeps the limit.
         queues: The hardware queues that the plan is for; one of its own for every stream if None.
@@ -121,8 +127,15 @@ def make_plan(
         )
     limited, found = _within_limits(table, schedule, when_infeasible, memory_program)
     found = _faster(limited, found, split_backward, memory_program)
-    simulation = simulate_order(table.with_recompute(found.num_recomputed), found.order)
-    return _finish(simulation, queues, layers_to_recompute(table, found.num_recomputed))
+    return _finish(simulate_schedule(table, found), queues)
+
+
+def simulate_schedule(table: TaskTable, found: GreedySchedule) -> Simulation:
+    """Simulate a schedule of the batch of ``table`` with what it recomputes and offloads."""
+    table = table.with_recompute(found.num_recomputed)
+    if found.loans is None:
+        return simulate_order(table, found.order)
+    return simulate_order(table.with_offload(found.loans.num_layers), found.loans.order)
 
 
 def _check_budget(algorithm: Algorithm, budget: Budget) -> None:
@@ -170,13 +183,13 @@ def _faster(
     """``found``, or 1F1B where that is faster and keeps the limit."""
     order = order_one_f_one_b(table, split_backward=split_backward)
     fitter = MemoryFitter(table, split_backward=split_backward)
-    num_recomputed = fitter.fit(order)
-    if num_recomputed is None or (num_recomputed.any() and not memory_program):
+    bare = fitter.run(order, np.zeros(table.num_works, dtype=np.int64))
+    fit = fitter.fit_and_run(order, bare.starts_us)
+    if fit is None or fit.times.makespan_us >= found.makespan_us:
         return found
-    times = fitter.run(order, num_recomputed)
-    if times.makespan_us >= found.makespan_us:
+    if not memory_program and (fit.num_recomputed.any() or fit.num_offloaded.any()):
         return found
-    return GreedySchedule(order, times.starts_us, times.makespan_us, num_recomputed)
+    return as_schedule(order, fit)
 
 
 def _with_least_limits(table: TaskTable, memory_program: bool) -> TaskTable:
@@ -211,10 +224,16 @@ def plan_from_order(
 def _finish(
     simulation: Simulation,
     queues: QueueModel | None,
-    recompute: Sequence[Recompute] = (),
-    offload: Sequence[Offload] = (),
+    recompute: Sequence[Recompute] | None = None,
+    offload: Sequence[Offload] | None = None,
 ) -> Plan:
+    """The plan of a simulated order; of works with layers recomputed or offloaded those that
+    planning chooses where none are named."""
     table = simulation.table
+    if recompute is None:
+        recompute = layers_to_recompute(table, table.num_recomputed)
+    if offload is None:
+        offload = layers_to_offload(table, table.num_offloaded)
     lowered = lower_lists(table.graph, simulation.completion_order, simulation.order.task)
     if queues is not None:
         durations_us = list_durations_us(table, lowered.lists)

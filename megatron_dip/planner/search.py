@@ -149,7 +149,8 @@ def _program_share(
 ) -> float:
     """The part of the budget that the memory program takes; none where that would be too much."""
     fitter = MemoryFitter(table, split_backward=split_backward)
-    if fitter.fits_at_once:
+    # It knows nothing of copies, which leave little to recompute.
+    if fitter.fits_at_once or table.graph.problem.host_link is not None:
         return 0.0
     rows = num_program_rows(fitter)
     if evaluations is not None:
