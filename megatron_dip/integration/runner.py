@@ -23,6 +23,7 @@ from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.reductions import GradientChecks, bucket_reductions
 from megatron_dip.integration.weight_gradients import StoredWeightGradients
 from megatron_dip.models.batches import needed
+from megatron_dip.models.offload import offloaded_layers
 from megatron_dip.models.recompute import recomputed_layers
 from megatron_dip.models.staged import Part, Received
 from megatron_dip.partition import Stage
@@ -128,7 +129,13 @@ class MegatronRunner:
         finish_gathers(chunk)
         store: list[Any] = []
         sizes = self._planned.sizes_of(call.sub_microbatch)
-        with self._staged.calling(part, sizes), recomputed_layers(chunk, call.recompute_layers):
+        if call.offload is not None:
+            call.offload.stored = self.stored
+        with (
+            self._staged.calling(part, sizes),
+            recomputed_layers(chunk, call.recompute_layers),
+            offloaded_layers(chunk, call.offload),
+        ):
             output, num_tokens = schedules.forward_step(
                 self._forward_step_of(call),
                 self._data(call, part),

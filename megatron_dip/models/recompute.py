@@ -2,43 +2,27 @@
 
 Megatron chooses recomputed layers once, by their count; a plan chooses them for every
 sub-microbatch.  Here the choice holds for one forward of a chunk of any class, so that passes with
-different choices may be in flight at the same time.  A layer is known by its ``layer_number``,
-which Megatron's layers have.
+different choices may be in flight at the same time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["numbered_layers", "recomputed_layers"]
+from megatron_dip.models.layer_forwards import changed_forwards
+
+__all__ = ["recomputed_layers"]
 
 
-def numbered_layers(chunk: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """The layers of a chunk, in whatever it is wrapped, by their numbers in the module, from 0.
-
-    Layers of multi-token prediction have numbers of their own and are not among them.
-    """
-    found: dict[int, torch.nn.Module] = {}
-    if isinstance(chunk, MultiTokenPredictionBlock):
-        return found
-    for child in chunk.children():
-        number = getattr(child, "layer_number", None)
-        if isinstance(chunk, torch.nn.ModuleList) and isinstance(number, int):
-            found[number - 1] = child
-        else:
-            found |= numbered_layers(child)
-    return found
-
-
-@contextmanager
-def recomputed_layers(chunk: torch.nn.Module, layers: Sequence[int]) -> Iterator[None]:
+def recomputed_layers(
+    chunk: torch.nn.Module, layers: Sequence[int]
+) -> AbstractContextManager[None]:
     """While in it, forwards of these layers keep only what they are given.
 
     Args:
@@ -48,22 +32,7 @@ def recomputed_layers(chunk: torch.nn.Module, layers: Sequence[int]) -> Iterator
     Raises:
         ValueError: A layer that this chunk does not hold.
     """
-    held = numbered_layers(chunk) if layers else {}
-    if not held.keys() >= set(layers):
-        raise ValueError(
-            f"layers {sorted(set(layers) - held.keys())} to be recomputed are not in this stage, "
-            f"which holds layers {sorted(held)}"
-        )
-    changed = {held[number]: vars(held[number]).get("forward") for number in layers}
-    for layer in changed:
-        layer.forward = _Recomputing(layer, layer.forward)
-    try:
-        yield
-    finally:
-        for layer, own in changed.items():
-            del layer.forward
-            if own is not None:
-                layer.forward = own
+    return changed_forwards(chunk, layers, _Recomputing, reason="recomputed")
 
 
 class _Recomputing:

@@ -19,6 +19,8 @@ from megatron_dip.plan import Action, ActionType, Message, Plan, Work
 from megatron_dip.planner import PlannedBatch
 from megatron_dip.runtime.boundary import BoundaryOf
 from megatron_dip.runtime.channels import Channels, Receive
+from megatron_dip.runtime.offload import Offloader
+from megatron_dip.runtime.offload_actions import OffloadActions
 from megatron_dip.runtime.program import Operand, RankProgram, Task, Transfer, rank_program
 from megatron_dip.runtime.reductions import ReductionQueue
 from megatron_dip.runtime.runner import ForwardCall, SavedForward, StageInput, StageRunner
@@ -46,6 +48,7 @@ class Executor:
         self.rank = rank
         self.channels = channels
         self.dtype = dtype
+        self.offloader = Offloader(channels.device)
         self._boundary = boundary
         self._prepared: tuple[Plan, RankProgram] | None = None
 
@@ -94,6 +97,8 @@ class Executor:
             steps = self.prepare(batch).steps
             if forward_only:
                 steps = tuple(step for step in steps if step[0].type in _FORWARD_TYPES)
+            link = batch.plan.problem.host_link
+            self.offloader.most_bytes = 0 if link is None else link.memory_bytes[self.rank]
             run = _PlanRun(self, batch, runner, recorder or Recorder(), forward_only)
             run.coming.extend(
                 task
@@ -143,6 +148,7 @@ class _PlanRun:
         self.coming: deque[Task] = deque()
         """Works whose forwards are still to come, the next one first."""
         self.stash: dict[Work, SavedForward] = {}
+        self.offloads = OffloadActions(executor.offloader, self.stash, recorder)
         self.receives: dict[Message, Receive] = {}
         """Posted and not yet waited for."""
         self.tensors: dict[Message, torch.Tensor] = {}
@@ -164,6 +170,7 @@ class _PlanRun:
             ActionType.RECV_FORWARD: self.receive,
             ActionType.RECV_BACKWARD: self.receive,
             ActionType.REDUCE_GRAD: self.reduce_grad,
+            **self.offloads.handlers(),
         }
 
     def check_nothing_left(self) -> None:
@@ -211,6 +218,7 @@ class _PlanRun:
             sizes=task.sizes,
             inputs=tuple(inputs),
             recompute_layers=task.recompute_layers,
+            offload=self.offloads.start(task) if keeps_graph else None,
             is_loss=task.is_loss,
         )
         start = self.recorder.begin()
@@ -234,11 +242,13 @@ class _PlanRun:
         saved = self.stash.pop(task.work)
         self._end_sends(task)
         self.runner.release_output(saved)
+        self.offloads.await_reload(action, saved)
         start = self.recorder.begin()
         grads = []
         if task.is_loss or output_grad is not None:
             grads = self.runner.backward(saved, output_grad)
         self.recorder.record(action, start)
+        self.offloads.end(saved)
         self._contribute(task, saved, grads)
         self.reductions.advance()
 
@@ -251,11 +261,13 @@ class _PlanRun:
         saved.output_grad = self._output_grad(action, task)
         self._end_sends(task)
         self.runner.release_output(saved)
+        self.offloads.await_reload(action, saved)
         start = self.recorder.begin()
         grads = []
         if task.is_loss or saved.output_grad is not None:
             grads = self.runner.input_grad(saved, saved.output_grad)
         self.recorder.record(action, start)
+        self.offloads.end(saved)
         self._contribute(task, saved, grads)
 
     def weight_grad(self, action: Action, task: Task) -> None:

@@ -13,49 +13,66 @@ __all__ = ["StoredBytes"]
 class StoredBytes:
     """Bytes of tensors that autograd keeps for backward, each memory once, parameters not counted.
 
-    Held bytes fall when backward frees what it has used.
+    Held bytes fall when backward frees what it has used, and while memory is away.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        self._references: dict[int, int] = {}
+        self._keepers: dict[int, int] = {}
+        """How many keep a memory, by the address of its description: that of the memory itself
+        changes where it is emptied and filled again."""
         self.held = 0
         self.peak = 0
 
     @contextmanager
     def counting(self) -> Any:
         """Count what forwards inside keep."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept[0]):
             yield
 
-    def _pack(self, tensor: Tensor) -> "_Kept":
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, "_Keeper | None"]:
+        return tensor, self.keep(tensor)
+
+    def keep(self, tensor: Tensor) -> "_Keeper | None":
+        """Count the memory of ``tensor``, which must live as long, to the end of what is returned;
+        None where it does not count."""
         storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if address in self._parameters or not storage.nbytes():
-            return _Kept(tensor, None, 0, 0)
-        if not self._references.get(address):
-            self.held += storage.nbytes()
-            self.peak = max(self.peak, self.held)
-        self._references[address] = self._references.get(address, 0) + 1
-        return _Kept(tensor, self, address, storage.nbytes())
+        num_bytes = storage.nbytes()
+        if not num_bytes or storage.data_ptr() in self._parameters:
+            return None
+        before = self._keepers.get(storage._cdata, 0)
+        self._keepers[storage._cdata] = before + 1
+        if not before:
+            self._add(num_bytes)
+        return _Keeper(self, storage._cdata, num_bytes)
+
+    def leave(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        """Memory of so many bytes is emptied for a while, if it is counted."""
+        if storage._cdata in self._keepers:
+            self.held -= num_bytes
+
+    def come_back(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        """Memory that had left is taken again."""
+        if storage._cdata in self._keepers:
+            self._add(num_bytes)
+
+    def _add(self, num_bytes: int) -> None:
+        self.held += num_bytes
+        self.peak = max(self.peak, self.held)
 
     def release(self, address: int, num_bytes: int) -> None:
         """One keeper of this memory less."""
-        self._references[address] -= 1
-        if not self._references[address]:
-            del self._references[address]
+        self._keepers[address] -= 1
+        if not self._keepers[address]:
+            del self._keepers[address]
             self.held -= num_bytes
 
 
-class _Kept:
-    """A kept tensor; its end is the end of the keeping."""
+class _Keeper:
+    """Counts as long as it lives."""
 
-    def __init__(
-        self, tensor: Tensor, owner: StoredBytes | None, address: int, num_bytes: int
-    ) -> None:
-        self.tensor = tensor
+    def __init__(self, owner: StoredBytes, address: int, num_bytes: int) -> None:
         self._owner, self._address, self._num_bytes = owner, address, num_bytes
 
     def __del__(self) -> None:
-        if self._owner is not None:
-            self._owner.release(self._address, self._num_bytes)
+        self._owner.release(self._address, self._num_bytes)

@@ -49,7 +49,10 @@ class Task(NamedTuple):
     outputs: tuple[Message, ...]
     output_grads: tuple[Message, ...]
     """What the backward waits for: of the messages that its outputs are, one each."""
+    local_sources: tuple[Work, ...]
+    """Works of the rank whose outputs are sources."""
     recompute_layers: tuple[int, ...]
+    offload_layers: tuple[int, ...]
     is_loss: bool
     has_backward: bool
     has_weight_grad: bool
@@ -129,6 +132,11 @@ def _task(batch: PlannedBatch, work: Work) -> Task:
     outputs = graph.forward_outputs(work)
     has_backward = graph.has_backward(work.stage)
     sub = graph.sub_microbatch(work)
+    made_by = [
+        Work(message.source, message.microbatch, message.sub)
+        for message in graph.forward_inputs(work)
+    ]
+    rank = graph.partition[work.stage].rank
     return Task(
         work=work,
         stage=graph.partition[work.stage],
@@ -141,14 +149,14 @@ def _task(batch: PlannedBatch, work: Work) -> Task:
                 sizes=batch.sizes_of(read),
                 gradient=message.reverse if graph.has_backward(message.source) else None,
             )
-            for message in graph.forward_inputs(work)
-            for read in [
-                graph.sub_microbatch(Work(message.source, message.microbatch, message.sub))
-            ]
+            for message, maker in zip(graph.forward_inputs(work), made_by, strict=True)
+            for read in [graph.sub_microbatch(maker)]
         ),
         outputs=outputs,
         output_grads=tuple(message.reverse for message in outputs) if has_backward else (),
+        local_sources=tuple(one for one in made_by if graph.partition[one.stage].rank == rank),
         recompute_layers=plan.recomputed_layers.get(work, ()),
+        offload_layers=plan.offloaded_layers.get(work, ()),
         is_loss=graph.is_loss_stage(work.stage),
         has_backward=has_backward,
         has_weight_grad=graph.has_weight_grad(work.stage),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_dip.costs import ItemSize
 from megatron_dip.partition import Stage
 from megatron_dip.plan import Work
+from megatron_dip.runtime.offload import OffloadedLayers
 from megatron_dip.runtime.reductions import Reduction
 from megatron_dip.workload import SubMicrobatch
 
@@ -46,6 +47,8 @@ class ForwardCall(NamedTuple):
     inputs: tuple[StageInput, ...]
     """From the previous stage, or, in a module's first stage, from its upstream modules."""
     recompute_layers: tuple[int, ...]
+    offload: OffloadedLayers | None
+    """Layers of which what they save may be moved; None without."""
     is_loss: bool
     """True in the last stage of a module that no other reads: the output is a scalar loss."""
 

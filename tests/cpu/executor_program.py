@@ -6,6 +6,7 @@ what crosses their boundaries.
 """
 
 import os
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 
@@ -15,7 +16,16 @@ from toy_modules import WIDTH, Case, ToyStage, build_stages, plain_loop
 
 from megatron_dip.costs import Boundary
 from megatron_dip.partition import Partition, partition_from_layers
-from megatron_dip.plan import Plan, QueueModel, Recompute, pipeline_channels
+from megatron_dip.plan import (
+    Action,
+    ActionType,
+    Offload,
+    Plan,
+    QueueModel,
+    Recompute,
+    Work,
+    pipeline_channels,
+)
 from megatron_dip.planner import make_plan, pack_plan
 from megatron_dip.runtime import (
     Channels,
@@ -36,6 +46,7 @@ CASES: dict[int, list[Case]] = {
             batch=[{"vision": [4, 8], "language": [6, 5]}, {"vision": [], "language": [7]}],
             cut={"vision": [[1], [1]], "language": [[1], [2]]},
             max_tokens={"vision": 8, "language": 6},
+            offload=True,
         ),
     ],
     2: [
@@ -100,7 +111,7 @@ CASES: dict[int, list[Case]] = {
             frozen=("vision",),
             parts={"language": (((4, 5),), False)},
             split_backward=True,
-            recompute=True,
+            offload=True,
         ),
     ],
     4: [
@@ -130,6 +141,7 @@ CASES: dict[int, list[Case]] = {
             max_tokens={"vision": 8, "language": 6},
             split_backward=True,
             recompute=True,
+            offload=True,
         ),
     ],
 }
@@ -147,18 +159,34 @@ def packed_plan(
         split_backward=case.split_backward,
         queues=queues,
     )
-    if case.recompute:
-        plan = replace(plan, recompute=recompute_everything(plan))
-    return pack_plan(plan, [case.sizes()])
+    return pack_plan(_with_layers(plan, case), [case.sizes()])
 
 
-def recompute_everything(plan: Plan) -> tuple[Recompute, ...]:
-    graph = plan.graph
-    return tuple(
-        Recompute(*work, tuple(graph.backwards[work.stage].layers))
-        for work in graph.works
-        if graph.backwards[work.stage].layers
-    )
+def _with_layers(plan: Plan, case: Case) -> Plan:
+    """``plan`` with all layers recomputed, or moved to the host as long as they can be."""
+    recompute, offload = [], []
+    for work in plan.graph.works:
+        layers = tuple(plan.graph.backwards[work.stage].layers)
+        repeated = (layers[::2] if case.offload else layers) if case.recompute else ()
+        moved = tuple(set(layers) - set(repeated)) if case.offload else ()
+        recompute += [Recompute(*work, repeated)] if repeated else []
+        offload += [Offload(*work, moved)] if moved else []
+    works = {Work(*one[:3]) for one in offload}
+    actions = tuple(tuple(_with_copies(one, works)) for one in plan.actions)
+    return replace(plan, recompute=tuple(recompute), offload=tuple(offload), actions=actions)
+
+
+def _with_copies(actions: Iterable[Action], works: Collection[Work]) -> Iterator[Action]:
+    """Each work away from right after its forward to right before its backward."""
+    for action in actions:
+        work = Work(action.stage, action.microbatch or 0, action.sub)
+        is_moved = action.type.is_compute and work in works
+        if is_moved and action.type in (ActionType.BACKWARD, ActionType.INPUT_GRAD):
+            yield work.action(ActionType.RELOAD)
+        yield action
+        if is_moved and action.type is ActionType.FORWARD:
+            yield work.action(ActionType.OFFLOAD)
+            yield work.action(ActionType.RELEASE)
 
 
 def run_case(
@@ -227,6 +255,9 @@ def run_case(
     forward_losses = dict(runner.losses)
     executor.run(planned, runner)
     assert runner.losses == forward_losses, "evaluation and training must see the same loss"
+    moves = any(action.type is ActionType.OFFLOAD for action in plan.actions[rank])
+    assert (executor.offloader.moved_bytes > 0) == moves
+    assert executor.offloader.blocks.bytes_in_use == 0
     expected_loss, expected = plain_loop(case, plan.problem, partition)
     if rank == num_ranks - 1:
         loss = sum(float(loss) for loss in runner.losses.values())

@@ -15,7 +15,15 @@ from megatron_dip.costs import BatchSizes, ItemSize
 from megatron_dip.partition import Partition, Stage
 from megatron_dip.plan import Work
 from megatron_dip.runtime import ForwardCall, StageInput
-from megatron_dip.workload import Item, LayerExtra, Module, Problem, SubMicrobatch, TransferCost
+from megatron_dip.workload import (
+    HostLink,
+    Item,
+    LayerExtra,
+    Module,
+    Problem,
+    SubMicrobatch,
+    TransferCost,
+)
 
 __all__ = ["WIDTH", "Case", "ToyStage", "build_stages", "plain_loop"]
 
@@ -43,6 +51,9 @@ class Case:
     needs: dict[ItemKey, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     split_backward: bool = False
     recompute: bool = False
+    """Of every layer that has a backward; with ``offload`` of every other one."""
+    offload: bool = False
+    """Of all layers that have a backward and are not recomputed."""
     algorithm: Literal["dual_queue", "one_f_one_b"] = "dual_queue"
 
     def problem(self, num_ranks: int) -> Problem:
@@ -50,6 +61,11 @@ class Case:
             num_ranks=num_ranks,
             memory_limit_bytes=(10**12,) * num_ranks,
             transfer=TransferCost(latency_us=1.0, bytes_per_us=1000.0),
+            host_link=HostLink(
+                latency_us=1.0, bytes_per_us=1000.0, memory_bytes=(2**30,) * num_ranks
+            )
+            if self.offload
+            else None,
             modules=tuple(
                 Module(
                     name=name,
@@ -166,6 +182,9 @@ class ToyStage(torch.nn.Module):
         for number, layer in self.layers.items():
             if int(number) in call.recompute_layers:
                 rows = checkpoint(layer, rows, use_reentrant=False)
+            elif call.offload is not None and int(number) in call.offload.layers:
+                with call.offload.keeping():
+                    rows = layer(rows)
             else:
                 rows = layer(rows)
         if self._has_projector:
@@ -249,6 +268,7 @@ def _run_module(
             sizes=(),
             inputs=inputs,
             recompute_layers=(),
+            offload=None,
             is_loss=is_last,
         )
         inputs = (StageInput(sub, (), stages[stage.stage](call, rows_of)),)
