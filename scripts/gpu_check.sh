@@ -15,9 +15,9 @@ if (($# > 1)) || [[ "${1:-}" == -* ]]; then
 fi
 folder="${1:-$root/benchmarks/results}"
 python="${PYTHON:-$root/.venv/bin/python}"
-# Each with its limit in seconds; 710 together. Later parts read what the first one found.
-parts=(machine_versions:60 hardware_queues:100 host_copies:40 late_peer:80 executor_orders:120
-    training_syncs:230 layer_times:80)
+# Each with its limit in seconds; 720 together. Later parts read what the first one found.
+parts=(machine_versions:60 hardware_queues:100 host_copies:40 offloading:40 late_peer:80
+    executor_orders:120 training_syncs:210 layer_times:70)
 
 fail() {
     printf 'gpu-check: %s\n' "$*" >&2

@@ -89,6 +89,14 @@ def test_ways_to_copy_bring_the_same_numbers(parts: None) -> None:
     assert ways["item()"]() == 0.0
 
 
+def test_activations_move_and_come_back(parts: None) -> None:
+    found = importlib.import_module("offloading").measured(torch.device("cpu"))
+    assert found["equal gradients"] and not found["host waited"]
+    # Rows, what the norm gives and what is between the linear layers, twice.
+    assert found["bytes moved"] > 4 * (64 * 32 * 10) * 4
+    assert set(found["GB/s"]) == {"to the host", "back"}
+
+
 def test_layers_are_timed_and_not_compared_with_a_gpu(tmp_path: Path, parts: None) -> None:
     found = run_part(tmp_path / "r.jsonl", "layer_times")
     timed = {name: value for name, value in found.items() if "tokens" in name}
