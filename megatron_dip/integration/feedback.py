@@ -84,7 +84,7 @@ class StepFeedback:
         computed = [
             span
             for span in step.recorder.spans
-            if isinstance(span.label, Action) and not span.is_wait
+            if isinstance(span.label, Action) and span.label.type.is_compute and not span.is_wait
         ]
         own = RankStep(
             rank=self._rank,

@@ -4,7 +4,7 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_dip.errors import ConfigError
+from megatron_dip.errors import ConfigError, PlanError
 from megatron_dip.plan import Plan
 from megatron_dip.plan.validation import validate_plan
 from megatron_dip.rehearsal.local_ranks import run_local_ranks
@@ -28,7 +28,8 @@ def rehearse(
     """Run ``plan`` on a process per rank; see the package's docstring.
 
     Raises:
-        PlanError: The plan is not a correct schedule of its problem.
+        PlanError: The plan is not a correct schedule of its problem, or offloads activations, which
+            stages that sleep have none of.
         ConfigError: A scale or the number of repetitions is not above zero.
         ExecutionError: A rank failed, died or did not end within its time limit.
     """
@@ -37,6 +38,12 @@ def rehearse(
             f"--repetitions {repetitions}: expected at least 1, at most {_MOST_REPETITIONS:,}"
         )
     validate_plan(plan)
+    if plan.offload:
+        raise PlanError(
+            f"the rehearsal has no activations that could be copied to the host, and the plan "
+            f"offloads those of {len(plan.offload)} works (plan without host_link to rehearse, or "
+            f"use `megatron-dip simulate`)"
+        )
     scaled = scale_plan(plan, time_scale, transfer_scale)
     predicted = simulate(scaled)
     if predicted.makespan_us * repetitions > _LONGEST_US:

@@ -22,6 +22,7 @@ def module_slowness(iterations: Iterable[tuple[IterationTrace, Plan]]) -> dict[s
             str(timed.action): (plan.partition[timed.action.stage].module, timed)
             for line in simulate(plan).timelines
             for timed in line
+            if timed.action.type.is_compute
         }
         for rank in trace.ranks:
             for span in rank.spans:

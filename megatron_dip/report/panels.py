@@ -60,6 +60,8 @@ def _kind(span: Span) -> timeline.SpanKind:
     action = _action(span)
     if span.is_wait:
         return "wait"
+    if action is not None and action.type.is_copy:
+        return "copy"
     if action is None or not action.type.is_compute:
         return "other"
     return action.type.value  # type: ignore[return-value]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dip.errors import DataError, DipError, shown
-from megatron_dip.plan import Plan, load_plan
+from megatron_dip.errors import DataError, DipError, PlanError, shown
+from megatron_dip.plan import Action, Plan, load_plan
 from megatron_dip.plan.plan import plan_path
 from megatron_dip.report.lines import LeftOut, read_lines, say_left_out, superseded
 
@@ -31,6 +31,14 @@ class Span(NamedTuple):
     def duration_us(self) -> float:
         return self.end_us - self.start_us
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is a copy to or from the host, which goes on beside the rest."""
+        try:
+            return Action.parse(self.label).type.is_copy
+        except PlanError:
+            return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankTrace:
@@ -43,7 +51,7 @@ class RankTrace:
 
     @property
     def busy_us(self) -> float:
-        return sum(span.duration_us for span in self.spans if not span.is_wait)
+        return sum(span.duration_us for span in self.spans if not span.is_wait and not span.is_copy)
 
 
 class PlanFile(NamedTuple):
@@ -244,7 +252,11 @@ def plan_of_trace(folder: str | Path, trace: IterationTrace) -> Plan:
     except DipError as error:
         raise DataError(f"{where} cannot be used: {error}") from error
     done = [
-        [span.label for span in rank.spans if not span.is_wait and span.label[:1].isdigit()]
+        [
+            span.label
+            for span in rank.spans
+            if not span.is_wait and span.label[:1].isdigit() and not span.is_copy
+        ]
         for rank in trace.ranks
     ]
     meant = [[str(a) for a in line if a.type.is_compute] for line in plan.actions]

@@ -10,10 +10,14 @@ __all__ = ["write_picture"]
 
 _WIDTH, _LEFT, _RIGHT = 1000, 62, 76
 _ROW, _GAP, _HEAD, _FOOT = 24, 3, 26, 30
+_COPY = 5
+"""Height of a copy, over the bottom of its rank's row."""
 _STYLE = (
     "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#57606a}"
     ".title{font-weight:600;fill:#24292f}.idle{fill:#e7e9ec}.backward{fill:#000;fill-opacity:.34}"
-    "@media(prefers-color-scheme:dark){text{fill:#9aa4af}.title{fill:#e6edf3}.idle{fill:#2b3037}}"
+    ".copy{fill:#24292f}"
+    "@media(prefers-color-scheme:dark){text{fill:#9aa4af}.title{fill:#e6edf3}.idle{fill:#2b3037}"
+    ".copy{fill:#e6edf3}}"
 )
 
 
@@ -36,8 +40,13 @@ def write_picture(path: str | Path, panels: Sequence[Panel]) -> None:
             label = f"{module} {name}"
             body.append(f'<text x="{x + 21:.0f}" y="{top + 16}">{escape(label)}</text>')
             x += 40 + 6.6 * len(label)
-    body.append(_rect(x, top + 6, 16, 12, 'class="idle"'))
-    body.append(f'<text x="{x + 21:.0f}" y="{top + 16}">idle</text>')
+    entries = [("idle", 12, 'class="idle"')]
+    if any(span.kind == "copy" for panel in panels for span in panel.spans):
+        entries.append(("copy to or from the host", _COPY, 'class="copy"'))
+    for label, tall, rest in entries:
+        body.append(_rect(x, top + 18 - tall, 16, tall, rest))
+        body.append(f'<text x="{x + 21:.0f}" y="{top + 16}">{label}</text>')
+        x += 40 + 6.6 * len(label)
     height = top + _FOOT
     Path(path).write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
@@ -61,7 +70,8 @@ def _draw_panel(panel: Panel, top: int, scale: float, colours: dict[str, str]) -
             f'<text x="{_WIDTH - _RIGHT + 8}" y="{y + 16}">idle {idle[rank]:.0%}</text>'
         )
         lines.append(_rect(_LEFT, y, panel.end_us * scale, _ROW, 'class="idle"'))
-        for span in panel.spans:
+        # Copies over what computes beside them.
+        for span in sorted(panel.spans, key=lambda span: span.kind == "copy"):
             if span.rank == rank and span.kind != "wait":
                 lines.append(_draw_span(span, y, scale, colours[span.module]))
     return lines
@@ -71,6 +81,8 @@ def _draw_span(span: Span, y: int, scale: float, colour: str) -> str:
     x = _LEFT + span.start_us * scale
     width = (span.end_us - span.start_us) * scale
     width = max(width - min(0.6, width / 4), 0.2)
+    if span.kind == "copy":
+        return _rect(x, y + _ROW - _COPY, width, _COPY, 'class="copy"')
     drawn = _rect(x, y, width, _ROW, f'fill="{colour}"')
     if span.kind != "F":
         drawn += _rect(x, y, width, _ROW, 'class="backward"')

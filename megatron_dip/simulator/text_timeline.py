@@ -23,7 +23,8 @@ def text_timeline(panels: Sequence[Panel], width: int) -> str:
     """``panels`` under one another, their rows of ``width`` characters.
 
     A module has an upper-case letter for its forwards and the same in lower case for its backwards,
-    both halves of split ones included; the legend names them.
+    both halves of split ones included; the legend names them.  Copies to and from the host are not
+    shown.
 
     Raises:
         ConfigError: ``width`` is below MIN_WIDTH.
@@ -67,7 +68,7 @@ def _rows(panel: Panel, letters: Mapping[str, str], num_columns: int, end_us: fl
     starts_us = np.arange(num_columns) * column_us
     time_us = np.zeros((panel.num_ranks, len(symbols), num_columns))
     for span in panel.spans:
-        if span.kind == "wait":
+        if span.kind in ("wait", "copy"):
             continue
         symbol = _OTHER
         if span.kind != "other":

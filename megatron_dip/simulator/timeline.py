@@ -33,7 +33,8 @@ __all__ = [
     "write_timeline",
 ]
 
-SpanKind = Literal["F", "B", "I", "W", "other", "wait"]
+SpanKind = Literal["F", "B", "I", "W", "other", "wait", "copy"]
+"""A copy to or from the host goes on beside the rest of what its rank does."""
 
 _KINDS: tuple[SpanKind, ...] = ("F", "B", "I", "W", "other", "wait")
 # Told apart by people who do not see red or green, and readable under white text.
@@ -72,7 +73,7 @@ def idle_fractions(panel: Panel) -> tuple[float, ...]:
     """Per rank, the part of the panel's time in which the rank does not compute."""
     busy = [0.0] * panel.num_ranks
     for span in panel.spans:
-        if span.kind != "wait":
+        if span.kind not in ("wait", "copy"):
             busy[span.rank] += span.end_us - span.start_us
     end_us = panel.end_us
     return tuple(max(0.0, 1.0 - time / end_us) if end_us else 0.0 for time in busy)
@@ -107,10 +108,11 @@ def plan_panel(plan: Plan, title: str, simulation: Simulation | None = None) -> 
             str(timed.action),
             timed.start_us,
             timed.end_us,
-            timed.action.type.value,  # type: ignore[arg-type]
+            "copy" if timed.action.type.is_copy else timed.action.type.value,  # type: ignore[arg-type]
         )
         for rank, line in enumerate(simulation.timelines)
         for timed in line
+        if timed.action.type is not ActionType.RELEASE
     ]
     return Panel(
         title=title,
@@ -174,17 +176,15 @@ def timeline_data(panels: Sequence[Panel]) -> dict[str, Any]:
 
 def _panel_data(panel: Panel, modules: list[str]) -> dict[str, Any]:
     rows: list[list[list[Any]]] = [[] for _ in range(panel.num_ranks)]
+    copies: list[list[list[Any]]] = [[] for _ in range(panel.num_ranks)]
     number = {module: index for index, module in enumerate(modules)}
     for span in sorted(panel.spans, key=lambda span: (span.rank, span.start_us)):
-        rows[span.rank].append(
-            [
-                round(span.start_us, 1),
-                round(span.end_us, 1),
-                number[span.module],
-                _KINDS.index(span.kind),
-                span.action,
-            ]
-        )
+        times = [round(span.start_us, 1), round(span.end_us, 1)]
+        if span.kind == "copy":
+            copies[span.rank].append([*times, number[span.module]])
+            continue
+        kind = _KINDS.index(span.kind)
+        rows[span.rank].append([*times, number[span.module], kind, span.action])
     memory = None
     if panel.memory is not None:
         memory = [
@@ -196,6 +196,7 @@ def _panel_data(panel: Panel, modules: list[str]) -> dict[str, Any]:
         "end_us": panel.end_us,
         "idle": idle_fractions(panel),
         "rows": rows,
+        "copies": copies,
         "memory": memory,
         "memory_top": max((point[1] for curve in memory or () for point in curve), default=0),
     }

@@ -1,4 +1,4 @@
-"""Activations moved to the host and back: equal gradients, less memory, and a host that never waits.
+"""Activations moved to the host and back: equal gradients, less memory, and a host that runs ahead.
 
 A kernel that runs for a while stands in front of everything, as the work of a plan does that is
 queued ahead.

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Layer(torch.nn.Module):
-    """Saves its rows, views of what it computes, a table that all share, and a part's own output."""
+    """Saves its rows, views of what it computes, and a table that all share."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
