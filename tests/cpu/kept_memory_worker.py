@@ -2,7 +2,9 @@
 
 Usage: ``megatron_dip.launch --cpu kept_memory_worker.py CASES RESULTS``.  CASES is a JSON file of
 ``{name: [configuration, {field of Megatron's configuration: value}]}``; RESULTS gets for each name
-``{module: {place: [held, predicted]}}`` in bytes, the places being first, middle and last.
+``{module: {place: {"held", "predicted", "moved", "layers"}}}`` in bytes, the places being first,
+middle and last; moved to the host when all layers are offloaded, of what layers are predicted to
+keep.
 """
 
 import json
@@ -20,7 +22,9 @@ from megatron_dip.costs.memory import MemoryModel
 from megatron_dip.families.configs import load_config
 from megatron_dip.families.registry import family_of
 from megatron_dip.integration.kernels import kernels_of
+from megatron_dip.models.offload import offloaded_layers
 from megatron_dip.runtime.measure import StoredBytes
+from megatron_dip.runtime.offload import OffloadedLayers, Offloader
 
 NUM_TOKENS = 96
 SPANS = (64, 32)
@@ -76,7 +80,7 @@ class Bench:
         self.size = ItemSize(tokens=sum(spans), spans=spans, context_tokens=self.num_text_rows)
 
     def places(self):
-        """``{place: [held, predicted]}``."""
+        """By place, what is held, predicted and moved."""
         last = self.shape.num_layers - NUM_LAYERS
         stages = {
             "first": (0, {"first": True, "last": False}),
@@ -88,7 +92,7 @@ class Bench:
             # images, which this batch has none of, or cross-attention, in the first layer.
             del stages["first"]
         return {
-            place: [self.held(first_layer, ends), self.predicted(first_layer, ends)]
+            place: self.measured(first_layer, ends) | self.predicted(first_layer, ends)
             for place, (first_layer, ends) in stages.items()
             if ends["last"] or self.end < first_layer + NUM_LAYERS
         }
@@ -103,10 +107,11 @@ class Bench:
             for p in parts
         ]
         num_layers = min(NUM_LAYERS, max(0, first_layer + NUM_LAYERS - self.end))
-        return num_layers * self.memory.activation_bytes(self.shape, self.size) + sum(extras)
+        layers = num_layers * self.memory.activation_bytes(self.shape, self.size)
+        return {"predicted": layers + sum(extras), "layers": layers}
 
-    def held(self, first_layer, ends):
-        """What a forward of a stage leaves."""
+    def measured(self, first_layer, ends):
+        """What a forward of a stage leaves, and how much of it goes to the host."""
         stage = self.factory.build(
             self.shape.name, first_layer=first_layer, num_layers=NUM_LAYERS, **ends
         )
@@ -114,11 +119,19 @@ class Bench:
         counter = StoredBytes(stage.parameters())
         needs_grad = self.end < max(first_layer, 1)
         hidden, upstream = self.inputs(is_first=ends["first"], needs_grad=needs_grad)
-        with counter.counting():
+        offloader = Offloader(torch.device("cpu"), block_bytes=4096)
+        offloader.most_bytes = 2**30
+        layers = range(max(first_layer, self.end), first_layer + NUM_LAYERS)
+        offload = OffloadedLayers(offloader, tuple(layers))
+        offload.stored = counter
+        with offloaded_layers(stage, offload), counter.counting():
             output = stage(hidden, self.data, upstream)
         held = counter.held
+        offload.copy_out(tensor for tensor in (hidden, upstream) if tensor is not None)
+        offload.release()
+        assert counter.held == held - offloader.moved_bytes
         del output
-        return held
+        return {"held": held, "moved": offloader.moved_bytes}
 
     def inputs(self, *, is_first, needs_grad):
         if not is_first:

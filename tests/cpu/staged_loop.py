@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from megatron_dip.models.batches import needed
+from megatron_dip.models.offload import offloaded_layers
 from megatron_dip.models.recompute import recomputed_layers
 from megatron_dip.models.staged import Part, Received, RunFacts, StagedModel
+from megatron_dip.runtime.offload import OffloadedLayers, Offloader
 
 # ``forward_step`` of a script: from an iterator and a model to its output and its loss function.
 type ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Any, Callable[[Any], Any]]]
@@ -70,6 +72,7 @@ def run_stages(
     run: RunFacts = RUN,
     without_data: Callable[[Part], Any] | None = None,
     recompute: Collection[int] = (),
+    offload: Collection[int] = (),
 ) -> Outcome:
     """The model in stages.
 
@@ -82,19 +85,21 @@ def run_stages(
         without_data: What the script finds in a stage's batch in place of the part, where its
             rank has no data; None says that it has.
         recompute: Numbers of layers, in every module, that keep only their input.
+        offload: The same of layers that are on the host from their forward to their backward.
     """
     staged = setting.staged_class(_bound(setting), run)
     sizes = staged.items(batch)
     stages = {name: _build(setting, staged, name, layers) for name, layers in cuts.items()}
     assert [shape.name for shape in staged.modules()] == list(cuts)
     outcome = Outcome()
-    pass_ = _Pass(setting, staged, stages, sizes, batch, without_data, recompute)
+    pass_ = _Pass(setting, staged, stages, sizes, batch, without_data, recompute, offload)
     for shape in staged.modules():
         every = [range(len(sizes.get(shape.name, ())))]
         for items in (groups or {}).get(shape.name, every):
             if len(items):
                 pass_.forward(shape, tuple(items), outcome)
     pass_.backward()
+    assert (pass_.offloader.moved_bytes > 0) == bool(offload)
     seen: dict[str, int] = defaultdict(int)
     for module in stages.values():
         for _, model in module:
@@ -142,12 +147,15 @@ class _Pass:
         batch: Any,
         without_data: Callable[[Part], Any] | None,
         recompute: Collection[int],
+        offload: Collection[int],
     ) -> None:
         self.setting, self.staged, self.stages = setting, staged, stages
         self.sizes, self.batch, self.without_data = sizes, batch, without_data
-        self.recompute = recompute
+        self.recompute, self.offload = recompute, offload
+        self.offloader = Offloader(torch.device("cpu"), block_bytes=4096)
+        self.offloader.most_bytes = 2**30
         self.sent: dict[str, list[Received]] = defaultdict(list)
-        self.steps: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
+        self.steps: list[tuple[Tensor, list[tuple[Tensor, Tensor]], OffloadedLayers]] = []
         """Outputs with the messages they were made of: (as sent, as received)."""
 
     def forward(self, shape: Any, items: tuple[int, ...], outcome: Outcome) -> None:
@@ -166,19 +174,27 @@ class _Pass:
                 data = staged.part_of(self.batch, part, items)
                 assert data is not self.batch
             layers = [layer for layer in part.layers if layer in self.recompute]
-            with staged.calling(part, sizes), recomputed_layers(model, layers):
+            moved = tuple(layer for layer in part.layers if layer in self.offload)
+            offload = OffloadedLayers(self.offloader, moved)
+            with (
+                staged.calling(part, sizes),
+                recomputed_layers(model, layers),
+                offloaded_layers(model, offload),
+            ):
                 output, loss_function = self.setting.step(iter([data]), model)
+            offload.copy_out(tensor for link in links for tensor in link)
+            offload.release()
             if shape.name == list(self.stages)[-1] and part.last:
                 loss, num_tokens = loss_function(output)[:2]
                 assert int(num_tokens) == sum(size.loss_tokens for size in sizes)
                 outcome.loss += loss.item()
                 outcome.num_tokens += int(num_tokens)
-                self.steps.append((loss, links))
+                self.steps.append((loss, links, offload))
                 return
             self._check(shape.name, part, output, sizes)
             # What a stage gave is freed once it was sent; what it got is another stage's.
             assert all(output is not arrived for _, arrived in links), f"{part} gives what it got"
-            self.steps.append((output, links))
+            self.steps.append((output, links, offload))
             links = []
             message = Received(shape.name, items, sizes, output)
             if part.last:
@@ -203,7 +219,9 @@ class _Pass:
 
     def backward(self) -> None:
         gradients: dict[int, Tensor] = {}
-        for output, links in reversed(self.steps):
+        for output, links, offload in reversed(self.steps):
+            offload.take_again()
+            offload.copy_back()
             gradient = gradients.pop(id(output), None)
             if output.dim() and gradient is None:
                 continue

@@ -165,6 +165,12 @@ def test_recomputed_layers_give_equal_losses_and_gradients():
     assert_same(ours, run_whole(given, batch))
 
 
+def test_layers_that_were_on_the_host_give_equal_losses_and_gradients():
+    given, batch = expert_setting(), raw_batch()
+    ours = run_stages(given, batch, {"language": (1, 2, 1)}, recompute=(1,), offload=(0, 2, 3))
+    assert_same(ours, run_whole(given, batch))
+
+
 def test_tensor_parallel_ranks_without_data_are_told_the_samples_of_a_part(monkeypatch):
     args = SimpleNamespace(micro_batch_size=3)
     monkeypatch.setattr("megatron.training.get_args", lambda: args)

@@ -57,6 +57,12 @@ def test_a_tied_head_and_recomputed_layers():
     assert_same(ours, run_whole(given, batch), tolerance=1e-6, loss_tolerance=1e-6)
 
 
+def test_layers_that_were_on_the_host():
+    given, batch = setting(), raw_batch()
+    ours = run_stages(given, batch, {"language": (2, 3)}, recompute=(1,), offload=(0, 2, 3, 4))
+    assert_same(ours, run_whole(given, batch))
+
+
 def test_a_pattern_of_another_number_of_layers_is_refused():
     given = setting("*-")
     with pytest.raises(UnsupportedError, match=r"\*- has 2 layers and the configuration 5"):

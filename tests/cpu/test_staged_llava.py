@@ -249,6 +249,12 @@ def test_recomputed_layers_give_equal_gradients():
     assert_same(ours, run_whole(given, batch), tolerance=1e-12)
 
 
+def test_layers_that_were_on_the_host_give_equal_gradients():
+    given, batch = setting(), raw_batch()
+    ours = run_stages(given, batch, CUTS[1], recompute=(0,), offload=(1, 2, 3))
+    assert_same(ours, run_whole(given, batch), tolerance=1e-12)
+
+
 def example_batch(images=((1, 4), (), (7,)), num_tiles=(1, 1, 2)):
     """As ``examples/multimodal`` has it: a label more, no mask, and two by two for no images."""
     batch = raw_batch(images, num_tiles)

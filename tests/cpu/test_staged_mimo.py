@@ -100,6 +100,12 @@ def test_single_images_as_items_give_the_same_loss_and_gradients():
     assert_same(found, run_whole(setting("images"), batch), tolerance=ROUNDING)
 
 
+def test_layers_that_were_on_the_host_give_equal_gradients():
+    batch, cuts = batch_of("images"), {"images": (1, 2), "language": (2, 1)}
+    found = run_stages(setting("images"), batch, cuts, recompute=(0,), offload=(1, 2))
+    assert_same(found, run_whole(setting("images"), batch), tolerance=ROUNDING)
+
+
 def test_an_encoder_of_which_nothing_is_known_stays_whole_beside_one_that_is_cut():
     given, batch = setting("images", "sounds"), batch_of("images", "sounds")
     cuts = {"images": (1, 2), "sounds": (1, 0), "language": (1, 2)}
