@@ -87,10 +87,14 @@ class KeptTensors:
                 Kept("text and times", self._value * below * module.hidden_size),
                 Kept("clips of rows", _INDEX_BYTES * rows),
             )
-        if module.kind == "causal" and self._kernels.recompute == "full":
+        if not module.is_rotary:
+            return ()
+        is_repeated = self._kernels.recompute == "full"
+        # Encoders have a row of the table for every patch, and a fused kernel keeps it as it is.
+        if is_repeated or (module.kind == "vit" and self._kernels.fuses_rotary):
+            num_places = rows if module.kind == "vit" else max(self._size.spans, default=0)
             channels = module.hidden_size // module.num_attention_heads
-            longest = max(self._size.spans, default=0)
-            return (Kept("rotary positions", _FP32_BYTES * longest * channels),)
+            return (Kept("rotary positions", _FP32_BYTES * num_places * channels),)
         return ()
 
     def recomputed_layer(self) -> tuple[Kept, ...]:
@@ -104,16 +108,19 @@ class KeptTensors:
             yield from self._adapter()
         yield from self._modulation("attention")
         yield from self._linear_input("attention input")
-        has_rotary = self._module.kind != "vit" or self._module.positions == "rotary_2d"
-        if has_rotary and not (self._kernels.fuses_rotary and self._module.kind == "causal"):
+        if self._module.is_rotary and not self._fuses_rotary:
             # Sines and cosines, for queries and for keys.
             channels = hidden // self._module.num_attention_heads
             yield Kept("rotary angles", value * self._whole * 4 * channels)
-        yield from self._core(has_rotary)
+        yield from self._core()
         yield from self._joined_heads("attention output")
         yield from self._residual("attention")
 
-    def _core(self, has_rotary: bool) -> Iterator[Kept]:
+    @property
+    def _fuses_rotary(self) -> bool:
+        return self._kernels.fuses_rotary and self._module.kind != "dit"
+
+    def _core(self) -> Iterator[Kept]:
         """Queries, keys, values, and what the core of attention makes of them."""
         hidden, keys = self._module.hidden_size, self._module.key_value_size
         value, inside = self._value, self._inside
@@ -123,7 +130,7 @@ class KeptTensors:
             yield from self._core_in_steps(joint)
             return
         yield joint
-        if has_rotary and kernels.is_unfused:
+        if self._module.is_rotary and kernels.is_unfused:
             # Beside the joint tensor, which holds the values.
             yield Kept("rotated queries and keys", value * inside * (hidden + keys))
         if kernels.recomputes("core_attn"):

@@ -24,7 +24,7 @@ class ProjectorShape(Form):
     """Two linear layers after a vision tower, on groups of merged tokens."""
 
     merge: Size = 4
-    """Tokens that become one row."""
+    """Tokens that become one row: of images n^2, where n x n patches are merged."""
     intermediate_size: InnerWidth
     output_size: Width
     """Hidden size of the module that reads the rows."""

@@ -245,6 +245,11 @@ class ModuleShape(Form):
         return self.kind == "vit" and self.adapter is not None
 
     @property
+    def is_rotary(self) -> bool:
+        """Whether queries and keys are turned by their places."""
+        return self.kind in ("causal", "dit") or self.positions == "rotary_2d"
+
+    @property
     def is_gated(self) -> bool:
         return self.kind == "causal"
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Self, TypedDict
+from typing import Annotated, ClassVar, Literal, Self, TypedDict
 
 from pydantic import Field, model_validator
 
@@ -138,8 +138,40 @@ class VisionConfig(TransformerForm):
 
     part_names = ("embedding", "layers", "norm", "projector")
     patch_size: Patch = 14
+    merge_size: Annotated[int, Field(gt=0, le=64)] = 2
+    """Patches along each side of the square that becomes one language token."""
+    positions: Literal["table", "rotary_2d"] = "table"
+    """``table``: learned, added to what is embedded; ``rotary_2d``: queries and keys of every layer
+    are turned, half of a head's channels by the patch's row, half by its column (Qwen2-VL)."""
     position_grid: Patch = 32
     """Side of the learned table of positions, which is interpolated to each image's grid."""
+
+    @model_validator(mode="after")
+    def _check_positions(self) -> Self:
+        if self.positions == "table":
+            return self
+        if "position_grid" in self.model_fields_set:
+            raise ValueError(
+                "position_grid is given but positions are rotary_2d, which have no table (leave it "
+                "out, or set positions: table)"
+            )
+        channels = self.hidden_size // self.num_attention_heads
+        if channels % 4:
+            raise ValueError(
+                f"positions: rotary_2d turns pairs of channels by row and by column, but a head "
+                f"has hidden_size / num_attention_heads = {channels} (expected a multiple of 4)"
+            )
+        return self
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches that become one language token."""
+        return self.merge_size**2
+
+    @property
+    def position_table_side(self) -> int | None:
+        """That of the learned table; None where there is none."""
+        return self.position_grid if self.positions == "table" else None
 
     def shape(self, name: str, output_size: int) -> ModuleShape:
         """What its cost depends on; ``output_size`` is the width of the module that reads it."""
@@ -149,9 +181,12 @@ class VisionConfig(TransformerForm):
             **self.sizes(),
             trainable=self.trainable,
             patch_values=3 * self.patch_size**2,
-            num_positions=self.position_grid**2,
+            num_positions=(self.position_table_side or 0) ** 2,
+            positions=self.positions,
             projector=ProjectorShape(
-                intermediate_size=4 * self.hidden_size, output_size=output_size
+                merge=self.patches_per_token,
+                intermediate_size=4 * self.hidden_size,
+                output_size=output_size,
             ),
         )
 

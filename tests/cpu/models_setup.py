@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dip.families.data.images import Grid
 from megatron_dip.families.packed.configs import (
     make_language_config,
     make_projection_config,
@@ -39,6 +41,18 @@ PATCH_SIZE = 2
 VOCAB_SIZE = 64
 IMAGE_TOKEN = 1
 SEED = 7
+
+
+class Tower(NamedTuple):
+    """What differs between vision towers."""
+
+    merge_size: int
+    table_side: int | None
+    """None: rotary positions."""
+
+
+TABLE = Tower(2, 5)
+ROTARY = Tower(3, None)
 
 
 @contextmanager
@@ -104,7 +118,9 @@ def base_config(
     )
 
 
-def vision_stages(base: TransformerConfig, cuts: Sequence[int] = ()) -> list[VisionStage]:
+def vision_stages(
+    base: TransformerConfig, cuts: Sequence[int] = (), tower: Tower = TABLE
+) -> list[VisionStage]:
     """The vision tower, cut before each of the layers ``cuts``."""
     config = make_vision_config(
         base,
@@ -112,6 +128,7 @@ def vision_stages(base: TransformerConfig, cuts: Sequence[int] = ()) -> list[Vis
         hidden_size=VISION_HIDDEN,
         ffn_hidden_size=64,
         num_attention_heads=4,
+        has_rotary=tower.table_side is None,
     )
     projection = make_projection_config(base, hidden_size=LANGUAGE_HIDDEN, ffn_hidden_size=64)
     return [
@@ -120,7 +137,8 @@ def vision_stages(base: TransformerConfig, cuts: Sequence[int] = ()) -> list[Vis
                 config,
                 projection,
                 patch_size=PATCH_SIZE,
-                position_table_side=5,
+                merge_size=tower.merge_size,
+                position_table_side=tower.table_side,
                 **layers,
             ),
             base,
@@ -181,14 +199,15 @@ def _ready[Stage: StageModule](stage: Stage, base: TransformerConfig) -> Stage:
     return stage
 
 
-def vision_batch(
-    grids: Sequence[tuple[int, int]] = ((2, 4), (4, 4), (4, 4), (6, 2)), seed: int = 0
-) -> VisionBatch:
-    """Random pixels; the pixels of an image depend on its place and ``seed`` only."""
+def vision_batch(tower: Tower = TABLE, *, seed: int = 0) -> VisionBatch:
+    """Random pixels of images of 2, 4, 4 and 3 groups; they depend on an image's place and
+    ``seed`` only."""
+    side = tower.merge_size
+    grids = [Grid(side * m, side * n, side) for m, n in ((1, 2), (2, 2), (2, 2), (3, 1))]
     pixels = []
-    for index, (rows, columns) in enumerate(grids):
+    for index, grid in enumerate(grids):
         generator = torch.Generator().manual_seed(1000 * seed + index)
-        pixels.append(torch.randn(rows * columns, 3 * PATCH_SIZE**2, generator=generator))
+        pixels.append(torch.randn(grid.num_patches, 3 * PATCH_SIZE**2, generator=generator))
     return VisionBatch(
         patches=torch.cat(pixels), grids=tuple(grids), items=tuple(range(len(grids)))
     )

@@ -1,7 +1,8 @@
 """One of two tensor-parallel ranks: both modules, one step per mode, everything saved.
 
 Usage: ``models_tensor_parallel_worker.py FOLDER MODE...`` in CPU mode; a mode is some of the
-words ``sequence`` (parallelism) and ``recompute``, joined by ``+``, or ``plain``.
+words ``rotary`` (positions), ``sequence`` (parallelism) and ``recompute``, joined by ``+``, or
+``plain``.
 """
 
 import sys
@@ -14,6 +15,8 @@ from megatron.core.distributed.finalize_model_grads import (
     _allreduce_non_tensor_model_parallel_grads,
 )
 from models_setup import (
+    ROTARY,
+    TABLE,
     base_config,
     language_batch,
     language_stages,
@@ -44,10 +47,11 @@ def run(tensor_parallel, mode):
     39 tokens do not divide by 2: with sequence parallelism rows are padded.  Nor do the features.
     """
     base = base_config(tensor_parallel=tensor_parallel, sequence_parallel="sequence" in mode)
-    vision, language = vision_stages(base, (1,)), language_stages(base, (2,))
+    tower = ROTARY if "rotary" in mode else TABLE
+    vision, language = vision_stages(base, (1,), tower), language_stages(base, (2,))
     stages = [*vision, *language]
     weights = collect(stages, "data")
-    images, text = vision_batch(), language_batch()
+    images, text = vision_batch(tower), language_batch()
     if parallel_state.get_tensor_model_parallel_rank() > 0:
         # As a rank's data set has it: one decode for all ranks.
         images = replace(images, patches=None)

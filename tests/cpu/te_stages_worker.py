@@ -62,11 +62,21 @@ def base_config(implementation, **fields):
     return TransformerConfig(**defaults | fields)
 
 
+def config_of(family):
+    """The tiny one; images of ``vlm`` have rotary positions, those of ``omni`` a table."""
+    config = load_config(str(CONFIGS / f"{family}_tiny.yaml"))
+    if family != "vlm":
+        return config
+    vision = config.model.vision.model_copy(update={"positions": "rotary_2d"})
+    model = config.model.model_copy(update={"vision": vision})
+    return config.model_copy(update={"model": model})
+
+
 class Bench:
     """One module of a family under one configuration of Megatron, in one or two stages."""
 
     def __init__(self, family, module, base):
-        self.config = load_config(str(CONFIGS / f"{family}_tiny.yaml"))
+        self.config = config_of(family)
         self.family = family_of(self.config)
         self.factory = self.family.stage_factory(self.config, base, 1)
         self.base = base
@@ -178,7 +188,7 @@ def check_families(change, expected):
             rotated = len(rope.fused_calls)
             assert_same(bench.run(stages), expected[family, module])
             # One call for queries and one for keys of a layer; positions of clips are no sequence.
-            is_fused = bench.shape.kind == "causal"
+            is_fused = bench.shape.kind == "causal" or bench.shape.positions == "rotary_2d"
             num_calls = len(rope.fused_calls) - rotated
             assert num_calls == (2 * bench.shape.num_layers if is_fused else 0), module
             if change:

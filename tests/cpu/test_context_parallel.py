@@ -13,6 +13,7 @@ from tiny_vlm import make_tiny_data, write_config
 from training_runs import train
 
 from megatron_dip.errors import DataError, UnsupportedError
+from megatron_dip.families.data.images import Grid
 from megatron_dip.families.vlm.batches import ImageData, PackedSequence, VlmMicrobatch
 from megatron_dip.integration.flag_rules import SCHEDULE_RULES
 from megatron_dip.integration.rules import check_rules
@@ -80,7 +81,7 @@ def sequence(lengths: tuple[int, ...], image_rows: tuple[int, ...]) -> PackedSeq
         labels=tokens + 100,
         loss_mask=(tokens % 2).float(),
         span_lengths=lengths,
-        images=(ImageData(grid=(2, 2), pixels=None),) * len(image_rows),
+        images=(ImageData(grid=Grid(2, 2, 2), pixels=None),) * len(image_rows),
         image_positions=torch.tensor(image_rows, dtype=torch.int64),
     )
 

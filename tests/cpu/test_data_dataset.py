@@ -300,3 +300,6 @@ def test_statistics_are_those_of_the_microbatches(settings, microbatch):
     assert statistics["patches (vision)"][0] == sum(tokens_of(microbatch, "vision"))
     assert statistics["tokens (language)"][0] == sum(tokens_of(microbatch, "language"))
     assert statistics["images"][0] == len(microbatch.images)
+    rows = sum(size.num_output_rows for size in microbatch.item_sizes["vision"])
+    assert statistics["image tokens"][0] == rows
+    assert 9 * rows == sum(tokens_of(microbatch, "vision"))

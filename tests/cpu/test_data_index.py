@@ -11,7 +11,7 @@ from tiny_data_set import make_settings, sample_of, with_samples
 from megatron_dip.errors import DataError
 from megatron_dip.families.data import sources as sources_module
 from megatron_dip.families.data.image_files import decode_image
-from megatron_dip.families.data.images import choose_grid, num_image_tokens
+from megatron_dip.families.data.images import choose_grid
 from megatron_dip.families.data.index import (
     build_index,
     index_digest,
@@ -42,7 +42,7 @@ def test_the_index_knows_text_tokens_and_images_of_every_sample(settings, tmp_pa
             size = decode_image(settings.image_folder / name).size
             assert (image.width, image.height) == size
             assert image.grid == choose_grid(*size, settings.limits)
-        image_tokens = sum(num_image_tokens(image.grid) for image in record.images)
+        image_tokens = sum(image.grid.num_tokens for image in record.images)
         assert record.num_tokens == record.num_text_tokens + image_tokens
     assert load_index(path) == index
     assert path == index_path(index_digest(settings), tmp_path)
@@ -62,7 +62,7 @@ def test_the_index_is_made_once(settings, tmp_path, monkeypatch):
 
 def test_everything_that_the_index_depends_on_changes_its_digest(settings):
     digests = {index_digest(settings)}
-    for field in ("seq_length", "patch_size", "min_image_tokens", "max_image_tokens"):
+    for field in ("seq_length", "patch_size", "merge_size", "min_image_tokens", "max_image_tokens"):
         digests.add(index_digest(replace(settings, **{field: getattr(settings, field) + 1})))
     image = settings.image_folder / "0.jpg"
     os.utime(image, ns=(1, 1))
@@ -73,7 +73,7 @@ def test_everything_that_the_index_depends_on_changes_its_digest(settings):
     digests.add(index_digest(settings))
     settings.samples.write_text(settings.samples.read_text() + "\n")
     digests.add(index_digest(settings))
-    assert len(digests) == 9
+    assert len(digests) == 10
 
 
 def test_a_damaged_index_is_reported_and_made_again(settings, tmp_path, caplog):

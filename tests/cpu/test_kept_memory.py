@@ -22,6 +22,11 @@ FAMILIES = ("vlm", "omni", "t2v", "lavin")
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 BF16 = {"bf16": True}
 SEQUENCE = {"sequence_parallel": True}
+ROTARY = {
+    "model.vision.positions": "rotary_2d",
+    "model.vision.merge_size": 4,
+    "model.vision.position_grid": None,
+}
 
 
 def selective(*modules):
@@ -90,6 +95,8 @@ CASES = {
         {},
     ),
     "towers trained": ("lavin", {"model.adapter.tuning": "full"}, BF16),
+    "rotary tower": ("vlm", ROTARY, DROPOUT),
+    "rotary tower, full": ("vlm", ROTARY, BF16 | full(1)),
     "experts": ("vlm", experts(shared=False), {}),
     "experts with a shared one": ("vlm", experts(shared=True), DROPOUT | BF16),
     "experts exchanged": ("vlm", experts(shared=True), {"moe_token_dispatcher_type": "alltoall"}),
@@ -99,6 +106,7 @@ CASES = {
 TWO_RANKS = {
     **{f"{name} halved": (name, {}, {}) for name in FAMILIES},
     **{f"{name} halved in sequence": (name, {}, SEQUENCE) for name in FAMILIES},
+    "rotary tower halved in sequence": ("vlm", ROTARY, SEQUENCE),
     "halved with dropout": ("vlm", {}, DROPOUT | BF16),
     "halved in sequence with dropout": ("vlm", {}, DROPOUT | SEQUENCE),
     "halved in sequence in 16 bits": ("vlm", {}, BF16 | SEQUENCE),
@@ -118,7 +126,10 @@ def _changed(family, changes, path):
         place = data
         for part in above:
             place = place[part]
-        place[field] = value
+        if value is None:
+            del place[field]
+        else:
+            place[field] = value
     path.write_text(yaml.safe_dump(data))
     return str(path)
 

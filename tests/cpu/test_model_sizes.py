@@ -62,10 +62,11 @@ def build(shape: ModuleShape, base: TransformerConfig) -> StageModule:
             ffn_hidden_size=shape.projector.intermediate_size,
         )
         return VisionStage(
-            make_vision_config(base, **numbers),
+            make_vision_config(base, has_rotary=shape.is_rotary, **numbers),
             projection,
             patch_size=round((shape.patch_values / 3) ** 0.5),
-            position_table_side=round(shape.num_positions**0.5),
+            merge_size=round(shape.projector.merge**0.5),
+            position_table_side=round(shape.num_positions**0.5) or None,
             **place,
         )
     if shape.kind == "dit":

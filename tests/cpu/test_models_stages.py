@@ -9,7 +9,10 @@ from megatron.core.transformer.module import Float16Module
 from models_setup import (
     LANGUAGE_HIDDEN,
     LANGUAGE_LAYERS,
+    ROTARY,
+    TABLE,
     VISION_LAYERS,
+    Tower,
     base_config,
     language_batch,
     language_stages,
@@ -18,22 +21,30 @@ from models_setup import (
     vision_batch,
     vision_stages,
 )
+from PIL import Image
 
 from megatron_dip.costs import Boundary, ItemSize
 from megatron_dip.errors import PartitionError, UnsupportedError
-from megatron_dip.families.data.images import patch_coordinates
+from megatron_dip.families.data.images import (
+    Grid,
+    ImageLimits,
+    choose_grid,
+    image_patches,
+    patch_coordinates,
+)
 from megatron_dip.families.packed import language
 from megatron_dip.families.packed.attention import span_params
 from megatron_dip.families.packed.initialization import named_global_parameters
 from megatron_dip.families.packed.layers import block_submodules
-from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
 from megatron_dip.families.packed.vision import interpolated_positions
+from megatron_dip.families.vlm.batches import VisionBatch
 from megatron_dip.models.layout import cut_config
 from megatron_dip.models.recompute import recomputed_layers
 from megatron_dip.models.staged import Part
 
 # The fused kernels of softmax and norms round differently for other numbers of rows.
 TOLERANCE = 1e-12
+TOWERS = (TABLE, ROTARY)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,9 +87,9 @@ def assert_equal_gradients(ours, theirs):
         )
 
 
-def run_vision(base, cuts, batch=None, recompute_layers=()):
-    stages = vision_stages(base, cuts)
-    output = run_chain(stages, batch or vision_batch(), recompute_layers=recompute_layers)
+def run_vision(base, cuts, recompute_layers=(), tower=TABLE):
+    stages = vision_stages(base, cuts, tower)
+    output = run_chain(stages, vision_batch(tower), recompute_layers=recompute_layers)
     weighted_sum(output).backward()
     return output.detach(), gradients(stages)
 
@@ -99,10 +110,11 @@ VISION_CUTS = [(0,), (1,), (2,), (3,), (1, 2), (0, 1, 3)]
 LANGUAGE_CUTS = [(0,), (1,), (2,), (3,), (4,), (1, 3), (0, 2, 4)]
 
 
+@pytest.mark.parametrize("tower", TOWERS, ids=["table", "rotary"])
 @pytest.mark.parametrize("cuts", VISION_CUTS)
-def test_vision_cut_anywhere_gives_the_same_features_and_gradients(base, cuts):
-    whole_output, whole_gradients = run_vision(base, ())
-    output, found = run_vision(base, cuts)
+def test_vision_cut_anywhere_gives_the_same_features_and_gradients(base, cuts, tower):
+    whole_output, whole_gradients = run_vision(base, (), tower=tower)
+    output, found = run_vision(base, cuts, tower=tower)
     torch.testing.assert_close(output, whole_output, rtol=TOLERANCE, atol=TOLERANCE)
     assert_equal_gradients(found, whole_gradients)
 
@@ -128,10 +140,11 @@ def test_rows_rotated_at_once_are_those_that_megatron_rotates_span_by_span(base,
     assert_equal_gradients(found, expected)
 
 
+@pytest.mark.parametrize("tower", TOWERS, ids=["table", "rotary"])
 @pytest.mark.parametrize("layers", [(0,), (1, 2), (0, 1, 2)])
-def test_recomputed_vision_layers_give_equal_gradients(base, layers):
-    output, expected = run_vision(base, (1,))
-    recomputed_output, found = run_vision(base, (1,), recompute_layers=layers)
+def test_recomputed_vision_layers_give_equal_gradients(base, layers, tower):
+    output, expected = run_vision(base, (1,), tower=tower)
+    recomputed_output, found = run_vision(base, (1,), layers, tower)
     torch.testing.assert_close(recomputed_output, output, rtol=0, atol=0)
     assert_equal_gradients(found, expected)
 
@@ -175,16 +188,17 @@ def test_recomputed_layers_after_frozen_ones_still_get_gradients(base):
     assert_equal_gradients(run([0, 1]), run([]))
 
 
-def test_changing_one_image_leaves_the_others_as_they_were(base):
-    (stage,) = vision_stages(base)
-    batch, other = vision_batch(seed=0), vision_batch(seed=1)
+@pytest.mark.parametrize("tower", TOWERS, ids=["table", "rotary"])
+def test_changing_one_image_leaves_the_others_as_they_were(base, tower):
+    (stage,) = vision_stages(base, tower=tower)
+    batch, other = vision_batch(tower), vision_batch(tower, seed=1)
     lengths = list(batch.span_lengths)
     pieces = list(batch.patches.split(lengths))
     pieces[2] = other.patches.split(lengths)[2]
     mixed = type(batch)(patches=torch.cat(pieces), grids=batch.grids, items=batch.items)
 
     before, after = (
-        run_chain([stage], each).split([length // 4 for length in lengths])
+        run_chain([stage], each).split([grid.num_tokens for grid in batch.grids])
         for each in (batch, mixed)
     )
     for index in (0, 1, 3):
@@ -192,10 +206,11 @@ def test_changing_one_image_leaves_the_others_as_they_were(base):
     assert not torch.allclose(after[2], before[2])
 
 
-def test_an_image_alone_gives_the_features_it_gives_among_others(base):
-    (stage,) = vision_stages(base)
-    batch = vision_batch()
-    together = run_chain([stage], batch).split([length // 4 for length in batch.span_lengths])
+@pytest.mark.parametrize("tower", TOWERS, ids=["table", "rotary"])
+def test_an_image_alone_gives_the_features_it_gives_among_others(base, tower):
+    (stage,) = vision_stages(base, tower=tower)
+    batch = vision_batch(tower)
+    together = run_chain([stage], batch).split([grid.num_tokens for grid in batch.grids])
     for index, patches in enumerate(batch.patches.split(list(batch.span_lengths))):
         alone = type(batch)(patches=patches, grids=(batch.grids[index],), items=(0,))
         torch.testing.assert_close(
@@ -283,11 +298,10 @@ def test_hidden_states_of_another_batch_are_reported(base):
 def test_boundaries_have_the_shapes_that_the_executor_expects(base):
     images, text = vision_batch(), language_batch()
     vision, language = vision_stages(base, (1,)), language_stages(base, (2,))
-    num_patches = sum(images.span_lengths)
     size = ItemSize(
-        tokens=num_patches,
+        tokens=sum(images.span_lengths),
         spans=images.span_lengths,
-        output_tokens=num_patches // PATCHES_PER_TOKEN,
+        output_tokens=sum(grid.num_tokens for grid in images.grids),
     )
     inner = vision[0](None, images)
     assert inner.shape == Boundary("packed", 32).shape([size], outer=False)
@@ -310,15 +324,68 @@ def test_input_may_be_set_beforehand_as_megatrons_schedules_do(base):
         second(None, batch)
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (6, 4), (5 * 2, 2), (12, 16)])
-def test_positions_are_those_of_torchs_bilinear_interpolation(grid):
+@pytest.mark.parametrize("sides", [(2, 2, 2), (6, 4, 2), (10, 2, 1), (12, 16, 4)])
+def test_positions_are_those_of_torchs_bilinear_interpolation(sides):
+    grid = Grid(*sides)
     table = torch.randn(5, 5, 3, dtype=torch.float64)
     expected = torch.nn.functional.interpolate(
-        table.permute(2, 0, 1)[None], size=grid, mode="bilinear", align_corners=False
+        table.permute(2, 0, 1)[None], size=sides[:2], mode="bilinear", align_corners=False
     )[0]
     coordinates = patch_coordinates(grid)
     expected = expected[:, coordinates[:, 0], coordinates[:, 1]].T
     torch.testing.assert_close(interpolated_positions(table, grid), expected)
+
+
+def rotated_as_in_qwen2_vl(rows, grid):
+    """``[N, heads, d]``, patches group-major: the formula of its vision tower, written anew."""
+    side, width = grid.merge_size, rows.shape[-1]
+    by_row = torch.arange(grid.rows).unsqueeze(1).expand(-1, grid.columns)
+    by_column = torch.arange(grid.columns).unsqueeze(0).expand(grid.rows, -1)
+    places = [
+        place.reshape(grid.rows // side, side, grid.columns // side, side)
+        .permute(0, 2, 1, 3)
+        .flatten()
+        for place in (by_row, by_column)
+    ]
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, width // 2, 2).float() / (width // 2))
+    table = torch.outer(torch.arange(max(grid.rows, grid.columns)).float(), frequencies)
+    angles = torch.cat([table[place] for place in places], dim=1).repeat(1, 2)[:, None, :]
+    swapped = torch.cat([-rows[..., width // 2 :], rows[..., : width // 2]], dim=-1)
+    return rows * angles.cos() + swapped * angles.sin()
+
+
+def test_queries_and_keys_turn_by_row_and_column_as_in_qwen2_vl(base):
+    (stage,) = vision_stages(base, tower=ROTARY)
+    batch, seen = vision_batch(ROTARY), {}
+    attention = stage.vision_model.decoder.layers[0].self_attention
+
+    def see(name):
+        return lambda _, given, output=None: seen.setdefault(name, output or given)
+
+    attention.linear_qkv.register_forward_hook(see("joint"))
+    attention.core_attention.register_forward_pre_hook(see("turned"))
+    run_chain([stage], batch)
+    joint = seen["joint"][0].detach().view(sum(batch.span_lengths), 4, 3, -1)
+    for number, turned in enumerate(seen["turned"][:3]):
+        given = joint[:, :, number].split(batch.span_lengths)
+        if number < 2:
+            pairs = zip(given, batch.grids, strict=True)
+            given = [rotated_as_in_qwen2_vl(rows, grid) for rows, grid in pairs]
+        # Angles are in 32 bits.
+        torch.testing.assert_close(turned.detach(), torch.cat(given), rtol=1e-6, atol=1e-6)
+
+
+def test_a_tower_that_merges_sixteen_patches_reads_an_image_of_2704(base):
+    tower = Tower(merge_size=4, table_side=None)
+    (stage,) = vision_stages(base, tower=tower)
+    pixels = torch.randint(0, 256, (104, 104, 3), dtype=torch.uint8).numpy()
+    grid = choose_grid(104, 104, ImageLimits(2, 4, 1024, 4))
+    patches = image_patches(Image.fromarray(pixels), grid, 2)
+    assert len(patches) == 2704
+    features = run_chain([stage], VisionBatch(patches=patches, grids=(grid,), items=(0,)))
+    assert features.shape == (169, 1, LANGUAGE_HIDDEN)
+    weighted_sum(features).backward()
+    assert all(gradient.abs().max() > 0 for gradient in gradients([stage]).values())
 
 
 def test_layers_outside_of_the_module_are_refused(base):
@@ -363,7 +430,7 @@ def test_16_bit_stages_hand_on_16_bit_rows_under_megatrons_wrapper():
 
 def test_one_step_of_both_modules_trains_all_parameters(base):
     """Features flow from vision to language and gradients back."""
-    images = vision_batch(grids=((2, 4), (4, 4), (4, 4), (6, 2)))
+    images = vision_batch()
     text = language_batch()
     vision, language = vision_stages(base, (2,)), language_stages(base, (1,))
     losses = run_chain(language, text, run_chain(vision, images))

@@ -12,7 +12,7 @@ from models_tensor_parallel_worker import run
 from megatron_dip.families.packed.initialization import tensor_parallel_shard
 
 WORKER = Path(__file__).with_name("models_tensor_parallel_worker.py")
-MODES = ("plain", "sequence", "sequence+recompute")
+MODES = ("plain", "sequence", "sequence+recompute", "rotary+sequence")
 # Megatron computes the loss in 32 bits whatever the model's precision is, and adds up the ranks'
 # parts of the softmax in another order than one rank alone.
 LOSS_TOLERANCE = 2e-6
@@ -20,9 +20,9 @@ GRADIENT_TOLERANCE = 2e-7
 
 
 @pytest.fixture(scope="module")
-def one_rank():
+def one_rank_of():
     with megatron_on_cpu():
-        return run(1, {"plain"})
+        return {word: run(1, {word}) for word in ("plain", "rotary")}
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,18 @@ def all_modes(tmp_path_factory):
 
 
 @pytest.fixture(params=MODES)
-def two_ranks(request, all_modes):
-    return all_modes[request.param]
+def mode(request):
+    return request.param
+
+
+@pytest.fixture
+def two_ranks(mode, all_modes):
+    return all_modes[mode]
+
+
+@pytest.fixture
+def one_rank(mode, one_rank_of):
+    return one_rank_of["rotary" if "rotary" in mode else "plain"]
 
 
 def assert_shards(ranks, whole, kind, tolerance):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_dip.errors import DataError
+from megatron_dip.families.data.images import Grid
 from megatron_dip.families.staged import StagedPacked
 from megatron_dip.families.vlm.batches import ImageData, PackedSequence, VlmMicrobatch
 from megatron_dip.models.staged import Part, RunFacts
@@ -32,7 +33,7 @@ def microbatch() -> VlmMicrobatch:
         labels=tokens,
         loss_mask=torch.ones(4),
         span_lengths=(4,),
-        images=(ImageData(grid=(2, 2), pixels=torch.ones(4, 12)),),
+        images=(ImageData(grid=Grid(2, 2, 2), pixels=torch.ones(4, 12)),),
         image_positions=torch.tensor([1]),
     )
     return VlmMicrobatch(sequences=(sequence,), values_per_patch=12)

@@ -55,6 +55,7 @@ def make_settings(folder: Path, *, num_samples: int = 24, seq_length: int = 120)
         tokenizer=folder / "tokenizer.json",
         seq_length=seq_length,
         patch_size=4,
+        merge_size=3,
         min_image_tokens=2,
         max_image_tokens=16,
     )

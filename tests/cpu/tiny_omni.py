@@ -30,7 +30,7 @@ def write_omni_config(path: Path, data: Path, *, num_ranks: int, num_segments: i
     config = {
         "family": "omni",
         "model": {
-            "vision": size | {"patch_size": 4, "position_grid": 8},
+            "vision": size | {"patch_size": 4, "merge_size": 3, "positions": "rotary_2d"},
             "audio": size | {"num_mels": MELS},
             "language": size | {"num_query_groups": 2, "vocab_size": 384, "seq_length": 160},
         },

@@ -57,6 +57,24 @@ def test_stored_values_per_token_are_what_the_backward_reads(module, values, sum
     assert memory().activation_bytes(module, item(10)) == 10 * (values * 2 + sums * 4)
 
 
+@pytest.mark.parametrize("fuses_rotary", [True, False])
+def test_rotary_patches_keep_angles_once_for_a_stage_or_sines_and_cosines_in_every_layer(
+    fuses_rotary,
+):
+    model = MemoryModel(
+        parallel=Parallelism(),
+        kernels=Kernels(fuses_rotary=fuses_rotary),
+        layers_per_stage={"vision": 4},
+    )
+    plain, turned = (
+        model.activation_bytes(vit(positions=positions), item(10))
+        for positions in ("table", "rotary_2d")
+    )
+    channels = vit().hidden_size // vit().num_attention_heads
+    kept = 4 * channels / 4 if fuses_rotary else 2 * 4 * channels
+    assert turned - plain == 10 * kept
+
+
 def test_a_layer_with_gelu_and_dropout_keeps_what_is_published():
     """Korthikanti et al., arXiv 2205.05198, equation 1: s b h (34 + 5 a s / h) bytes in 16 bits."""
     length, hidden, heads = 64, 8, 4

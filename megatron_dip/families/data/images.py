@@ -2,14 +2,16 @@
 
 An image keeps its own resolution: it is scaled to the grid of patches that fits its aspect ratio
 and size best, within a minimum and a maximum number of language tokens.  A *group* is a square of
-2x2 patches: it becomes one language token, so both sides of a grid are even.
+m x m patches, m being the merge size: it becomes one language token, so both sides of a grid are
+multiples of m.
 
-Patches are stored group-major: groups row by row, and inside a group its top left, top right,
-bottom left and bottom right patch.  So the 2x2 merge is a view: ``[n, h] -> [n / 4, 4 * h]``.
+Patches are stored group-major: groups row by row, and inside a group its patches row by row.  So
+the merge is a view: ``[n, h] -> [n / m^2, m^2 * h]``.
 The values of a patch are ordered (channel, row, column), as a flattened convolution kernel is.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,19 +23,49 @@ from megatron_dip.errors import DataError
 
 __all__ = [
     "NUM_CHANNELS",
-    "PATCHES_PER_TOKEN",
+    "Grid",
     "ImageLimits",
     "blank_patches",
     "choose_grid",
+    "group_major",
     "image_patches",
-    "num_image_tokens",
     "patch_coordinates",
 ]
 
 NUM_CHANNELS = 3
-PATCHES_PER_TOKEN = 4
 # Of two grids, one may distort the aspect ratio by x % more if it keeps 2x % more of the area.
 _AREA_WEIGHT = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The patches of an image, and how many of them become one language token.
+
+    Raises:
+        DataError: The sides are no multiples of those of a group.
+    """
+
+    rows: int
+    columns: int
+    merge_size: int
+    """Patches along each side of a group."""
+
+    def __post_init__(self) -> None:
+        sides, merge = (self.rows, self.columns), self.merge_size
+        if merge < 1 or any(side < 1 or side % merge for side in sides):
+            raise DataError(
+                f"a grid of {self.rows} x {self.columns} patches does not fit merge_size {merge} "
+                f"(expected positive multiples of it along both sides)"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def num_tokens(self) -> int:
+        """Language tokens that the image stands for."""
+        return self.num_patches // self.merge_size**2
 
 
 class ImageLimits(NamedTuple):
@@ -42,14 +74,18 @@ class ImageLimits(NamedTuple):
     patch_size: int
     min_image_tokens: int
     max_image_tokens: int
+    merge_size: int = 2
+    """Patches along each side of the square that becomes a language token."""
 
     def check(self) -> None:
         """
         Raises:
-            DataError: The patch is empty, or no number of tokens lies within the limits.
+            DataError: Patch or group are empty, or no number of tokens lies within the limits.
         """
         if self.patch_size < 1:
             raise DataError(f"patch_size is {self.patch_size}; give a number of pixels, e.g. 14")
+        if self.merge_size < 1:
+            raise DataError(f"merge_size is {self.merge_size}; give a number of patches, e.g. 2")
         if not 1 <= self.min_image_tokens <= self.max_image_tokens:
             raise DataError(
                 f"min_image_tokens is {self.min_image_tokens} and max_image_tokens is "
@@ -57,15 +93,16 @@ class ImageLimits(NamedTuple):
             )
 
 
-def choose_grid(width: float, height: float, limits: ImageLimits) -> tuple[int, int]:
-    """The (rows, columns) of patches for an image of ``width`` x ``height`` pixels.
+def choose_grid(width: float, height: float, limits: ImageLimits) -> Grid:
+    """The patches for an image of ``width`` x ``height`` pixels.
 
-    Among all grids with even sides and between ``min_image_tokens`` and ``max_image_tokens``
-    groups, the one that comes nearest to the image's aspect ratio and area; images are enlarged
+    Among all grids of whole groups, between ``min_image_tokens`` and ``max_image_tokens`` of
+    them, the one that comes nearest to the image's aspect ratio and area; images are enlarged
     only below the minimum and reduced only above the maximum.
     """
     limits.check()
-    side = 2 * limits.patch_size
+    merge = limits.merge_size
+    side = merge * limits.patch_size
     aspect = width / height
     area = width * height / side**2
     area = min(max(area, limits.min_image_tokens), limits.max_image_tokens)
@@ -82,39 +119,44 @@ def choose_grid(width: float, height: float, limits: ImageLimits) -> tuple[int, 
     cost = distortion + _AREA_WEIGHT * resize
     cost[np.concatenate([fewest > most, fewest > most])] = math.inf
     best = int(np.argmin(cost))
-    return 2 * int(rows[best]), 2 * int(columns[best])
+    return Grid(merge * int(rows[best]), merge * int(columns[best]), merge)
 
 
-def num_image_tokens(grid: tuple[int, int]) -> int:
-    """How many language tokens an image with this grid of patches stands for."""
-    return grid[0] * grid[1] // PATCHES_PER_TOKEN
+def group_major(values: Tensor, grid: Grid) -> Tensor:
+    """What belongs to patches, from rows and columns to the stored order.
+
+    Args:
+        values: ``[rows, columns, ...]``.
+
+    Returns:
+        ``[rows * columns, ...]``.
+    """
+    merge = grid.merge_size
+    blocks = values.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2)
+    return blocks.reshape(grid.num_patches, *values.shape[2:])
 
 
-def image_patches(image: Image.Image, grid: tuple[int, int], patch_size: int) -> Tensor:
+def image_patches(image: Image.Image, grid: Grid, patch_size: int) -> Tensor:
     """The patches of an RGB image scaled to ``grid``, group-major.
 
     Returns:
         ``[rows * columns, 3 * patch_size**2]`` float32 between -1 and 1.
     """
-    rows, columns = grid
-    size = (columns * patch_size, rows * patch_size)
+    size = (grid.columns * patch_size, grid.rows * patch_size)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.array(image, dtype=np.uint8))
-    blocks = values.view(rows // 2, 2, patch_size, columns // 2, 2, patch_size, NUM_CHANNELS)
-    patches = blocks.permute(0, 3, 1, 4, 6, 2, 5)
-    flat = patches.reshape(rows * columns, NUM_CHANNELS * patch_size**2)
-    return flat.to(torch.float32).div_(127.5).sub_(1.0)
+    blocks = values.view(grid.rows, patch_size, grid.columns, patch_size, NUM_CHANNELS)
+    patches = group_major(blocks.permute(0, 2, 4, 1, 3), grid)
+    return patches.flatten(1).to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def blank_patches(grid: tuple[int, int], patch_size: int) -> Tensor:
+def blank_patches(grid: Grid, patch_size: int) -> Tensor:
     """The patches of an image of an even grey, as :func:`image_patches` makes them."""
-    return torch.zeros(grid[0] * grid[1], NUM_CHANNELS * patch_size**2)
+    return torch.zeros(grid.num_patches, NUM_CHANNELS * patch_size**2)
 
 
-def patch_coordinates(grid: tuple[int, int]) -> Tensor:
+def patch_coordinates(grid: Grid) -> Tensor:
     """``[rows * columns, 2]`` int64: (row, column) of every patch, in the stored order."""
-    rows, columns = grid
-    numbers = torch.arange(rows * columns).view(rows // 2, 2, columns // 2, 2)
-    numbers = numbers.permute(0, 2, 1, 3).reshape(-1)
-    return torch.stack([numbers // columns, numbers % columns], dim=1)
+    places = torch.cartesian_prod(torch.arange(grid.rows), torch.arange(grid.columns))
+    return group_major(places.view(grid.rows, grid.columns, 2), grid)

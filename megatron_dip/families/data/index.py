@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_dip.errors import DataError, one_line
 from megatron_dip.families.data.fields import say_unread
 from megatron_dip.families.data.files import shown_path
-from megatron_dip.families.data.images import choose_grid, image_patches, num_image_tokens
+from megatron_dip.families.data.images import Grid, ImageLimits, choose_grid, image_patches
 from megatron_dip.families.data.progress import map_with_progress
 from megatron_dip.families.data.samples import Sample, check_length, encode_text
 from megatron_dip.families.data.sources import DataSettings, SampleSource, open_source
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 _FORMAT = "megatron-dip/data-index"
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """Higher whenever files are read in another way, so that what was made of them is made again."""
 _POLL_S = 0.2
 _NUM_SHOWN, _MAX_SHOWN = 3, 400
@@ -71,10 +71,17 @@ class ImageRecord(NamedTuple):
     height: int
     rows: int
     columns: int
+    merge_size: int
+
+    @classmethod
+    def of(cls, size: tuple[int, int], limits: ImageLimits) -> Self:
+        """An image of ``size`` pixels, width first."""
+        grid = choose_grid(*size, limits)
+        return cls(*size, grid.rows, grid.columns, grid.merge_size)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return self.rows, self.columns
+    def grid(self) -> Grid:
+        return Grid(self.rows, self.columns, self.merge_size)
 
 
 def recorded_patches(image: Image.Image, name: str, record: ImageRecord, patch_size: int) -> Tensor:
@@ -101,7 +108,7 @@ class SampleRecord(NamedTuple):
     @property
     def num_tokens(self) -> int:
         """Text and image tokens together."""
-        return self.num_text_tokens + sum(num_image_tokens(image.grid) for image in self.images)
+        return self.num_text_tokens + sum(image.grid.num_tokens for image in self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,10 +249,10 @@ def _decode_all(
 
     def decode(name: str) -> ImageRecord | DataError:
         try:
-            width, height = source.image(name).size
+            size = source.image(name).size
         except DataError as error:
             return error
-        return ImageRecord(width, height, *choose_grid(width, height, settings.limits))
+        return ImageRecord.of(size, settings.limits)
 
     records = map_with_progress(
         decode,

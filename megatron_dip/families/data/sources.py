@@ -38,13 +38,17 @@ class DataSettings:
     patch_size: int
     min_image_tokens: int
     max_image_tokens: int
+    merge_size: int = 2
+    """Patches along each side of the square that becomes a language token."""
     format: Literal["llava", "energon"] = "llava"
     text_form: TextForm = OUR_TEXT_FORM
     """How texts are written for the tokenizer."""
 
     @property
     def limits(self) -> ImageLimits:
-        return ImageLimits(self.patch_size, self.min_image_tokens, self.max_image_tokens)
+        return ImageLimits(
+            self.patch_size, self.min_image_tokens, self.max_image_tokens, self.merge_size
+        )
 
 
 class SampleSource(Protocol):

@@ -38,10 +38,10 @@ def microbatch_statistics(
         packs = range(start, start + micro_batch_size)
         numbers = [number for i in packs for number in dataset.sample_numbers(i)]
         records = [dataset.index.samples[number] for number in numbers]
-        patches = sum(rows * columns for i in packs for rows, columns in dataset.grids(i))
+        grids = [grid for i in packs for grid in dataset.grids(i)]
         counts["images"].append(sum(len(record.images) for record in records))
-        counts["image tokens"].append(patches // 4)
-        counts["patches (vision)"].append(patches)
+        counts["image tokens"].append(sum(grid.num_tokens for grid in grids))
+        counts["patches (vision)"].append(sum(grid.num_patches for grid in grids))
         counts["tokens (language)"].append(sum(record.num_tokens for record in records))
         counts["samples"].append(len(records))
     return tuple(MicrobatchStatistics(name=n, values=tuple(v)) for n, v in counts.items())

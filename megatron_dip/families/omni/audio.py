@@ -9,10 +9,12 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FRAMES_PER_ROW", "log_mel", "num_audio_tokens", "silent_mel"]
+__all__ = ["FRAMES_PER_ROW", "TOKENS_PER_ROW", "log_mel", "num_audio_tokens", "silent_mel"]
 
-FRAMES_PER_ROW = 8
-"""Frames that become one row of features: stride 2, then groups of four."""
+TOKENS_PER_ROW = 4
+"""Tokens of the encoder that become one row of features."""
+FRAMES_PER_ROW = 2 * TOKENS_PER_ROW
+"""Frames that do: the second convolution has stride 2."""
 _FRAMES_PER_SECOND = 100
 _WINDOW_S = 0.025
 _FLOOR = 1e-10

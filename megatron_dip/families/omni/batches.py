@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.families.data.images import PATCHES_PER_TOKEN
+from megatron_dip.families.omni.audio import TOKENS_PER_ROW
 from megatron_dip.families.packed.batches import EncoderBatch, Movable, check_items
 from megatron_dip.families.vlm.batches import (
     LanguageBatch,
@@ -37,7 +37,7 @@ class AudioData:
     @property
     def num_rows(self) -> int:
         """Rows of features for the language module."""
-        return self.num_tokens // PATCHES_PER_TOKEN
+        return self.num_tokens // TOKENS_PER_ROW
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

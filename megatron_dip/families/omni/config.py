@@ -13,6 +13,7 @@ from megatron_dip.families.forms import (
     TransformerForm,
     VisionConfig,
 )
+from megatron_dip.families.omni.audio import TOKENS_PER_ROW
 from megatron_dip.forms import Form
 from megatron_dip.limits import Size, Tokens
 
@@ -38,7 +39,9 @@ class AudioConfig(TransformerForm):
             patch_values=3 * self.num_mels + 3 * self.hidden_size + 1,
             num_mels=self.num_mels,
             projector=ProjectorShape(
-                intermediate_size=4 * self.hidden_size, output_size=output_size
+                merge=TOKENS_PER_ROW,
+                intermediate_size=4 * self.hidden_size,
+                output_size=output_size,
             ),
         )
 

@@ -23,11 +23,8 @@ from megatron_dip.families.data.files import file_facts, shown_path
 from megatron_dip.families.data.image_files import decode_image
 from megatron_dip.families.data.images import (
     NUM_CHANNELS,
-    PATCHES_PER_TOKEN,
     ImageLimits,
     blank_patches,
-    choose_grid,
-    num_image_tokens,
 )
 from megatron_dip.families.data.index import (
     INDEX_VERSION,
@@ -42,7 +39,12 @@ from megatron_dip.families.data.index import (
 from megatron_dip.families.data.samples import check_length, read_samples
 from megatron_dip.families.data.stand_ins import StandIns
 from megatron_dip.families.data.tokenizer import VlmTokenizer, load_tokenizer
-from megatron_dip.families.omni.audio import log_mel, num_audio_tokens, silent_mel
+from megatron_dip.families.omni.audio import (
+    TOKENS_PER_ROW,
+    log_mel,
+    num_audio_tokens,
+    silent_mel,
+)
 from megatron_dip.families.omni.audio_files import read_sound
 from megatron_dip.families.omni.batches import AudioData, OmniMicrobatch, OmniSequence
 from megatron_dip.families.omni.samples import OmniSample, parse_omni_samples
@@ -148,11 +150,11 @@ def _record(
         image, audio_tokens = None, 0
         if sample.image is not None:
             size = decode_image(settings.media_folder / sample.image).size
-            image = ImageRecord(*size, *choose_grid(*size, settings.limits))
+            image = ImageRecord.of(size, settings.limits)
         if sample.audio is not None:
             sound = read_sound(settings.media_folder / sample.audio, settings.audio_rate)
             audio_tokens = num_audio_tokens(len(sound), settings.audio_rate)
-        rows = (num_image_tokens(image.grid) if image else 0) + audio_tokens // PATCHES_PER_TOKEN
+        rows = (image.grid.num_tokens if image else 0) + audio_tokens // TOKENS_PER_ROW
         num_text_tokens = _encode(sample, tokenizer).num_text_tokens(tokenizer.media_ids)
     except DataError as error:
         return OmniRecord(None, 0, f"{sample.name}: {error}")

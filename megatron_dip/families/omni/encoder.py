@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_dip.families.omni.audio import TOKENS_PER_ROW
 from megatron_dip.families.packed.encoder import EncoderModel, EncoderStage
 from megatron_dip.families.packed.media import media_of_first_rank
 from megatron_dip.families.packed.stage import StageLayers, StageModule
@@ -85,6 +86,7 @@ class AudioStage(EncoderStage):
             config,
             projection_config,
             name="audio",
+            tokens_per_row=TOKENS_PER_ROW,
             make_model=partial(AudioModel, num_mels=num_mels),
             **layers,
         )

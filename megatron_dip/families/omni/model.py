@@ -18,7 +18,8 @@ from megatron_dip.families.common import (
     split_index,
     stop_unneeded_dropout,
 )
-from megatron_dip.families.data.images import PATCHES_PER_TOKEN, ImageLimits
+from megatron_dip.families.data.images import ImageLimits
+from megatron_dip.families.omni.audio import TOKENS_PER_ROW
 from megatron_dip.families.omni.batches import AudioBatch
 from megatron_dip.families.omni.config import OmniConfig
 from megatron_dip.families.omni.data import (
@@ -81,17 +82,18 @@ class OmniFamily(ModelFamily[OmniConfig]):
         """Patches of an image or tokens of a clip, in groups that are merged; of a sequence."""
         if module == "language":
             return range(1, config.model.language.seq_length + 1)
-        rows = config.model.language.seq_length
+        rows, group = config.model.language.seq_length, TOKENS_PER_ROW
         if module == "vision":
             rows = config.data.max_image_tokens
-        return range(PATCHES_PER_TOKEN, PATCHES_PER_TOKEN * rows + 1, PATCHES_PER_TOKEN)
+            group = config.model.vision.patches_per_token
+        return range(group, group * rows + 1, group)
 
     def measured_data(
         self, config: OmniConfig, module: str, num_tokens: int
     ) -> VisionBatch | LanguageBatch | AudioBatch:
         """One image, one clip or one sequence without either."""
         if module == "vision":
-            return measured_image(num_tokens, config.model.vision.patch_size)
+            return measured_image(num_tokens, config.model.vision)
         if module == "language":
             return measured_sequence(num_tokens)
         mels = torch.zeros(2 * num_tokens, config.model.audio.num_mels)
@@ -109,7 +111,10 @@ class OmniFamily(ModelFamily[OmniConfig]):
             text_form=data.text_form(),
             seq_length=config.model.language.seq_length,
             limits=ImageLimits(
-                config.model.vision.patch_size, data.min_image_tokens, data.max_image_tokens
+                config.model.vision.patch_size,
+                data.min_image_tokens,
+                data.max_image_tokens,
+                config.model.vision.merge_size,
             ),
             audio_rate=data.audio_rate,
             num_mels=config.model.audio.num_mels,

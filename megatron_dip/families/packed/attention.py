@@ -132,7 +132,9 @@ class SpanSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As ``SelfAttention.forward``."""
         places = getattr(packed_seq_params, "rotary_places", None)
-        if rotary_pos_emb is not None and places is not None and self.pg_collection.cp.size() == 1:
+        # Encoders have all rows on every context-parallel rank.
+        is_whole = self.config.context_parallel_size == 1
+        if rotary_pos_emb is not None and places is not None and is_whole:
             self._rotary, rotary_pos_emb = rotary_pos_emb[places], None
         try:
             output: tuple[Tensor, Tensor | None] = super().forward(

@@ -125,9 +125,12 @@ def make_vision_config(
     base: TransformerConfig,
     *,
     norm_epsilon: float | None = None,
+    has_rotary: bool = False,
     **sizes: Unpack[TransformerSizes],
 ) -> TransformerConfig:
     """A vision transformer: LayerNorm, GELU, biases; ``norm_epsilon``: the run's where None.
+
+    ``has_rotary``: queries and keys are rotated, by the run's kernels.
 
     Context-parallel ranks have all of its rows, also where it encodes sounds: what is encoded is
     whole on each, as in Megatron's LLaVA.
@@ -142,6 +145,7 @@ def make_vision_config(
             "gated_linear_unit": False,
             "activation_func": torch.nn.functional.gelu,
             "add_bias_linear": True,
+            "apply_rope_fusion": has_rotary and base.apply_rope_fusion,
         }
     )
 

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Unpack
 
+import torch
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -28,7 +29,7 @@ from megatron_dip.families.packed.layers import (
     block_submodules,
     linear_layers,
 )
-from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN, padded_rows
+from megatron_dip.families.packed.shapes import padded_rows
 from megatron_dip.families.packed.stage import (
     StageLayers,
     StageModule,
@@ -67,6 +68,10 @@ class EncoderModel(MegatronModule):
     def embed(self, batch: Any) -> Tensor:
         """The rows of a batch: ``[N, H]``."""
 
+    def rotary_angles(self, batch: Any, device: torch.device) -> Tensor | None:
+        """By which every row turns queries and keys: ``[N, 1, 1, channels]``; None: by nothing."""
+        return None
+
     def forward(
         self,
         hidden: Tensor | None,
@@ -78,13 +83,16 @@ class EncoderModel(MegatronModule):
             hidden = pad_rows(self.embed(batch), num_rows).unsqueeze(1)
             if self.config.sequence_parallel:
                 hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        spans = span_params(batch.span_lengths, num_rows=num_rows, device=hidden.device)
+        angles = self.rotary_angles(batch, hidden.device)
+        if angles is not None:
+            angles, spans.rotary_places = pad_rows(angles, num_rows), slice(None)
         self.decoder.set_input_tensor(hidden)
         output: Tensor = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            packed_seq_params=span_params(
-                batch.span_lengths, num_rows=num_rows, device=hidden.device
-            ),
+            rotary_pos_emb=angles,
+            packed_seq_params=spans,
         )
         self.decoder.set_input_tensor(None)
         return output
@@ -97,6 +105,7 @@ class EncoderStage(StageModule):
         config: The module's config, of all its layers.
         projection_config: The projector's config; its hidden size is that of the language module.
         name: Its parts are ``<name>_model`` and ``<name>_projection`` in checkpoints.
+        tokens_per_row: Neighbouring tokens that are joined into one row of features.
         make_model: Makes the former for this stage.
     """
 
@@ -106,15 +115,16 @@ class EncoderStage(StageModule):
         projection_config: TransformerConfig,
         *,
         name: str,
+        tokens_per_row: int,
         make_model: Callable[[StageModule], EncoderModel],
         **layers: Unpack[StageLayers],
     ) -> None:
         super().__init__(config, **layers)
-        self._name = name
+        self._name, self._tokens_per_row = name, tokens_per_row
         self.add_module(f"{name}_model", make_model(self))
         if self.post_process:
             projection = build_projection(
-                projection_config, PATCHES_PER_TOKEN * config.hidden_size, self.pg_collection
+                projection_config, tokens_per_row * config.hidden_size, self.pg_collection
             )
             self.add_module(f"{name}_projection", projection)
 
@@ -124,7 +134,7 @@ class EncoderStage(StageModule):
         batch: Any,
         upstream: Tensor | None = None,
     ) -> Tensor:
-        """Inner boundary rows, or ``[N / 4, 1, H_l]`` on the last stage (see ``shapes``).
+        """Inner boundary rows, or features ``[rows, 1, H_l]`` on the last stage (see ``shapes``).
 
         Raises:
             ValueError: Data or hidden states that do not fit the batch's items.
@@ -146,7 +156,7 @@ class EncoderStage(StageModule):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        num_features = num_tokens // PATCHES_PER_TOKEN
+        num_features = num_tokens // self._tokens_per_row
         joined = hidden[:num_tokens].reshape(num_features, 1, -1)
         # The projector computes in 8 bits where the layers do, on rows of its own number.
         filled = pad_rows(joined, padded_rows(num_features, row_multiple(self.config)))

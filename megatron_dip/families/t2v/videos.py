@@ -70,10 +70,9 @@ class ClipLimits:
                 return -bucket[0], aspect + 0.5 * abs(math.log(bucket[1] * bucket[2] / area))
 
             return min(fitting, key=distance)
-        # A grid of pairs of cells: what one language token is to an image, a patch is to a frame.
-        limits = ImageLimits(pixels_per_patch // 2, self.min_frame_tokens, self.max_frame_tokens)
-        rows, columns = choose_grid(width, height, limits)
-        return min(num_frames, self.max_frames), rows // 2, columns // 2
+        limits = ImageLimits(pixels_per_patch, self.min_frame_tokens, self.max_frame_tokens, 1)
+        grid = choose_grid(width, height, limits)
+        return min(num_frames, self.max_frames), grid.rows, grid.columns
 
 
 def read_clip(

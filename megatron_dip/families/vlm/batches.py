@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.families.data.images import num_image_tokens
+from megatron_dip.families.data.images import Grid
 from megatron_dip.families.packed.batches import EncoderBatch, Microbatch, Movable, check_items
 from megatron_dip.models.context_rows import rows_of_context_rank
 
@@ -34,19 +34,18 @@ __all__ = [
 class ImageData:
     """One image."""
 
-    grid: tuple[int, int]
-    """Rows and columns of patches, both even."""
+    grid: Grid
     pixels: Tensor | None
     """``[rows * columns, 3 * p * p]`` float32, group-major; None where this rank needs none."""
 
     @property
     def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.grid.num_patches
 
     @property
     def num_tokens(self) -> int:
-        """Language tokens after the 2x2 merge."""
-        return num_image_tokens(self.grid)
+        """Language tokens after the merge."""
+        return self.grid.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,14 +117,14 @@ class VisionBatch(EncoderBatch):
 
     patches: Tensor | None
     """``[N, 3 * p * p]`` float32; None where this rank does not decode."""
-    grids: tuple[tuple[int, int], ...]
+    grids: tuple[Grid, ...]
     items: tuple[int, ...]
     """The numbers of the images, in the order of the rows."""
 
     @property
     def span_lengths(self) -> tuple[int, ...]:
         """Patches of each image; attention stays inside an image."""
-        return tuple(rows * columns for rows, columns in self.grids)
+        return tuple(grid.num_patches for grid in self.grids)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -36,7 +36,7 @@ class VlmDataConfig(ConversationForm):
     image_folder: Path | None = None
     """The folder that image names are relative to; only of ``llava``, where it must be given."""
     min_image_tokens: Tokens = 4
-    """Least language tokens that an image stands for, after the 2x2 merge."""
+    """Least language tokens that an image stands for, after the merge."""
     max_image_tokens: Tokens = 256
     separation: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the samples that are packed only with their own kind, with images or without: how

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_dip.errors import DataError
-from megatron_dip.families.data.images import NUM_CHANNELS, blank_patches, num_image_tokens
+from megatron_dip.families.data.images import NUM_CHANNELS, Grid, blank_patches
 from megatron_dip.families.data.index import (
     DataIndex,
     ImageRecord,
@@ -165,7 +165,7 @@ class VlmDataset(Dataset[PackedSequence]):
         _, places = self._epochs.place(i)
         return tuple(self._numbers[place] for place in places)
 
-    def grids(self, i: int) -> tuple[tuple[int, int], ...]:
+    def grids(self, i: int) -> tuple[Grid, ...]:
         """The grids of the images of sequence ``i``; no image is read."""
         numbers = self.sample_numbers(i)
         return tuple(image.grid for n in numbers for image in self.index.samples[n].images)
@@ -188,7 +188,7 @@ class VlmDataset(Dataset[PackedSequence]):
         records = self.index.samples[number].images
         place = f"{self.index.source}: {sample.name}"
         images = [self._image(place, n, r) for n, r in zip(sample.images, records, strict=True)]
-        sizes = [num_image_tokens(record.grid) for record in records]
+        sizes = [record.grid.num_tokens for record in records]
         image_id = self.tokenizer.image_id
         return encode_text(sample, self.tokenizer).expand(image_id, sizes), images
 

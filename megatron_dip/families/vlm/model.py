@@ -21,14 +21,15 @@ from megatron_dip.families.common import (
     skips_bad_samples,
     stop_unneeded_dropout,
 )
+from megatron_dip.families.data.images import Grid
 from megatron_dip.families.data.index import build_index, load_index, split_source
 from megatron_dip.families.data.packing import PackingOptions
 from megatron_dip.families.data.sources import DataSettings, open_source
+from megatron_dip.families.forms import VisionConfig
 from megatron_dip.families.omni.config import OmniConfig
 from megatron_dip.families.packed.configs import make_projection_config, make_vision_config
 from megatron_dip.families.packed.language import LanguageStage
 from megatron_dip.families.packed.media import decodes_media
-from megatron_dip.families.packed.shapes import PATCHES_PER_TOKEN
 from megatron_dip.families.packed.stage import StageLayers, StageModule
 from megatron_dip.families.packed.vision import VisionStage
 from megatron_dip.families.vlm.batches import LanguageBatch, VisionBatch
@@ -47,7 +48,10 @@ class VlmStages(StageFactory):
         self._model = config.model
         self.language_config = make_backbone_config(base, language, language.experts)
         self._vision_config = make_vision_config(
-            base, norm_epsilon=vision.norm_epsilon, **vision.sizes()
+            base,
+            norm_epsilon=vision.norm_epsilon,
+            has_rotary=vision.positions == "rotary_2d",
+            **vision.sizes(),
         )
         stop_unneeded_dropout(language, self.language_config)
         stop_unneeded_dropout(vision, self._vision_config)
@@ -68,7 +72,8 @@ class VlmStages(StageFactory):
                 self._vision_config,
                 self._projection_config,
                 patch_size=vision.patch_size,
-                position_table_side=vision.position_grid,
+                merge_size=vision.merge_size,
+                position_table_side=vision.position_table_side,
                 **layers,
             )
         language = self._model.language
@@ -81,13 +86,14 @@ class VlmStages(StageFactory):
         )
 
 
-def measured_image(num_patches: int, patch_size: int) -> VisionBatch:
+def measured_image(num_patches: int, vision: VisionConfig) -> VisionBatch:
     """One image without meaning, near to a square."""
-    groups = num_patches // PATCHES_PER_TOKEN
+    merge = vision.merge_size
+    groups = num_patches // merge**2
     rows = max(n for n in range(1, isqrt(groups) + 1) if groups % n == 0)
     return VisionBatch(
-        patches=torch.zeros(num_patches, 3 * patch_size**2),
-        grids=((2 * rows, 2 * groups // rows),),
+        patches=torch.zeros(num_patches, 3 * vision.patch_size**2),
+        grids=(Grid(merge * rows, merge * groups // rows, merge),),
         items=(0,),
     )
 
@@ -117,8 +123,8 @@ class VlmFamily(ModelFamily[VlmConfig]):
     def item_tokens(self, config: VlmConfig, module: str) -> range:
         """Patches of an image, in groups that are merged; tokens of a sequence."""
         if module == "vision":
-            largest = PATCHES_PER_TOKEN * config.data.max_image_tokens
-            return range(PATCHES_PER_TOKEN, largest + 1, PATCHES_PER_TOKEN)
+            group = config.model.vision.patches_per_token
+            return range(group, group * config.data.max_image_tokens + 1, group)
         return range(1, config.model.language.seq_length + 1)
 
     def measured_data(
@@ -126,7 +132,7 @@ class VlmFamily(ModelFamily[VlmConfig]):
     ) -> VisionBatch | LanguageBatch:
         """One image, near to a square, or one sequence without images."""
         if module == "vision":
-            return measured_image(num_tokens, config.model.vision.patch_size)
+            return measured_image(num_tokens, config.model.vision)
         return measured_sequence(num_tokens)
 
     def data_sets(
@@ -179,6 +185,7 @@ def _settings(config: VlmConfig) -> DataSettings:
         text_form=config.data.text_form(),
         seq_length=config.model.language.seq_length,
         patch_size=config.model.vision.patch_size,
+        merge_size=config.model.vision.merge_size,
         min_image_tokens=config.data.min_image_tokens,
         max_image_tokens=config.data.max_image_tokens,
     )
