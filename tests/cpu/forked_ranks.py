@@ -60,6 +60,7 @@ def fork_ranks(
     *,
     timeout_seconds: float,
     watch: bool = False,
+    packages: Path | None = None,
 ) -> list[CompletedRank]:
     """Run ``python -m megatron_dip.launch --cpu ARGUMENTS`` once per rank; how each ended.
 
@@ -72,6 +73,7 @@ def fork_ranks(
         arguments: Script and its arguments.
         timeout_seconds: After this all ranks are ended.
         watch: Whether ``record_of`` a rank gets what ``training_process`` sees, as JSON.
+        packages: A folder that stands first on the path where Megatron is imported.
     """
     folder.mkdir(parents=True)
     port = free_port()
@@ -89,7 +91,7 @@ def fork_ranks(
             output=log.read_text(errors="replace") if log.exists() else "no log",
             timed_out=ending.timed_out,
         )
-        for ending, log in zip(_server().run(job), logs, strict=True)
+        for ending, log in zip(_server(packages).run(job), logs, strict=True)
     ]
 
 
@@ -113,9 +115,10 @@ def _log_of(folder: Path, rank: int) -> Path:
 class _Server:
     """The process that forks, as the tests see it; it ends when they do."""
 
-    def __init__(self) -> None:
+    def __init__(self, packages: Path | None) -> None:
         self._connection, other = multiprocessing.Pipe()
-        paths = [str(Path(__file__).parent), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+        paths = [*([str(packages)] if packages else []), str(Path(__file__).parent)]
+        paths += [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         own = {
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
             "PYTHONUNBUFFERED": "1",
@@ -153,8 +156,8 @@ class _Server:
 
 
 @functools.cache
-def _server() -> _Server:
-    return _Server()
+def _server(packages: Path | None) -> _Server:
+    return _Server(packages)
 
 
 # ---- in that process ------------------------------------------------------------------------

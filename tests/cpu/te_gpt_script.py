@@ -1,11 +1,11 @@
 """Megatron's GPT builder in CPU mode, which is let take the stand-in for Transformer Engine.
 
-With ``FUSED_ACCUMULATION=1`` layers add to their gradients themselves, as on GPUs.  In the end
+With ``--fused-accumulation`` layers add to their gradients themselves, as on GPUs.  In the end
 every rank says how many weight gradients its layers have put off.
 """
 
-import os
 import runpy
+import sys
 from pathlib import Path
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -14,13 +14,16 @@ from transformer_engine.pytorch.module.base import WeightGradStore
 from megatron_dip.integration.cpu_mode import arguments
 
 assert HAVE_TE
+FUSES = "--fused-accumulation" in sys.argv
+if FUSES:
+    sys.argv.remove("--fused-accumulation")
 arguments.CPU_RULES = tuple(
     rule for rule in arguments.CPU_RULES if rule.destination not in ("transformer_impl", "fp8")
 )
 arguments.CPU_DEFAULTS |= {
     "transformer_impl": "transformer_engine",
     "apply_rope_fusion": True,
-    "gradient_accumulation_fusion": os.environ.get("FUSED_ACCUMULATION") == "1",
+    "gradient_accumulation_fusion": FUSES,
 }
 stored = []
 put = WeightGradStore.put

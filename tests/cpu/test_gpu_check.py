@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,34 @@ FOLDER = REPOSITORY / "scripts" / "gpu_check"
 LIMIT = ("--limit-seconds", "240")
 """For a machine that is busy; the script's own limits are for one that is not."""
 SCRIPT = REPOSITORY / "scripts" / "gpu_check.sh"
-
-
-def run_part(results: Path, name: str, *arguments: str) -> dict[str, Any]:
-    """The line that a part adds to the results."""
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--device", "cpu", *arguments]
-    done = subprocess.run(
-        [*command, "--results", str(results)], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    line: dict[str, Any] = json.loads(results.read_text().splitlines()[-1])
-    assert line["device"] == "cpu" and f"{line['part']} (cpu):" in done.stdout
-    return line["found"]
+RunPart = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def run_part(
+    parts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> RunPart:
+    """Runs a part in this process, which has imported torch; the part's ranks are scripts."""
+    results = tmp_path / "r.jsonl"
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        """The line that it adds to the results."""
+        given = [f"{name}.py", "--device", "cpu", *arguments, "--results", str(results)]
+        monkeypatch.setattr(sys, "argv", given)
+        importlib.import_module(name).main()
+        line: dict[str, Any] = json.loads(results.read_text().splitlines()[-1])
+        assert line["device"] == "cpu" and f"{line['part']} (cpu):" in capsys.readouterr().out
+        return line["found"]
+
+    return run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -70,14 +82,14 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_versions_and_ranks_that_meet(tmp_path: Path) -> None:
-    found = run_part(tmp_path / "r.jsonl", "machine_versions", *LIMIT)
+def test_versions_and_ranks_that_meet(run_part: RunPart) -> None:
+    found = run_part("machine_versions", *LIMIT)
     assert found["torch"] == torch.__version__ and "gpu" not in found
     assert found["two ranks on one device"]["allowed"] is True
 
 
-def test_queues_are_not_asked_for_on_cpus(tmp_path: Path) -> None:
-    found = run_part(tmp_path / "r.jsonl", "hardware_queues")
+def test_queues_are_not_asked_for_on_cpus(run_part: RunPart) -> None:
+    found = run_part("hardware_queues")
     assert found == {"not run": "there are no hardware queues"}
 
 
@@ -97,8 +109,8 @@ def test_activations_move_and_come_back(parts: None) -> None:
     assert set(found["GB/s"]) == {"to the host", "back"}
 
 
-def test_layers_are_timed_and_not_compared_with_a_gpu(tmp_path: Path, parts: None) -> None:
-    found = run_part(tmp_path / "r.jsonl", "layer_times")
+def test_layers_are_timed_and_not_compared_with_a_gpu(run_part: RunPart) -> None:
+    found = run_part("layer_times")
     timed = {name: value for name, value in found.items() if "tokens" in name}
     assert len(timed) == 4
     assert all(set(value) == {"forward us", "backward us"} for value in timed.values())
@@ -116,22 +128,22 @@ def test_layers_are_timed_and_not_compared_with_a_gpu(tmp_path: Path, parts: Non
     assert sizes == {shape.name: shape.layer_linear_parameters() for shape in model.modules}
 
 
-def test_a_late_peer_is_waited_for_by_nobody_over_gloo(tmp_path: Path) -> None:
-    found = run_part(tmp_path / "r.jsonl", "late_peer", *LIMIT)
+def test_a_late_peer_is_waited_for_by_nobody_over_gloo(run_part: RunPart) -> None:
+    found = run_part("late_peer", *LIMIT)
     assert found["backend"] == "gloo"
     calls = ["isend, first", "isend, again", "irecv, first", "irecv, again"]
     assert [name for name in found if "," in name] == calls
 
 
-def test_the_executor_in_the_plans_own_order_equals_a_plain_loop(tmp_path: Path) -> None:
+def test_the_executor_in_the_plans_own_order_equals_a_plain_loop(run_part: RunPart) -> None:
     """``test_executor.py`` has the other two."""
-    found = run_part(tmp_path / "r.jsonl", "executor_orders", "--orders", "plan", *LIMIT)
+    found = run_part("executor_orders", "--orders", "plan", *LIMIT)
     assert set(found) == {"backend", "plan"}
     assert found["plan"].get("largest relative error", 1.0) <= 1e-12, found
 
 
-def test_steps_of_a_tiny_model_are_watched(tmp_path: Path) -> None:
-    found = run_part(tmp_path / "r.jsonl", "training_syncs", "--models", "vlm", *LIMIT)
+def test_steps_of_a_tiny_model_are_watched(run_part: RunPart) -> None:
+    found = run_part("training_syncs", "--models", "vlm", *LIMIT)
     assert found["vlm"]["steps"] == 5, found
     assert found["vlm"]["steps watched"] == 0
 
