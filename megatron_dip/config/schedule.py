@@ -90,6 +90,9 @@ class ScheduleConfig(Form):
     plan: Path | None = None
     """One plan for all batches, of several problems as ``megatron-dip plan`` makes it: every batch
     runs what it has of it, in its order."""
+    assignment: Literal["none", "microbatches", "samples"] = "none"
+    """What of a global batch moves before it is planned, so that replicas and microbatches have
+    alike costs: nothing, whole microbatches between replicas, or samples between microbatches."""
     memory_limit_gib: Annotated[float, Field(gt=0, le=2**30)] = 80.0
     """Per rank, weights included."""
     costs: CostConfig = CostConfig()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_dip.errors import ConfigError, UnsupportedError
+from megatron_dip.families.assignment_rules import check_assignment
 from megatron_dip.families.configs import FAMILIES, load_config
 from megatron_dip.families.evaluation import (
     check_data_arguments,
@@ -90,6 +91,7 @@ class ModelArguments:
         _apply_config(args, path, config, explicit)
         check_flags(args, defaults, path, config)
         check_expert_arguments(args, path, config)
+        check_assignment(args, path, config)
         complete_evaluation(args, explicit)
         check_data_arguments(args, explicit)
 

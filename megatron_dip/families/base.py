@@ -8,7 +8,7 @@ from typing import Any, Protocol, Unpack
 from megatron.core import mpu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dip.costs import Boundary, Parallelism, shape_boundary
+from megatron_dip.costs import Boundary, ItemSizes, Parallelism, shape_boundary
 from megatron_dip.families.forms import FamilyConfig, TransformerForm
 from megatron_dip.families.packed.batches import Microbatch, StageData
 from megatron_dip.families.packed.initialization import initialize_parameters
@@ -88,7 +88,26 @@ class StageFactory(ABC):
 
 
 class SampleSet(Protocol):
-    """A data set that Megatron's samplers index."""
+    """A data set that Megatron's samplers index.
+
+    What a sampler names is a *sequence*; the samples in it are its *members*.  Any members make a
+    sequence that can be asked for in the place of a number.
+    """
+
+    @property
+    def room(self) -> int | None:
+        """Most tokens that the members of a sequence have together, as items of the module with the
+        loss; None where a sequence has one member."""
+        ...
+
+    def members(self, i: int, /) -> tuple[Any, ...]:
+        """The members of sequence ``i``: hashable, small, the same on every rank."""
+        ...
+
+    def member_sizes(self, member: Any, /) -> ItemSizes:
+        """The items of a sequence of this member alone, from what is known beforehand: no image,
+        sound or video is read."""
+        ...
 
     @property
     def collate_fn(self) -> Callable[[Sequence[Any]], Microbatch]:
@@ -97,7 +116,7 @@ class SampleSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int, /) -> Any: ...
+    def __getitem__(self, i: Any, /) -> Any: ...
 
 
 class ModelFamily[ConfigT: FamilyConfig](ABC):

@@ -19,8 +19,10 @@ from megatron_dip.errors import DataError
 from megatron_dip.families.accounting import note_microbatch
 from megatron_dip.families.base import SampleSet, SetLengths
 from megatron_dip.families.configs import load_config
+from megatron_dip.families.global_batches import BatchAssigner
 from megatron_dip.families.loaders import LoadedSet, install_loaders
 from megatron_dip.families.packed.batches import Microbatch
+from megatron_dip.families.provider import problem_builder, run_config
 from megatron_dip.families.registry import family_of
 from megatron_dip.integration.rules import Rule, check_rules
 from megatron_dip.integration.saving import protect_saving
@@ -71,7 +73,11 @@ def data_sets(num_samples: Sequence[int | None]) -> tuple[Any, Any, None]:
     _tell_if_finished(args)
     config = load_config(args.dip_config)
     train, valid = family_of(config).data_sets(config, set_lengths(args))
-    return _loaded(train, Split.train, args), _loaded(valid, Split.valid, args), None
+    loaded = _loaded(train, Split.train, args)
+    if loaded is not None and train is not None and config.schedule.assignment != "none":
+        builder = problem_builder(args, config, run_config(args))
+        loaded.assigner = BatchAssigner(train, builder, config.schedule.assignment)
+    return loaded, _loaded(valid, Split.valid, args), None
 
 
 data_sets.is_distributed = True  # type: ignore[attr-defined]

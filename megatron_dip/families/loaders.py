@@ -5,6 +5,7 @@ what they mean there.  What it has no place for is put in here: how microbatches
 errors that keep their message, and batches that are no dictionaries of tokens.
 """
 
+import copy
 import functools
 import multiprocessing
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,15 +14,18 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
+from megatron.core import mpu, num_microbatches_calculator
 from megatron.core.datasets.utils import Split
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training import get_args, training
+from megatron.training import get_args, print_rank_0, training
 
 from megatron_dip.errors import DataError
 from megatron_dip.families.base import SampleSet
+from megatron_dip.families.global_batches import AssignedSampler, BatchAssigner, BatchSizes, Entry
 from megatron_dip.families.packed.batches import Microbatch
 from megatron_dip.integration.versions import needed
+from megatron_dip.report.steps import AssignmentRecord
 from megatron_dip.runtime.signals import hear_stop_signals, started_deaf
 
 __all__ = ["BatchLoader", "LoadedSet", "install_loaders"]
@@ -41,11 +45,13 @@ class LoadedSet(torch.utils.data.Dataset[Any]):
     def __init__(self, dataset: SampleSet, split: Split) -> None:
         self._dataset = dataset
         self.split = split
+        self.assigner: BatchAssigner | None = None
+        """Moves the samples of its global batches, where it is set."""
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: Entry) -> Any:
         try:
             return self._dataset[i]
         except DataError as error:
@@ -62,10 +68,18 @@ class LoadedSet(torch.utils.data.Dataset[Any]):
 
 
 class Microbatches:
-    """An iterator over microbatches, known as such to what wraps Megatron's loops."""
+    """An iterator over microbatches, known as such to what wraps Megatron's loops.
 
-    def __init__(self, source: Iterator[Microbatch]) -> None:
+    Args:
+        source: They.
+        assigned: What orders them, where their samples are moved.
+    """
+
+    def __init__(
+        self, source: Iterator[Microbatch], assigned: AssignedSampler | None = None
+    ) -> None:
         self._source = source
+        self._assigned = assigned
 
     def __iter__(self) -> Iterator[Microbatch]:
         return self
@@ -73,12 +87,20 @@ class Microbatches:
     def __next__(self) -> Microbatch:
         return next(self._source)
 
+    def assignment_of(self, iteration: int) -> AssignmentRecord | None:
+        """What was moved in the batch of an iteration, the newest that is asked for."""
+        return None if self._assigned is None else self._assigned.record_of(iteration)
+
 
 class BatchLoader:
     """A loader of Megatron's as microbatches."""
 
     def __init__(self, loader: Any, dataset: LoadedSet) -> None:
         args = get_args()
+        self._assigned: AssignedSampler | None = None
+        if dataset.assigner is not None:
+            self._assigned = _assigned_sampler(loader.batch_sampler, dataset.assigner, args)
+            loader = _with_sampler(loader, self._assigned)
         self._loader = loader
         loader.collate_fn = dataset.collate
         # Its base seed must not be drawn from the generator that dropout draws from.
@@ -94,7 +116,7 @@ class BatchLoader:
         return len(self._loader)
 
     def __iter__(self) -> Microbatches:
-        return Microbatches(self.epoch())
+        return Microbatches(self.epoch(), self._assigned)
 
     def epoch(self) -> Iterator[Microbatch]:
         """The microbatches of one epoch; workers start when the first one is asked for.
@@ -187,6 +209,29 @@ def _with_number_of_batches(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         return evaluate(*positional, **named)
 
     return evaluate_all
+
+
+def _assigned_sampler(sampler: Any, assigner: BatchAssigner, args: Any) -> AssignedSampler:
+    calculator = needed(num_microbatches_calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR")
+    num_replicas = mpu.get_data_parallel_world_size()
+    return AssignedSampler(
+        sampler,
+        assigner,
+        BatchSizes(num_replicas=num_replicas, calculator=copy.deepcopy(calculator)),
+        first_iteration=args.iteration + 1,
+        say=print_rank_0,
+    )
+
+
+def _with_sampler(loader: Any, sampler: AssignedSampler) -> Any:
+    """``loader``, which is not yet in use, with another batch sampler: torch lets none be set."""
+    return torch.utils.data.DataLoader(
+        loader.dataset,
+        batch_sampler=sampler,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        persistent_workers=loader.persistent_workers,
+    )
 
 
 def _prefetch_factor(args: Any, split: Split) -> int:

@@ -16,7 +16,6 @@ from megatron_dip.families.accounting import (
     stock_memory,
     use_accounting,
 )
-from megatron_dip.families.base import StageFactory
 from megatron_dip.families.configs import load_config
 from megatron_dip.families.forms import FamilyConfig
 from megatron_dip.families.learning_rates import use_learning_rate_factors
@@ -26,7 +25,7 @@ from megatron_dip.families.trained_checkpoints import remember_trained
 from megatron_dip.integration.arguments import optimizer_shards, refusal_of_megatron, validation_of
 from megatron_dip.integration.problems import run_builder
 
-__all__ = ["build_model"]
+__all__ = ["build_model", "problem_builder", "run_config"]
 
 
 def build_model(
@@ -61,7 +60,7 @@ def build_model(
     dip_config = load_config(args.dip_config)
     use_learning_rate_factors(args, dip_config)
     remember_trained(args, dip_config)
-    base = config or _run_config(args)
+    base = config or run_config(args)
     family = family_of(dip_config)
     stages = family.stage_factory(dip_config, base, args.seed)
     model = stages.model_type(
@@ -73,29 +72,37 @@ def build_model(
     memory_of = (
         planned_memory(model)
         if args.dip_schedule
-        else stock_memory(_problem_builder(args, dip_config, stages, base), stages.loss_config)
+        else stock_memory(problem_builder(args, dip_config, base), stages.loss_config)
     )
     use_accounting(BatchAccounting(dip_config, memory_of))
     return model
 
 
-def _run_config(args: Namespace) -> TransformerConfig:
-    """Megatron's configuration of the run, which has checks of its own."""
+def run_config(args: Namespace) -> TransformerConfig:
+    """Megatron's configuration of the run, which has checks of its own.
+
+    Raises:
+        ConfigError: It does not fit.
+    """
     try:
-        run_config: TransformerConfig = core_transformer_config_from_args(args)
+        made: TransformerConfig = core_transformer_config_from_args(args)
     except (AssertionError, ValueError) as error:
         raise refusal_of_megatron(error) from error
-    return run_config
+    return made
 
 
-def _problem_builder(
-    args: Namespace, config: FamilyConfig, stages: StageFactory, base: TransformerConfig
+def problem_builder(
+    args: Namespace, config: FamilyConfig, base: TransformerConfig
 ) -> ProblemBuilder:
-    """Of the cut in the file, which may be for another number of ranks."""
+    """Of the cut in the file, which may be for another number of ranks; nothing measured in it.
+
+    Raises:
+        ConfigError: The profile that the schedule names cannot be used.
+    """
     num_ranks = config.schedule.num_ranks or mpu.get_pipeline_model_parallel_world_size()
     return run_builder(
         config.schedule,
-        stages.shape,
+        config.model_shape(),
         config.partition(num_ranks),
         base,
         optimizer_shards=optimizer_shards(args),

@@ -29,6 +29,7 @@ class StagedPacked(StagedModel):
     Which families divide rows, the check of flags says.
     """
 
+    assigns_samples = True
     divides_rows = True
 
     def __init__(self, arguments: Mapping[str, Any], run: RunFacts) -> None:

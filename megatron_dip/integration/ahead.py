@@ -5,9 +5,14 @@ from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training.utils import print_rank_0
 
 from megatron_dip.costs import BatchSizes
+from megatron_dip.errors import ConfigError
 from megatron_dip.integration.pipeline import DipPipeline
+from megatron_dip.integration.recut import Recut
+from megatron_dip.integration.trace import iteration_number
+from megatron_dip.report.steps import AssignmentRecord
 from megatron_dip.runtime import Recorder
 from megatron_dip.runtime.look_ahead import LookAhead, SizedBatch
 
@@ -19,17 +24,43 @@ class Ahead:
 
     Args:
         data_iterator: As Megatron gives it to a schedule; None on ranks without data.
+        trains: Whether this is a step of training, whose samples may be exchanged.
+
+    Raises:
+        ConfigError: They are to be, and the script's iterator cannot be read ahead.
     """
 
-    def __init__(self, pipeline: DipPipeline, data_iterator: Any, num_microbatches: int) -> None:
+    def __init__(
+        self,
+        pipeline: DipPipeline,
+        data_iterator: Any,
+        num_microbatches: int,
+        *,
+        trains: bool,
+    ) -> None:
         self._pipeline = pipeline
         self._num_microbatches = num_microbatches
         self._source: LookAhead | None = None
         self._has_data = data_iterator is not None
         if hasattr(data_iterator, "iterable"):
             if not isinstance(data_iterator.iterable, LookAhead):
-                data_iterator.iterable = LookAhead(data_iterator.iterable, pipeline.staged.items)
+                source = data_iterator.iterable
+                if trains and pipeline.recuts:
+                    source = Recut(
+                        source,
+                        pipeline.staged,
+                        pipeline.stated_problems,
+                        first_iteration=iteration_number(),
+                        say=print_rank_0,
+                    )
+                data_iterator.iterable = LookAhead(source, pipeline.staged.items)
             self._source = data_iterator.iterable
+        elif self._has_data and trains and pipeline.recuts:
+            raise ConfigError(
+                f"schedule.assignment {pipeline.config.schedule.assignment} does not work with a "
+                f"training loop that reads its iterator itself (expected Megatron's train_step, "
+                f"which wraps it: leave schedule.assignment out)"
+            )
 
     def start(self) -> None:
         """Read ahead in the first step, which waits for its own plan: others are made meanwhile."""
@@ -51,6 +82,10 @@ class Ahead:
             pipeline.executor.prepare(planned)
         self._read()
         recorder.record("look ahead", start_us)
+
+    def assignment_of(self, iteration: int) -> AssignmentRecord | None:
+        """What was moved in the batch of an iteration before it was read; None: nothing."""
+        return None if self._source is None else self._source.assignment_of(iteration)
 
     def _read(self) -> None:
         if self._source is not None:

@@ -6,7 +6,7 @@ from megatron_dip.costs.shapes import ModelShape, ModuleShape
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.partition import Partition
 
-__all__ = ["check_expert_plans", "one_by_one"]
+__all__ = ["check_expert_plans", "loss_over_microbatch", "one_by_one"]
 
 
 def check_expert_plans(config: Any, model: ModelShape, partition: Partition) -> None:
@@ -96,6 +96,26 @@ def _check_shared(config: Any, module: ModuleShape, model: ModelShape) -> None:
             f"use 1, or train its embedding; a replica whose microbatch needs no gradient there "
             f"would not meet the others in its backward"
         )
+
+
+def loss_over_microbatch(options: Any) -> str | None:
+    """The flag by which what experts compute, or their loss, depends on which samples are in a
+    microbatch together; None where nothing does.
+
+    Args:
+        options: Megatron's arguments, or its configuration of the module with the loss.
+    """
+    if not (getattr(options, "num_experts", None) or getattr(options, "num_moe_experts", None)):
+        return None
+    balances = one_by_one(options, "moe_router_load_balancing_type", "aux_loss") != ["none"]
+    coefficient = sum(one_by_one(options, "moe_aux_loss_coeff", 0.0))
+    if balances and coefficient:
+        return f"--moe-aux-loss-coeff {coefficient:g}"
+    for name in ("moe_z_loss_coeff", "moe_expert_capacity_factor"):
+        value = getattr(options, name, None)
+        if value:
+            return f"--{name.replace('_', '-')} {value:g}"
+    return None
 
 
 def one_by_one(options: Any, name: str, default: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from megatron_dip.costs.work import static_bytes
 from megatron_dip.integration.run_arguments import run_arguments
 from megatron_dip.partition import Partition
 from megatron_dip.plan import Action, Plan
-from megatron_dip.report.steps import RankRecord, StepRecord
+from megatron_dip.report.steps import AssignmentRecord, RankRecord, StepRecord
 from megatron_dip.runtime import Recorder
 from megatron_dip.runtime.exchange import RankStep, StepExchange
 from megatron_dip.simulator.measured import (
@@ -48,6 +48,8 @@ class MeasuredStep:
     """Most bytes of activations held at a time; 0 where they were not counted."""
     planning: Mapping[str, Any]
     """Where the plan came from, for records."""
+    assignment: AssignmentRecord | None
+    """What moved before the batch was planned."""
 
 
 class StepFeedback:
@@ -150,6 +152,7 @@ class StepFeedback:
             },
             num_microbatches=problem.num_microbatches,
             planning=dict(step.planning),
+            assignment=step.assignment,
             ranks=tuple(
                 RankRecord(
                     busy_us=one.busy_us,

@@ -70,7 +70,7 @@ def forward_backward_dip(
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     start_gathers(model)
     data_iterator = own_iterator(data_iterator)
-    ahead = Ahead(pipeline, data_iterator, num_microbatches)
+    ahead = Ahead(pipeline, data_iterator, num_microbatches, trains=not forward_only)
     batches, sizes = pull(pipeline, data_iterator, num_microbatches)
     ahead.start()
     recorder.record("data", start_us)
@@ -103,7 +103,7 @@ def forward_backward_dip(
     if not forward_only:
         times = (start_us, data_end_us, plan_end_us)
         stored_bytes = runner.stored.peak if runner.stored else 0
-        _follow(pipeline, planned.plan, recorder, times, stored_bytes)
+        _follow(pipeline, planned.plan, recorder, times, stored_bytes, ahead)
     return runner.reports.in_order()
 
 
@@ -134,6 +134,7 @@ def _follow(
     recorder: Recorder,
     times_us: tuple[float, float, float],
     stored_bytes: int,
+    ahead: Ahead,
 ) -> None:
     """Write and use what a training step has measured; its begin, and when data and plan came."""
     start_us, data_end_us, plan_end_us = times_us
@@ -146,6 +147,7 @@ def _follow(
         plan_end_us=plan_end_us,
         stored_bytes=stored_bytes,
         planning=pipeline.plans.summary(),
+        assignment=ahead.assignment_of(iteration_number()),
     )
     trace_step(pipeline, step)
     pipeline.follow(step)

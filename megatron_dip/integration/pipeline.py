@@ -86,6 +86,10 @@ class DipPipeline:
         self._fixed_plan = load_joint_plan(path, self.partition) if path is not None else None
         self.rank: int = mpu.get_pipeline_model_parallel_rank()
         self._problems = problems
+        self.stated_problems = problems
+        """Nothing measured in it."""
+        self.recuts = self.config.schedule.assignment != "none" and not staged.assigns_samples
+        """Whether samples of a script's own microbatches are exchanged."""
         own_pipeline = dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
         upstream = {module.name: module.upstream for module in problems.model.modules}
         self.queues = choose_queues(

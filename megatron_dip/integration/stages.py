@@ -23,6 +23,8 @@ from megatron_dip.integration.groups import gather_distinct
 from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.problems import run_builder
+from megatron_dip.integration.recut import check_recut
+from megatron_dip.integration.run_arguments import run_arguments
 from megatron_dip.integration.tensor_overlap import check_tensor_overlap
 from megatron_dip.integration.weight_gradients import delay_weight_gradients, require_delays
 from megatron_dip.models.facts import gather_facts, read_facts
@@ -96,6 +98,7 @@ def build_stages(call_builder: CallBuilder, options: DipOptions) -> ChunkList:
     run_config = get_model_config(next(iter(chunks.values())))
     model = ModelShape(name="model", modules=shapes)
     check_expert_plans(run_config, model, partition)
+    check_recut(options.config.schedule, staged, run_config, run_arguments())
     check_tensor_overlap(run_config, model, partition, varies_parts=options.vary_parts)
     own = [read_facts(chunk, Part.of(partition, stage)) for stage, chunk in chunks.items()]
     if options.config.schedule.split_backward:

@@ -126,6 +126,16 @@ class StagedGpt(StagedModel):
             )
         }
 
+    def single_samples(self, batch: Any) -> list[Any]:
+        """
+        Raises:
+            UnsupportedError: Always: samples have one length.
+        """
+        raise UnsupportedError(
+            "all samples of this model have one length and cost alike: there is nothing to move "
+            "(leave schedule.assignment out)"
+        )
+
     def boundary(self, module: str, *, outer: bool) -> Boundary:
         """Samples side by side."""
         return batched(self.arguments["config"])

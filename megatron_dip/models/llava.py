@@ -236,11 +236,18 @@ class StagedLlava(StagedModel):
 
     def part_of(self, batch: Mapping[str, Any], part: Part, items: Sequence[int]) -> dict[str, Any]:
         """Pixels go to the first stage of the tower; all others get how many tiles there are."""
-        name = "image" if "image" in batch else "imgs"
-        pixels = batch[name]
+        name = _pixels_of(batch)
         if part.module == VISION:
-            chosen = take_rows(pixels, items)
+            chosen = take_rows(batch[name], items)
             return {**batch, name: chosen if part.first else chosen[:, :1, :1, :1]}
+        taken = self._sequences(batch, items)
+        has_tiles = taken[name].dim() > 2
+        return {**taken, name: taken[name][:, :1, :1, :1] if has_tiles else taken[name]}
+
+    def _sequences(self, batch: Mapping[str, Any], items: Sequence[int]) -> dict[str, Any]:
+        """The batch with these sequences alone, and their tiles."""
+        name = _pixels_of(batch)
+        pixels = batch[name]
         taken = {key: take_rows(batch[key], items) for key in _PER_SEQUENCE if key in batch}
         tiles = self._tiles(batch)
         own = [tile for item in items for tile in tiles[item]]
@@ -257,7 +264,34 @@ class StagedLlava(StagedModel):
             )
             if not own:
                 return {**batch, **taken, name: pixels.new_zeros(1, 1)}
-        return {**batch, **taken, name: take_rows(pixels, own)[:, :1, :1, :1]}
+        return {**batch, **taken, name: take_rows(pixels, own)}
+
+    def single_samples(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Sequences with their tiles.
+
+        Raises:
+            UnsupportedError: Samples are packed into sequences, whose lengths the batch has once.
+        """
+        if len(self._spans(batch)) > 1:
+            raise UnsupportedError(
+                "a batch of packed sequences says where samples start for all of them together: "
+                "they cannot be told apart (leave schedule.assignment out)"
+            )
+        return [self._sequences(batch, (number,)) for number in range(len(batch["tokens"]))]
+
+    def join_samples(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Sequence by sequence, and their tiles in that order."""
+        name = _pixels_of(samples[0])
+        joined = {
+            key: torch.cat([sample[key] for sample in samples])
+            for key in _PER_SEQUENCE
+            if key in samples[0]
+        }
+        seen = [sample for sample in samples if sample[name].dim() > 2]
+        for key in (name, "num_tiles"):
+            if samples[0].get(key) is not None:
+                joined[key] = torch.cat([one[key] for one in seen]) if seen else samples[0][key]
+        return {**samples[0], **joined}
 
     def boundary(self, module: str, *, outer: bool) -> Boundary:
         """Tiles side by side and sequences side by side."""
@@ -283,6 +317,10 @@ class StagedLlava(StagedModel):
                 "--use-loss-scaling divides by a sum over all sequences of a microbatch (leave it "
                 f"out, or do not split microbatches of {LANGUAGE})"
             )
+
+
+def _pixels_of(batch: Mapping[str, Any]) -> str:
+    return "image" if "image" in batch else "imgs"
 
 
 def _read_nothing(model: Any, _: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_dip.costs import Boundary, ItemSize, ItemSizes, ModuleShape
+from megatron_dip.errors import UnsupportedError
 from megatron_dip.partition import Partition, Stage
 
 __all__ = ["Part", "Received", "RunFacts", "StagedModel"]
@@ -79,6 +80,8 @@ class StagedModel(ABC):
 
     model_types: ClassVar[tuple[type[torch.nn.Module] | str, ...]] = ()
     """Set by ``register``."""
+    assigns_samples: ClassVar[bool] = False
+    """Whether the data of the class follow ``schedule.assignment`` by themselves."""
     divides_rows: ClassVar[bool] = False
     """Whether the class and its scripts divide the rows of a sample among context-parallel ranks;
     boundaries then are those of one rank, and items of all."""
@@ -154,6 +157,22 @@ class StagedModel(ABC):
     def calling(self, part: Part, sizes: Sequence[ItemSize]) -> AbstractContextManager[None]:
         """Around the script's forward step of a stage, for items of these sizes."""
         return nullcontext()
+
+    def single_samples(self, batch: Any) -> list[Any]:
+        """Raw batches of one sample each, which :meth:`join_samples` puts together in any order.
+
+        Raises:
+            UnsupportedError: The samples of this class cannot be told apart, or there is no use in
+                it; says why.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} does not say how samples of its batches are told apart (leave "
+            f"schedule.assignment out, or give the class single_samples and join_samples)"
+        )
+
+    def join_samples(self, samples: Sequence[Any]) -> Any:
+        """The raw batch of these ``samples``, at least one, of :meth:`single_samples`."""
+        raise NotImplementedError
 
     def check_split(self, module: str) -> None:  # noqa: B027
         """

@@ -10,7 +10,7 @@ from megatron_dip.errors import DataError
 from megatron_dip.forms import Form
 from megatron_dip.report.lines import LeftOut, read_lines, say_left_out, superseded
 
-__all__ = ["RankRecord", "StepRecord", "read_records", "record_path"]
+__all__ = ["AssignmentRecord", "RankRecord", "StepRecord", "read_records", "record_path"]
 
 
 # Far more than can be measured, and little enough to reckon with.
@@ -36,6 +36,27 @@ class RankRecord(Form):
     """The same, measured; 0 where it was not."""
 
 
+class AssignmentRecord(Form):
+    """What the assignment of a global batch moved, by stated costs."""
+
+    num_moved: Amount
+    """Microbatches or samples that are now in another place."""
+    num_groups: Amount
+    """Of so many."""
+    replicas: tuple[Measured, Measured]
+    """The most that a replica has to do over the mean of replicas, before and after."""
+    microbatches: tuple[Measured, Measured]
+    """The same of microbatches."""
+
+    def summary(self) -> str:
+        """For a log."""
+        return (
+            f"{self.num_moved} of {self.num_groups} moved; most work over the mean: replicas "
+            f"{self.replicas[0]:.2f} -> {self.replicas[1]:.2f}, microbatches "
+            f"{self.microbatches[0]:.2f} -> {self.microbatches[1]:.2f}"
+        )
+
+
 class StepRecord(Form):
     """One training step of one pipeline."""
 
@@ -56,6 +77,8 @@ class StepRecord(Form):
     planning: dict[str, Any]
     """Where the plan came from, what it took, what training waited for it."""
     ranks: tuple[RankRecord, ...]
+    assignment: AssignmentRecord | None = None
+    """What moved before the batch was planned; None where nothing was to move."""
     run: str = ""
     """The start of the run that it belongs to; earlier versions wrote none."""
 

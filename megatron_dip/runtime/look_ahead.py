@@ -78,6 +78,12 @@ class LookAhead:
         groups = batched(sizes, num_microbatches)
         return [group for group in groups if len(group) == num_microbatches]
 
+    def assignment_of(self, iteration: int) -> Any:
+        """What the source moved in the batch of an iteration, where it moves anything: see
+        ``AssignmentRecord``."""
+        found = getattr(self._source, "assignment_of", None)
+        return None if found is None else found(iteration)
+
     @property
     def save_state(self) -> Callable[[], Any]:
         """The state of the source after what was handed out, whatever was read ahead of it.

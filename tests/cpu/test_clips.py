@@ -10,6 +10,7 @@ import pytest
 import torch
 from failing_runs import error_of, run_vlm
 from launching import REPOSITORY
+from member_cases import check_members
 from tiny_t2v import make_tiny_clips, write_t2v_config
 
 from megatron_dip.errors import DataError
@@ -316,6 +317,7 @@ def test_ranks_without_latents_see_the_same_batch(made: Path):
     assert ours.metadata() == theirs.metadata()
     batch = theirs.sub_batch("dit", (0, 2))
     assert batch.inputs is None and batch.targets is None
+    check_members(whole, (3, 21, 44))
     mine = ours.sub_batch("dit", (0, 2))
     assert torch.equal(mine.times, batch.times) and mine.items == (0, 2)
     clip = ours.clips[2]

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from megatron.core import mpu
+from member_cases import check_members
 from PIL import Image
 from tiny_data_set import conversation, make_settings, sample_of, with_samples
 from torch.utils.data import DataLoader
@@ -58,6 +59,10 @@ def test_reading_samples_draws_no_random_numbers_of_torchs(settings):
     dataset, before = make(settings), torch.get_rng_state()
     dataset.collate_fn([dataset[i] for i in range(4)]).metadata()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sizes_of_sequences_are_known_before_they_are_read_and_samples_fit_any_sequence(settings):
+    check_members(make(settings), range(4))
 
 
 def test_training_goes_on_after_a_restart_where_it_was(settings):

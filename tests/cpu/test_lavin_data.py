@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from member_cases import check_members
 from PIL import Image
 from tiny_lavin import SEQUENCE_LENGTH, make_tiny_scienceqa, raw_problem
 
@@ -253,6 +254,13 @@ def test_every_sample_is_seen_once_in_an_epoch_packed_or_not(folder, settings):
             seen += dataset.sample_numbers(number)
             number += 1
         assert sorted(seen) == list(range(count))
+
+
+def test_sizes_of_sequences_are_known_before_they_are_read_and_samples_fit_any_sequence(
+    folder, settings
+):
+    for packing in (None, PackingOptions(separation=0.0)):
+        check_members(make_dataset(replace(settings, packing=packing), folder), range(40, 46))
 
 
 def total(dataset, sequences, losses):

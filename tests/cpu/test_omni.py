@@ -12,6 +12,7 @@ import pytest
 import torch
 from equality_runs import largest_difference
 from failing_runs import error_of, run_vlm
+from member_cases import check_members
 from models_setup import base_config, layers_of, megatron_on_cpu, run_chain
 from tiny_omni import MELS, RATE, make_tiny_sounds, write_omni_config
 from training_runs import train
@@ -194,6 +195,7 @@ def test_rows_of_sequences_are_filled_in_the_order_in_which_they_stand(made: Pat
     )
     other = blind.collate_fn([blind[i] for i in (both[0], mute, both[1])])
     assert other.metadata() == batch.metadata()
+    check_members(blind, (both[0], mute, both[1]))
     assert other.sub_batch("audio", (0,)).mels is None
 
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_dip.costs import ItemSize
 from megatron_dip.errors import DataError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "blank_patches",
     "choose_grid",
     "group_major",
+    "image_item",
     "image_patches",
     "patch_coordinates",
 ]
@@ -134,6 +136,12 @@ def group_major(values: Tensor, grid: Grid) -> Tensor:
     merge = grid.merge_size
     blocks = values.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2)
     return blocks.reshape(grid.num_patches, *values.shape[2:])
+
+
+def image_item(grid: Grid) -> ItemSize:
+    """The size of an image with this grid of patches, as an item of a vision module."""
+    patches = grid.num_patches
+    return ItemSize(tokens=patches, spans=(patches,), output_tokens=grid.num_tokens)
 
 
 def image_patches(image: Image.Image, grid: Grid, patch_size: int) -> Tensor:

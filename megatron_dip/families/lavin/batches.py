@@ -48,6 +48,12 @@ class ImageSize:
         """Rows in the vision tower: the class row and the patches."""
         return 1 + self.num_patches
 
+    @property
+    def item(self) -> ItemSize:
+        """The size of an image as an item of the vision module."""
+        rows = self.num_rows
+        return ItemSize(tokens=rows, spans=(rows,), output_tokens=self.num_features)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutedSequence:
@@ -162,10 +168,8 @@ class LavinMicrobatch(Microbatch):
 
     def metadata(self) -> ItemSizes:
         """Rows of every image, rows of every sequence and the images that it reads."""
-        rows = self.image_size.num_rows
-        image = ItemSize(tokens=rows, spans=(rows,), output_tokens=self.image_size.num_features)
         return {
-            "vision": [image] * len(self.images),
+            "vision": [self.image_size.item] * len(self.images),
             "language": [
                 ItemSize(
                     tokens=sequence.num_rows,

@@ -6,13 +6,14 @@ Sequence ``i`` is a pure function of the data, the settings and ``(seed, i)``, a
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.errors import DataError
 from megatron_dip.families.data.index import check_bad_samples
 from megatron_dip.families.data.packing import PackedEpochs, PackingOptions, pack_epoch
@@ -66,6 +67,14 @@ class LavinSettings:
         )
 
 
+class Member(NamedTuple):
+    """A sample of a sequence: in each epoch it may have another weight."""
+
+    epoch: int
+    number: int
+    """Its place among the samples."""
+
+
 class LavinDataset(Dataset[RoutedSequence]):
     """``num_samples`` sequences over as many epochs as they take.
 
@@ -108,15 +117,17 @@ class LavinDataset(Dataset[RoutedSequence]):
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, i: int) -> RoutedSequence:
+    def __getitem__(self, i: int | tuple[Member, ...]) -> RoutedSequence:
         """
+        Args:
+            i: The number of a sequence, or the samples of another one, as :meth:`members` has them.
+
         Raises:
             DataError: An image went bad since the index was made; see ``StandIns``.
         """
-        if not 0 <= i < self._num_samples:
-            raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
-        epoch, numbers = self._epochs.place(i)
-        weights = [self._sample_weights(epoch)[number] for number in numbers]
+        members = self.members(i) if isinstance(i, int) else i
+        numbers = [member.number for member in members]
+        weights = [self._sample_weights(member.epoch)[member.number] for member in members]
         return _join_samples(
             [self._encoded[number] for number in numbers],
             [self._load(number) for number in numbers],
@@ -137,12 +148,33 @@ class LavinDataset(Dataset[RoutedSequence]):
         """The places of the samples in sequence ``i``; no image is read."""
         return self._epochs.place(i)[1]
 
+    @property
+    def room(self) -> int | None:
+        """Most rows of a sequence; None where each is one sample."""
+        return None if self.settings.packing is None else self.settings.seq_length
+
+    def members(self, i: int) -> tuple[Member, ...]:
+        """The samples in sequence ``i``, any of which may be packed into another one."""
+        if not 0 <= i < self._num_samples:
+            raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
+        epoch, numbers = self._epochs.place(i)
+        return tuple(Member(epoch, number) for number in numbers)
+
+    def member_sizes(self, member: Member) -> ItemSizes:
+        """The image and the rows of a sample; no file is read."""
+        num_rows = _num_rows(self._encoded[member.number])
+        has_image = self._samples[member.number].image is not None
+        return {
+            "vision": [self.settings.size.item] * has_image,
+            # The modality row reads itself alone.
+            "language": [ItemSize(tokens=num_rows, spans=(1, num_rows - 1))],
+        }
+
     def _pack(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         if self.settings.packing is None:
             return tuple((number,) for number in self._order(epoch))
         return pack_epoch(
-            # With its modality row.
-            [1 + len(sample.tokens) for sample in self._encoded],
+            [_num_rows(sample) for sample in self._encoded],
             [sample.image is not None for sample in self._samples],
             seq_length=self.settings.seq_length,
             seed=self.seed,
@@ -189,6 +221,11 @@ class LavinDataset(Dataset[RoutedSequence]):
     def _blank(self) -> Tensor:
         size = self.settings.size
         return torch.zeros(size.num_patches, size.values_per_patch)
+
+
+def _num_rows(sample: EncodedInstruction) -> int:
+    """With its modality row."""
+    return 1 + len(sample.tokens)
 
 
 def _encode(

@@ -22,7 +22,15 @@ from megatron_dip.families.vlm.batches import (
     VlmMicrobatch,
 )
 
-__all__ = ["AudioBatch", "AudioData", "OmniMicrobatch", "OmniSequence", "WholeOmni"]
+__all__ = [
+    "AudioBatch",
+    "AudioData",
+    "OmniMicrobatch",
+    "OmniSequence",
+    "WholeOmni",
+    "num_sound_rows",
+    "sound_item",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +45,19 @@ class AudioData:
     @property
     def num_rows(self) -> int:
         """Rows of features for the language module."""
-        return self.num_tokens // TOKENS_PER_ROW
+        return num_sound_rows(self.num_tokens)
+
+
+def num_sound_rows(num_tokens: int) -> int:
+    """Rows of the language module that stand for a clip of ``num_tokens``."""
+    return num_tokens // TOKENS_PER_ROW
+
+
+def sound_item(num_tokens: int) -> ItemSize:
+    """The size of a clip, as an item of the audio module."""
+    return ItemSize(
+        tokens=num_tokens, spans=(num_tokens,), output_tokens=num_sound_rows(num_tokens)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,14 +125,7 @@ class OmniMicrobatch(VlmMicrobatch):
         plain = super().metadata()
         return {
             "vision": plain["vision"],
-            "audio": [
-                ItemSize(
-                    tokens=audio.num_tokens,
-                    spans=(audio.num_tokens,),
-                    output_tokens=audio.num_rows,
-                )
-                for audio in self.audios
-            ],
+            "audio": [sound_item(audio.num_tokens) for audio in self.audios],
             "language": [
                 replace(size, needs={**size.needs, "audio": self.heard(number)})
                 for number, size in enumerate(plain["language"])

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.errors import DataError
 from megatron_dip.families.data.conversation import EncodedText, Part, TurnParts, encode_turns
 from megatron_dip.families.data.fields import say_unread
@@ -25,6 +26,7 @@ from megatron_dip.families.data.images import (
     NUM_CHANNELS,
     ImageLimits,
     blank_patches,
+    image_item,
 )
 from megatron_dip.families.data.index import (
     INDEX_VERSION,
@@ -40,13 +42,18 @@ from megatron_dip.families.data.samples import check_length, read_samples
 from megatron_dip.families.data.stand_ins import StandIns
 from megatron_dip.families.data.tokenizer import VlmTokenizer, load_tokenizer
 from megatron_dip.families.omni.audio import (
-    TOKENS_PER_ROW,
     log_mel,
     num_audio_tokens,
     silent_mel,
 )
 from megatron_dip.families.omni.audio_files import read_sound
-from megatron_dip.families.omni.batches import AudioData, OmniMicrobatch, OmniSequence
+from megatron_dip.families.omni.batches import (
+    AudioData,
+    OmniMicrobatch,
+    OmniSequence,
+    num_sound_rows,
+    sound_item,
+)
 from megatron_dip.families.omni.samples import OmniSample, parse_omni_samples
 from megatron_dip.families.vlm.batches import ImageData
 from megatron_dip.families.vlm.dataset import UNDIVIDED, Division, collate
@@ -154,7 +161,7 @@ def _record(
         if sample.audio is not None:
             sound = read_sound(settings.media_folder / sample.audio, settings.audio_rate)
             audio_tokens = num_audio_tokens(len(sound), settings.audio_rate)
-        rows = (image.grid.num_tokens if image else 0) + audio_tokens // TOKENS_PER_ROW
+        rows = (image.grid.num_tokens if image else 0) + num_sound_rows(audio_tokens)
         num_text_tokens = _encode(sample, tokenizer).num_text_tokens(tokenizer.media_ids)
     except DataError as error:
         return OmniRecord(None, 0, f"{sample.name}: {error}")
@@ -218,17 +225,44 @@ class OmniDataset(Dataset[OmniSequence]):
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, i: int) -> OmniSequence:
+    room = None
+    """A sequence is one sample."""
+
+    def members(self, i: int) -> tuple[int]:
+        """The sample of sequence ``i``, as its place in the file."""
+        if not 0 <= i < self._num_samples:
+            raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
+        return (shuffled(self._numbers, i, self._seed),)
+
+    def member_sizes(self, member: int) -> ItemSizes:
+        """The image, the sound and the tokens of a sample; its files are not read."""
+        sample, record = self._sample(member), self._index.samples[member]
+        images = [] if record.image is None else [image_item(record.image.grid)]
+        audios = [] if sample.audio is None else [sound_item(record.audio_tokens)]
+        rows = sum(item.num_output_rows for item in (*images, *audios))
+        num_text_tokens = _encode(sample, self._tokenizer).num_text_tokens(
+            self._tokenizer.media_ids
+        )
+        num_tokens = num_text_tokens + rows
+        language = [ItemSize(tokens=num_tokens, spans=(num_tokens,))]
+        return {"vision": images, "audio": audios, "language": language}
+
+    def _sample(self, number: int) -> OmniSample:
+        sample = self._samples[number]
+        if isinstance(sample, DataError):
+            raise DataError(f"{self._index.source}: {sample}; it was good before, start again")
+        return sample
+
+    def __getitem__(self, i: int | tuple[int]) -> OmniSequence:
         """
+        Args:
+            i: The number of a sequence, or its sample, as :meth:`members` has it.
+
         Raises:
             DataError: A file went bad since the index was made; see ``StandIns``.
         """
-        if not 0 <= i < self._num_samples:
-            raise IndexError(f"no sequence {i}: the data set has {self._num_samples}")
-        number = shuffled(self._numbers, i, self._seed)
-        sample, record = self._samples[number], self._index.samples[number]
-        if isinstance(sample, DataError):
-            raise DataError(f"{self._index.source}: {sample}; it was good before, start again")
+        (number,) = self.members(i) if isinstance(i, int) else i
+        sample, record = self._sample(number), self._index.samples[number]
         images = () if record.image is None else (self._image(sample, record.image),)
         audios = () if sample.audio is None else (self._audio(sample, record.audio_tokens),)
         rows = [image.num_tokens for image in images] + [audio.num_rows for audio in audios]

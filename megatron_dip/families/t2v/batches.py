@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.families.packed.batches import EncoderBatch, Microbatch, Movable, check_items
 
-__all__ = ["Clip", "ClipMicrobatch", "DitBatch", "TextBatch", "WholeClips"]
+__all__ = ["Clip", "ClipMicrobatch", "DitBatch", "TextBatch", "WholeClips", "clip_items"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +37,26 @@ class Clip:
     def num_patches(self) -> int:
         frames, rows, columns = self.grid
         return frames * rows * columns
+
+
+def clip_items(num_tokens: int, num_patches: int, number: int = 0) -> dict[str, ItemSize]:
+    """The items of a clip, by module.
+
+    Args:
+        num_tokens: Of the caption.
+        num_patches: Of the clip.
+        number: Of the clip in its microbatch.
+    """
+    return {
+        "text": ItemSize(tokens=num_tokens, spans=(num_tokens,)),
+        "dit": ItemSize(
+            tokens=num_patches,
+            spans=(num_patches,),
+            context_tokens=num_tokens,
+            needs={"text": (number,)},
+            loss_tokens=num_patches,
+        ),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,20 +127,11 @@ class ClipMicrobatch(Microbatch):
 
     def metadata(self) -> ItemSizes:
         """Tokens of every caption, patches of every clip and the caption that it reads."""
-        texts = [len(clip.tokens) for clip in self.clips]
-        return {
-            "text": [ItemSize(tokens=length, spans=(length,)) for length in texts],
-            "dit": [
-                ItemSize(
-                    tokens=clip.num_patches,
-                    spans=(clip.num_patches,),
-                    context_tokens=length,
-                    needs={"text": (number,)},
-                    loss_tokens=clip.num_patches,
-                )
-                for number, (clip, length) in enumerate(zip(self.clips, texts, strict=True))
-            ],
-        }
+        items = [
+            clip_items(len(clip.tokens), clip.num_patches, number)
+            for number, clip in enumerate(self.clips)
+        ]
+        return {module: [item[module] for item in items] for module in ("text", "dit")}
 
     def sub_batch(self, module: str, items: Sequence[int]) -> TextBatch | DitBatch:
         """See :class:`Microbatch`."""

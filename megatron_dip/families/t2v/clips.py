@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_dip.costs import ItemSizes
 from megatron_dip.errors import DataError
 from megatron_dip.families.data.fields import say_unread
 from megatron_dip.families.data.files import file_facts
@@ -36,7 +38,7 @@ from megatron_dip.families.data.index import (
 from megatron_dip.families.data.progress import map_with_progress
 from megatron_dip.families.data.samples import read_samples
 from megatron_dip.families.data.tokenizer import VlmTokenizer, load_tokenizer
-from megatron_dip.families.t2v.batches import Clip, ClipMicrobatch
+from megatron_dip.families.t2v.batches import Clip, ClipMicrobatch, clip_items
 from megatron_dip.families.t2v.latents import PATCH_SIDE, LatentEncoder, make_encoder, patches_of
 from megatron_dip.families.t2v.samples import ClipSample, parse_clip_sample
 from megatron_dip.families.t2v.videos import ClipLimits, read_clip
@@ -359,11 +361,25 @@ class ClipDataset(Dataset[Clip]):
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, i: int) -> Clip:
+    room = None
+    """A clip is a sample by itself."""
+
+    def members(self, i: int) -> tuple[int]:
+        """Sample ``i`` alone: its noise goes by its place."""
+        return (i,)
+
+    def member_sizes(self, member: int) -> ItemSizes:
+        """The caption and the clip at place ``member``; no file is read."""
+        record = self._index.samples[self.sample_number(member)]
+        items = clip_items(len(record.tokens), math.prod(record.grid))
+        return {module: [item] for module, item in items.items()}
+
+    def __getitem__(self, i: int | tuple[int]) -> Clip:
         """
         Raises:
             DataError: The latents cannot be read.
         """
+        i = i if isinstance(i, int) else i[0]
         number = self.sample_number(i)
         record = self._index.samples[number]
         latents = self._index.latents(number) if self._load_latents else None

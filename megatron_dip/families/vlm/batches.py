@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dip.costs import ItemSize, ItemSizes
-from megatron_dip.families.data.images import Grid
+from megatron_dip.families.data.images import Grid, image_item
 from megatron_dip.families.packed.batches import EncoderBatch, Microbatch, Movable, check_items
 from megatron_dip.models.context_rows import rows_of_context_rank
 
@@ -269,14 +269,7 @@ class VlmMicrobatch(Microbatch):
     def metadata(self) -> ItemSizes:
         """Patches of every image, tokens of every sequence and the images that it reads."""
         return {
-            "vision": [
-                ItemSize(
-                    tokens=image.num_patches,
-                    spans=(image.num_patches,),
-                    output_tokens=image.num_tokens,
-                )
-                for image in self.images
-            ],
+            "vision": [image_item(image.grid) for image in self.images],
             "language": [
                 ItemSize(
                     tokens=sequence.num_tokens,

@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch.utils.data import Dataset
 
+from megatron_dip.costs import ItemSize, ItemSizes
 from megatron_dip.errors import DataError
-from megatron_dip.families.data.images import NUM_CHANNELS, Grid, blank_patches
+from megatron_dip.families.data.images import NUM_CHANNELS, Grid, blank_patches, image_item
 from megatron_dip.families.data.index import (
     DataIndex,
     ImageRecord,
@@ -149,14 +150,33 @@ class VlmDataset(Dataset[PackedSequence]):
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, i: int) -> PackedSequence:
+    def __getitem__(self, i: int | tuple[int, ...]) -> PackedSequence:
         """
+        Args:
+            i: The number of a sequence, or the samples of another one, as :meth:`members` has them.
+
         Raises:
             DataError: An image went bad since the index was made; see ``StandIns``.
         """
-        return pack_sequence(
-            [self._load(number) for number in self.sample_numbers(i)], self.tokenizer.image_id
-        )
+        numbers = self.members(i) if isinstance(i, int) else i
+        return pack_sequence([self._load(number) for number in numbers], self.tokenizer.image_id)
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a sequence."""
+        return self.settings.seq_length
+
+    def members(self, i: int) -> tuple[int, ...]:
+        """The samples in sequence ``i``, any of which may be packed into another one."""
+        return self.sample_numbers(i)
+
+    def member_sizes(self, member: int) -> ItemSizes:
+        """The images and the tokens of a sample; no file is read."""
+        record = self.index.samples[member]
+        return {
+            "vision": [image_item(image.grid) for image in record.images],
+            "language": [ItemSize(tokens=record.num_tokens, spans=(record.num_tokens,))],
+        }
 
     def sample_numbers(self, i: int) -> tuple[int, ...]:
         """The samples in sequence ``i``, as their places in the file; no image is read."""
