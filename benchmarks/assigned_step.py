@@ -35,7 +35,7 @@ from megatron_dip.families.data.index import build_index
 from megatron_dip.families.data.packing import PackingOptions
 from megatron_dip.families.data.sources import DataSettings
 from megatron_dip.families.forms import FamilyConfig
-from megatron_dip.families.global_batches import AssignedSampler, BatchAssigner, BatchSizes
+from megatron_dip.families.global_batches import AssignedSampler, BatchAssigner, GlobalBatchSizes
 from megatron_dip.families.vlm.config import VlmConfig
 from megatron_dip.families.vlm.dataset import VlmDataset
 from megatron_dip.planner import make_plan
@@ -90,7 +90,7 @@ def batches_of(
             own = AssignedSampler(
                 own,
                 assigner,
-                BatchSizes(num_replicas=num_replicas, calculator=calculator),
+                GlobalBatchSizes(num_replicas=num_replicas, calculator=calculator),
                 first_iteration=1,
                 say=lambda _: None,
             )

@@ -21,7 +21,7 @@ from megatron_dip.costs import ItemSizes, ProblemBuilder
 from megatron_dip.families.base import SampleSet
 from megatron_dip.report.steps import AssignmentRecord
 
-__all__ = ["AssignedSampler", "BatchAssigner", "BatchSizes"]
+__all__ = ["AssignedSampler", "BatchAssigner", "GlobalBatchSizes"]
 
 Entry = int | tuple[Hashable, ...]
 """What is asked of a data set for one sequence: its number, or its members."""
@@ -32,7 +32,7 @@ ReplicaBatch = list[list[Entry]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchSizes:
+class GlobalBatchSizes:
     """Sizes of global batches as Megatron counts them."""
 
     num_replicas: int
@@ -157,7 +157,7 @@ class AssignedSampler:
         self,
         sampler: Any,
         assigner: BatchAssigner,
-        sizes: BatchSizes,
+        sizes: GlobalBatchSizes,
         *,
         first_iteration: int,
         say: Callable[[str], None],

@@ -22,7 +22,12 @@ from megatron.training import get_args, print_rank_0, training
 
 from megatron_dip.errors import DataError
 from megatron_dip.families.base import SampleSet
-from megatron_dip.families.global_batches import AssignedSampler, BatchAssigner, BatchSizes, Entry
+from megatron_dip.families.global_batches import (
+    AssignedSampler,
+    BatchAssigner,
+    Entry,
+    GlobalBatchSizes,
+)
 from megatron_dip.families.packed.batches import Microbatch
 from megatron_dip.integration.versions import needed
 from megatron_dip.report.steps import AssignmentRecord
@@ -217,7 +222,7 @@ def _assigned_sampler(sampler: Any, assigner: BatchAssigner, args: Any) -> Assig
     return AssignedSampler(
         sampler,
         assigner,
-        BatchSizes(num_replicas=num_replicas, calculator=copy.deepcopy(calculator)),
+        GlobalBatchSizes(num_replicas=num_replicas, calculator=copy.deepcopy(calculator)),
         first_iteration=args.iteration + 1,
         say=print_rank_0,
     )

@@ -104,6 +104,19 @@ def _tiles(records: Sequence[StepRecord]) -> list[tuple[str, str]]:
         (f"{median(abs(record.error) for record in settled):.1%}", "error of the makespan, median"),
         (f"{median(r.action_error for r in settled):.1%}", "error of single actions, median"),
         (f"{peak / _GB:.2f} GB" if peak else "-", "activations held, largest peak measured"),
+        *_assignment_tiles(settled),
+    ]
+
+
+def _assignment_tiles(records: Sequence[StepRecord]) -> list[tuple[str, str]]:
+    """What the assignment of samples did, where there was one."""
+    found = [record.assignment for record in records if record.assignment is not None]
+    if not found:
+        return []
+    before, after = (median(one.replicas[place] for one in found) for place in (0, 1))
+    return [
+        (f"{before:.2f} → {after:.2f}", "most work of a replica over the mean, assigned; median"),
+        (f"{median(one.num_moved for one in found):,.0f}", "moved in a batch, median"),
     ]
 
 

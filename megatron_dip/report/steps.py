@@ -48,6 +48,14 @@ class AssignmentRecord(Form):
     microbatches: tuple[Measured, Measured]
     """The same of microbatches."""
 
+    def numbers(self) -> dict[str, float]:
+        """For writers of curves."""
+        return {
+            "num_moved": self.num_moved,
+            "slowest_replica_given": self.replicas[0],
+            "slowest_replica_assigned": self.replicas[1],
+        }
+
     def summary(self) -> str:
         """For a log."""
         return (
@@ -117,6 +125,7 @@ class StepRecord(Form):
                 for number, rank in enumerate(self.ranks)
                 if rank.stored_bytes
             },
+            **(self.assignment.numbers() if self.assignment is not None else {}),
         }
 
     def summary(self) -> str:

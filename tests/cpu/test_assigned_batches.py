@@ -13,7 +13,7 @@ from megatron_dip.costs import Kernels, ProblemBuilder, config_builder
 from megatron_dip.families.configs import load_config
 from megatron_dip.families.data.index import build_index
 from megatron_dip.families.data.sources import DataSettings
-from megatron_dip.families.global_batches import AssignedSampler, BatchAssigner, BatchSizes
+from megatron_dip.families.global_batches import AssignedSampler, BatchAssigner, GlobalBatchSizes
 from megatron_dip.families.vlm.dataset import VlmDataset
 
 NUM_SAMPLES, REPLICAS, MICROBATCHES, SIZE = 96, 2, 4, 2
@@ -69,7 +69,7 @@ def sampler_of(
     return AssignedSampler(
         MegatronPretrainingSampler(NUM_SAMPLES, consumed, SIZE, replica, REPLICAS),
         BatchAssigner(run.dataset, run.builder, moves),
-        BatchSizes(num_replicas=REPLICAS, calculator=make(BATCH, SIZE, REPLICAS, False, 0)),
+        GlobalBatchSizes(num_replicas=REPLICAS, calculator=make(BATCH, SIZE, REPLICAS, False, 0)),
         first_iteration=1 + consumed // BATCH,
         say=said.append,
     )

@@ -14,6 +14,7 @@ from megatron_dip.plan import Plan
 from megatron_dip.planner import make_plan
 from megatron_dip.report import RankRecord, StepRecord, plan_of_trace, read_records, read_traces
 from megatron_dip.report.page import write_report
+from megatron_dip.report.steps import AssignmentRecord
 from megatron_dip.report.trace_files import TraceFiles
 from megatron_dip.simulator import simulate
 
@@ -84,6 +85,19 @@ def test_what_a_run_wrote_is_read_back(tmp_path, caplog):
     assert iterations_in_page(tmp_path / "new") == ([1, 2, 3], [1, 2, 3], [])
     assert plan_of_trace(tmp_path / "new", read_traces(tmp_path / "new")[0]) == TWO_RANKS
     assert not caplog.records
+
+
+def test_the_page_says_what_an_assignment_of_samples_did(tmp_path):
+    run = Run(tmp_path)
+    moved = AssignmentRecord(
+        num_moved=11, num_groups=43, replicas=(1.31, 1.0), microbatches=(2.05, 1.62)
+    )
+    for number in (1, 2):
+        run.ranks[0].write_record(record(number, 2).model_copy(update={"assignment": moved}))
+    assert read_records(tmp_path)[0].assignment == moved
+    page = tmp_path / "report.html"
+    write_report(tmp_path, page)
+    assert json.dumps("1.31 → 1.00") in page.read_text(encoding="utf-8")
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
