@@ -6,7 +6,7 @@ transfers, computing replaced by sleeping for the stated times.  The step of a b
 as its slowest replica.  Replicas are rehearsed one after another, so that two cores are enough for
 two pipeline ranks; reductions between replicas are left out.
 
-    python benchmarks/assigned_step.py [--batches 6] [--replicas 2] [-o RESULTS.json]
+    python benchmarks/assigned_step.py [--batches 6] [--replicas 2] [--repetitions 1] [-o R.json]
 
 The batches are those of ``configs/vlm_tiny.yaml`` (data: ``scripts/make_sample_data.py
 runs/sample``) with text and images apart, one sequence per microbatch.
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megatron_dip.costs import ItemSizes, Kernels, config_builder
+from megatron_dip.costs import ItemSizes, Kernels, ProblemBuilder, config_builder
 from megatron_dip.families.configs import load_config
 from megatron_dip.families.data.index import build_index
 from megatron_dip.families.data.packing import PackingOptions
@@ -40,6 +40,7 @@ from megatron_dip.families.vlm.config import VlmConfig
 from megatron_dip.families.vlm.dataset import VlmDataset
 from megatron_dip.planner import make_plan
 from megatron_dip.rehearsal import rehearse
+from megatron_dip.simulator import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "vlm_tiny.yaml"
@@ -107,10 +108,12 @@ def batches_of(
         ]
 
 
-def step_ms(batch: Batch, config: FamilyConfig, builder: Any, repetitions: int) -> dict[str, Any]:
-    """Of the slowest replica, rehearsed and predicted; and all replicas."""
+def step_ms(
+    batch: Batch, config: FamilyConfig, builder: ProblemBuilder, repetitions: int
+) -> dict[str, list[float]]:
+    """Of every replica, predicted, and rehearsed where that is asked for."""
     partition = config.partition(2)
-    rehearsed, predicted = [], []
+    found: dict[str, list[float]] = {"predicted": [], "rehearsed": []}
     for replica in batch:
         plan = make_plan(
             builder.build(replica),
@@ -118,10 +121,11 @@ def step_ms(batch: Batch, config: FamilyConfig, builder: Any, repetitions: int) 
             max_tokens=dict(partition.sub_microbatch_tokens),
             evaluations=64,
         )
-        found = rehearse(plan, transfer_scale=TRANSFER_SCALE, repetitions=repetitions)
-        rehearsed.append(found.achieved_us / 1000)
-        predicted.append(found.predicted_us / 1000)
-    return {"rehearsed_ms": max(rehearsed), "predicted_ms": max(predicted), "replicas": rehearsed}
+        found["predicted"].append(simulate(plan).makespan_us / 1000)
+        if repetitions:
+            rehearsed = rehearse(plan, transfer_scale=TRANSFER_SCALE, repetitions=repetitions)
+            found["rehearsed"].append(rehearsed.achieved_us / 1000)
+    return {name: times for name, times in found.items() if times}
 
 
 def measure(num_batches: int, num_replicas: int, repetitions: int) -> dict[str, list[Any]]:
@@ -163,17 +167,19 @@ def measure(num_batches: int, num_replicas: int, repetitions: int) -> dict[str, 
 
 
 def table_of(steps: dict[str, list[Any]]) -> Table:
-    """Medians, and ratios batch by batch."""
-    table = Table("assignment", "step, rehearsed", "predicted", "without it over it: median (all)")
-    given = [step["rehearsed_ms"] for step in steps["none"]]
-    for moves, found in steps.items():
-        ratios = [first / step["rehearsed_ms"] for first, step in zip(given, found, strict=True)]
-        table.add_row(
-            moves,
-            f"{median(step['rehearsed_ms'] for step in found):.0f} ms",
-            f"{median(step['predicted_ms'] for step in found):.0f} ms",
-            f"{median(ratios):.3f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})",
-        )
+    """Medians of the slowest replica, and ratios batch by batch."""
+    table = Table("assignment", "step", "median", "without it over it: median (all)")
+    for way in steps["none"][0]:
+        given = [max(step[way]) for step in steps["none"]]
+        for moves, found in steps.items():
+            slowest = [max(step[way]) for step in found]
+            ratios = [first / own for first, own in zip(given, slowest, strict=True)]
+            table.add_row(
+                moves,
+                way,
+                f"{median(slowest):.0f} ms",
+                f"{median(ratios):.3f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})",
+            )
     return table
 
 
@@ -182,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument(
+        "--repetitions", type=int, default=1, help="of every rehearsal; 0: predicted alone"
+    )
     parser.add_argument("-o", "--output", type=Path, help="where the numbers go (JSON)")
     given = parser.parse_args(arguments)
     steps = measure(given.batches, given.replicas, given.repetitions)
