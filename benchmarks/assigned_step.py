@@ -63,6 +63,7 @@ def data_set(config: VlmConfig, num_samples: int) -> VlmDataset:
         text_form=data.text_form(),
         seq_length=config.model.language.seq_length,
         patch_size=config.model.vision.patch_size,
+        merge_size=config.model.vision.merge_size,
         min_image_tokens=data.min_image_tokens,
         max_image_tokens=data.max_image_tokens,
     )
