@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dip.assignment.groups import Groups
-from megatron_dip.assignment.kernels import Pool, Scratch, even_out
+from megatron_dip.assignment.kernels import even_out
+from megatron_dip.assignment.pool import Pool, new_pool, new_scratch, place_sums
 from megatron_dip.errors import ConfigError
 from megatron_dip.simulator.arrays import FloatArray, IntArray
 
@@ -29,7 +30,7 @@ MICROBATCH_TOLERANCE = 0.02
 """Of the mean time of a microbatch: what one may be off, in every measure."""
 _LEAST_GAIN = 0.25
 """Of a tolerance: what moves loads by less is not done."""
-_MOST_ROUNDS = 4
+_MOST_ROUNDS = 2
 """Of evening out: places that could not be improved are tried again after all others."""
 _NO_BYTE_LIMIT = 2**62
 
@@ -170,8 +171,8 @@ class _Slots:
     def _checked(self, limits: Limits) -> tuple[IntArray, int]:
         """Limits per module and of bytes, which all microbatches keep."""
         num_slots = len(self.replica_of)
-        held = _sums(self.groups.tokens, self.slot, num_slots)
-        kept = _sums(self.groups.kept_bytes, self.slot, num_slots)
+        held = place_sums(self.groups.tokens, self.slot, num_slots)
+        kept = place_sums(self.groups.kept_bytes, self.slot, num_slots)
         tokens = held.max(axis=0, initial=0)
         for module, limit in enumerate(limits.tokens or ()):
             if limit is not None:
@@ -195,17 +196,17 @@ class _Slots:
         """Exchange whole microbatches, then single groups if that is not enough."""
         mean_us = self.load_us[:, -1].sum() / (len(self.first_slot) - 1)
         num_slots = len(self.replica_of)
-        whole = _pool(
-            load_us=_sums(self.load_us, self.slot, num_slots),
-            tokens=_sums(self.groups.tokens, self.slot, num_slots),
-            kept_bytes=_sums(self.groups.kept_bytes, self.slot, num_slots),
+        whole = new_pool(
+            load_us=place_sums(self.load_us, self.slot, num_slots),
+            tokens=place_sums(self.groups.tokens, self.slot, num_slots),
+            kept_bytes=place_sums(self.groups.kept_bytes, self.slot, num_slots),
             slot=np.arange(num_slots),
             first_slot=self.first_slot,
             limits=self.limits,
         )
         _descend(whole, tolerance * mean_us, is_within=False)
         self.slot = whole.slot[self.slot]
-        pool = _pool(
+        pool = new_pool(
             load_us=self.load_us,
             tokens=self.groups.tokens,
             kept_bytes=self.groups.kept_bytes,
@@ -220,7 +221,7 @@ class _Slots:
         """Exchange groups of the microbatches of one replica."""
         first, end = self.first_slot[replica], self.first_slot[replica + 1]
         own = np.flatnonzero((self.slot >= first) & (self.slot < end))
-        pool = _pool(
+        pool = new_pool(
             load_us=self.load_us[own],
             tokens=self.groups.tokens[own],
             kept_bytes=self.groups.kept_bytes[own],
@@ -234,66 +235,12 @@ class _Slots:
 
 
 def _descend(pool: Pool, tolerance_us: float, is_within: bool) -> None:
-    num_places, num_measures = pool.place_load_us.shape
-    scratch = Scratch(
-        is_stuck=np.zeros(num_places, dtype=np.bool_),
-        mean_us=np.zeros(num_measures),
-        peak_us=np.zeros(num_measures),
-        first_member=np.zeros(num_places + 1, dtype=np.int64),
-        member=np.zeros(len(pool.slot), dtype=np.int64),
-        side=np.zeros(len(pool.slot), dtype=np.int64),
-        side_load_us=np.zeros((2, num_measures)),
-        side_tokens=np.zeros((2, num_measures - 1), dtype=np.int64),
-        best=np.zeros(5, dtype=np.int64),
-    )
+    scratch = new_scratch(pool)
     largest_first = np.argsort(-pool.size, kind="stable")
     least_gain = (_LEAST_GAIN * tolerance_us) ** 2
     for _ in range(_MOST_ROUNDS):
         if not even_out(pool, scratch, largest_first, tolerance_us, least_gain, is_within):
             return
-
-
-def _pool(
-    *,
-    load_us: FloatArray,
-    tokens: IntArray,
-    kept_bytes: IntArray,
-    slot: IntArray,
-    first_slot: IntArray,
-    limits: tuple[IntArray, int],
-) -> Pool:
-    num_slots = int(first_slot[-1])
-    counts = np.diff(first_slot)
-    place = np.repeat(np.arange(len(counts)), counts)[slot]
-    token_limit, byte_limit = limits
-    mean_us = load_us[:, -1].sum() / max(1, num_slots)
-    parts = [load_us[:, -1] / mean_us if mean_us else load_us[:, -1]]
-    parts += [tokens[:, d] / max(1, limit) for d, limit in enumerate(token_limit.tolist())]
-    return Pool(
-        load_us=np.ascontiguousarray(load_us),
-        tokens=np.ascontiguousarray(tokens),
-        kept_bytes=np.ascontiguousarray(kept_bytes),
-        size=np.max(parts, axis=0),
-        slot=slot.copy(),
-        place=place,
-        slot_load_us=_sums(load_us, slot, num_slots),
-        slot_tokens=_sums(tokens, slot, num_slots),
-        slot_bytes=_sums(kept_bytes, slot, num_slots),
-        slot_size=np.bincount(slot, minlength=num_slots),
-        place_load_us=_sums(load_us, place, len(counts)),
-        first_slot=np.ascontiguousarray(first_slot),
-        token_limit=token_limit,
-        byte_limit=byte_limit,
-    )
-
-
-def _sums[Number: np.generic](
-    values: NDArray[Number], places: IntArray, num_places: int
-) -> NDArray[Number]:
-    """Of the rows in every place, in their order: the same sums on every machine."""
-    found = np.zeros((num_places, *values.shape[1:]), dtype=values.dtype)
-    np.add.at(found, places, values)
-    return found
 
 
 def _row_sums(values: FloatArray) -> FloatArray:

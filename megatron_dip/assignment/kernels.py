@@ -10,71 +10,18 @@ No exchange raises the largest load of any measure over the places, breaks a lim
 leaves a slot empty.
 """
 
-from typing import NamedTuple
-
+from megatron_dip.assignment.pool import Pool, Scratch
 from megatron_dip.compiled import compiled, inlined
-from megatron_dip.simulator.arrays import BoolArray, FloatArray, IntArray
+from megatron_dip.simulator.arrays import IntArray
 
-__all__ = ["Pool", "Scratch", "even_out"]
+__all__ = ["even_out"]
 
 _ROUNDING = 1e-9
 """Of the largest load: what sums of floats may be off by."""
-
-
-class Pool(NamedTuple):
-    """Groups and where they are; G groups, C slots, P places, D modules, K = D + 1 measures."""
-
-    load_us: FloatArray
-    """[G, K]"""
-    tokens: IntArray
-    """[G, D]"""
-    kept_bytes: IntArray
-    """[G]"""
-    size: FloatArray
-    """[G]: the largest of its parts of a slot: of the mean time, or of a limit of tokens."""
-    slot: IntArray
-    """[G]: changed."""
-    place: IntArray
-    """[G]: changed."""
-    slot_load_us: FloatArray
-    """[C, K]: changed, as all that follows but the limits."""
-    slot_tokens: IntArray
-    """[C, D]"""
-    slot_bytes: IntArray
-    """[C]"""
-    slot_size: IntArray
-    """[C]: groups in it."""
-    place_load_us: FloatArray
-    """[P, K]"""
-    first_slot: IntArray
-    """[P + 1]: place p has the slots first_slot[p] to first_slot[p + 1]."""
-    token_limit: IntArray
-    """[D]"""
-    byte_limit: int
-
-
-class Scratch(NamedTuple):
-    """Room for what the kernel notes down."""
-
-    is_stuck: BoolArray
-    """[P]: places that no exchange improves."""
-    mean_us: FloatArray
-    """[K]: loads of places."""
-    peak_us: FloatArray
-    """[K]: the largest loads that a place may have."""
-    first_member: IntArray
-    """[P + 1]"""
-    member: IntArray
-    """[G]: groups by the place they are in, the largest first."""
-    side: IntArray
-    """[G]: 0 or 1, of two places that are divided anew."""
-    side_load_us: FloatArray
-    """[2, K]"""
-    side_tokens: IntArray
-    """[2, D]"""
-    best: IntArray
-    """[5]: the best exchange so far: the other place, what leaves and its slot to be, what enters
-    and its slot to be; -1 for nothing."""
+_MOST_MENDED = 6
+"""Exchanges after which sides that are still too full are given up."""
+_MOST_DIVIDED = 4
+"""Places with which one is divided anew, for trial."""
 
 
 @compiled
@@ -190,6 +137,7 @@ def _find_exchange(pool: Pool, scratch: Scratch, place: int, least_gain: float) 
                 gain = _gain(pool, place, other, leaves, enters)
                 if (
                     gain < best_gain
+                    and _may_fit(pool, leaves, enters)
                     and _stays_below(pool, scratch, place, other, leaves, enters)
                     and _find_slots(pool, scratch, place, other, leaves, enters)
                 ):
@@ -230,6 +178,16 @@ def _stays_below(
     return below
 
 
+@inlined
+def _may_fit(pool: Pool, leaves: int, enters: int) -> bool:
+    """Whether groups that take each other's slots keep the limits: in full slots few do."""
+    if leaves < 0 or enters < 0:
+        return True
+    return _fits(pool, pool.slot[leaves], leaves, enters) and _fits(
+        pool, pool.slot[enters], enters, leaves
+    )
+
+
 @compiled
 def _find_slots(
     pool: Pool, scratch: Scratch, place: int, other: int, leaves: int, enters: int
@@ -238,10 +196,7 @@ def _find_slots(
     leaves_to = enters_to = -1
     if leaves >= 0 and enters >= 0:
         # Each takes the other's slot.
-        if _fits(pool, pool.slot[leaves], leaves, enters) and _fits(
-            pool, pool.slot[enters], enters, leaves
-        ):
-            leaves_to, enters_to = pool.slot[enters], pool.slot[leaves]
+        leaves_to, enters_to = pool.slot[enters], pool.slot[leaves]
     elif leaves >= 0:
         leaves_to = _emptiest(pool, other, leaves)
     elif enters >= 0:
@@ -315,46 +270,59 @@ def _divide_anew(pool: Pool, scratch: Scratch, place: int, least_gain: float) ->
     """Divide the groups of ``place`` and of that other one with which it gains most between the
     two; whether there is one.  Places are slots."""
     best_gain, best = -least_gain, -1
-    for other in range(len(pool.place_load_us)):
-        if other != place and _bound(pool, place, other) < best_gain:
-            gain = _divide(pool, scratch, place, other)
-            if gain < best_gain:
-                best_gain, best = gain, other
+    scratch.is_tried[:] = False
+    for _ in range(_MOST_DIVIDED):
+        # The one that may gain most.
+        next_bound, other = best_gain, -1
+        for candidate in range(len(pool.place_load_us)):
+            if candidate != place and not scratch.is_tried[candidate]:
+                bound = _bound(pool, place, candidate)
+                if bound < next_bound:
+                    next_bound, other = bound, candidate
+        if other < 0:
+            break
+        scratch.is_tried[other] = True
+        gain = _divide(pool, scratch, place, other)
+        if gain < best_gain:
+            best_gain, best = gain, other
     if best < 0:
         return False
     _divide(pool, scratch, place, best)
-    first = scratch.first_member
+    num_groups = _size(scratch, place) + _size(scratch, best)
     num_moved = 0
-    for near in range(first[place], first[place + 1]):
-        num_moved += scratch.side[scratch.member[near]]
-    for far in range(first[best], first[best + 1]):
-        num_moved += 1 - scratch.side[scratch.member[far]]
+    for group in scratch.pair[:num_groups]:
+        num_moved += scratch.side[group] != (pool.place[group] == best)
     # Which half goes where: so that fewer groups move.
-    num_groups = first[place + 1] - first[place] + first[best + 1] - first[best]
-    turned = 1 if 2 * num_moved > num_groups else 0
-    for near in range(first[place], first[place + 1]):
-        if scratch.side[scratch.member[near]] != turned:
-            _move(pool, scratch.member[near], best, best)
-    for far in range(first[best], first[best + 1]):
-        if scratch.side[scratch.member[far]] == turned:
-            _move(pool, scratch.member[far], place, place)
+    turned = 2 * num_moved > num_groups
+    for group in scratch.pair[:num_groups]:
+        target = best if (scratch.side[group] == 1) != turned else place
+        if target != pool.place[group]:
+            _move(pool, group, target, target)
     return True
+
+
+@inlined
+def _size(scratch: Scratch, place: int) -> int:
+    return scratch.first_member[place + 1] - scratch.first_member[place]
 
 
 @compiled
 def _divide(pool: Pool, scratch: Scratch, place: int, other: int) -> float:
     """Put the groups of two places, the largest first, each on the side with which it has less in
-    common, in times and in tokens, and note it in ``scratch.side``.
+    common, in times and in tokens, and note it in ``scratch.side``.  Sides that are too full then
+    exchange groups until they are not.
 
     Returns:
         The gain; 0 where a limit is broken.
     """
     scratch.side_load_us[:] = 0.0
     scratch.side_tokens[:] = 0
+    scratch.side_bytes[:] = 0
     first = scratch.first_member
-    bytes_0 = bytes_1 = num_1 = 0
     near, far = first[place], first[other]
-    while near < first[place + 1] or far < first[other + 1]:
+    num_groups = _size(scratch, place) + _size(scratch, other)
+    num_1 = 0
+    for index in range(num_groups):
         if far == first[other + 1] or (
             near < first[place + 1]
             and pool.size[scratch.member[near]] >= pool.size[scratch.member[far]]
@@ -364,23 +332,16 @@ def _divide(pool: Pool, scratch: Scratch, place: int, other: int) -> float:
         else:
             group = scratch.member[far]
             far += 1
-        fits_0 = bytes_0 + pool.kept_bytes[group] <= pool.byte_limit
-        fits_1 = bytes_1 + pool.kept_bytes[group] <= pool.byte_limit
-        for d in range(pool.tokens.shape[1]):
-            fits_0 &= scratch.side_tokens[0, d] + pool.tokens[group, d] <= pool.token_limit[d]
-            fits_1 &= scratch.side_tokens[1, d] + pool.tokens[group, d] <= pool.token_limit[d]
-        if not (fits_0 or fits_1):
-            return 0.0
-        side = 1 if fits_1 and (not fits_0 or _common(pool, scratch, group) < 0.0) else 0
+        scratch.pair[index] = group
+        side = 1 if _common(pool, scratch, group) < 0.0 else 0
         scratch.side[group] = side
         num_1 += side
-        bytes_0 += pool.kept_bytes[group] * (1 - side)
-        bytes_1 += pool.kept_bytes[group] * side
+        scratch.side_bytes[side] += pool.kept_bytes[group]
         for k in range(pool.load_us.shape[1]):
             scratch.side_load_us[side, k] += pool.load_us[group, k]
         for d in range(pool.tokens.shape[1]):
             scratch.side_tokens[side, d] += pool.tokens[group, d]
-    if num_1 == 0 or num_1 == first[place + 1] - first[place] + first[other + 1] - first[other]:
+    if num_1 == 0 or num_1 == num_groups or not _mend(pool, scratch, num_groups):
         return 0.0
     gain = 0.0
     for k in range(pool.load_us.shape[1]):
@@ -390,6 +351,53 @@ def _divide(pool: Pool, scratch: Scratch, place: int, other: int) -> float:
         if max(scratch.side_load_us[0, k], scratch.side_load_us[1, k]) > scratch.peak_us[k]:
             return 0.0
     return gain
+
+
+@compiled
+def _mend(pool: Pool, scratch: Scratch, num_groups: int) -> bool:
+    """Exchange groups of the two sides, two at a time, until both keep their limits; whether that
+    succeeds."""
+    for _ in range(_MOST_MENDED):
+        least = _excess(pool, scratch, -1, -1)
+        if least == 0.0:
+            return True
+        give = take = -1
+        for one in scratch.pair[:num_groups]:
+            for two in scratch.pair[:num_groups]:
+                if scratch.side[one] == 0 and scratch.side[two] == 1:
+                    excess = _excess(pool, scratch, one, two)
+                    if excess < least:
+                        least, give, take = excess, one, two
+        if give < 0:
+            return False
+        scratch.side[give], scratch.side[take] = 1, 0
+        scratch.side_bytes[0] += pool.kept_bytes[take] - pool.kept_bytes[give]
+        scratch.side_bytes[1] += pool.kept_bytes[give] - pool.kept_bytes[take]
+        for k in range(pool.load_us.shape[1]):
+            more_us = pool.load_us[take, k] - pool.load_us[give, k]
+            scratch.side_load_us[0, k] += more_us
+            scratch.side_load_us[1, k] -= more_us
+        for d in range(pool.tokens.shape[1]):
+            more_tokens = pool.tokens[take, d] - pool.tokens[give, d]
+            scratch.side_tokens[0, d] += more_tokens
+            scratch.side_tokens[1, d] -= more_tokens
+    return _excess(pool, scratch, -1, -1) == 0.0
+
+
+@inlined
+def _excess(pool: Pool, scratch: Scratch, give: int, take: int) -> float:
+    """By what parts of their limits the two sides are too full, once side 0 gives one group and
+    takes another; -1 is none."""
+    excess = 0.0
+    more = pool.kept_bytes[take] - pool.kept_bytes[give] if give >= 0 else 0
+    excess += max(0, scratch.side_bytes[0] + more - pool.byte_limit) / max(1.0, pool.byte_limit)
+    excess += max(0, scratch.side_bytes[1] - more - pool.byte_limit) / max(1.0, pool.byte_limit)
+    for d in range(pool.tokens.shape[1]):
+        limit = pool.token_limit[d]
+        more = pool.tokens[take, d] - pool.tokens[give, d] if give >= 0 else 0
+        excess += max(0, scratch.side_tokens[0, d] + more - limit) / max(1.0, limit)
+        excess += max(0, scratch.side_tokens[1, d] - more - limit) / max(1.0, limit)
+    return excess
 
 
 @inlined

@@ -121,6 +121,21 @@ def test_a_full_sequence_is_divided_anew_where_no_exchange_of_two_samples_fits()
     assert images.tolist() == [5.0] * 4
 
 
+def test_full_sequences_of_other_lengths_are_divided_so_that_both_stay_full():
+    # No two samples are alike in tokens: one goes against two others.
+    groups = make_groups(
+        [[1.0, 3.0], [1.0, 3.0], [1.0, 4.0], [0.0, 1.0], [0.0, 2.0], [0.0, 7.0]],
+        tokens=[[1, 3], [1, 3], [1, 4], [0, 1], [0, 2], [0, 7]],
+        microbatch=[0, 0, 0, 1, 1, 1],
+    )
+    made = assign(groups, [2], limits=Limits(tokens=[3, 10]))
+    images, tokens = (
+        np.bincount(made.microbatch, weights=weights).tolist()
+        for weights in (groups.time_us[:, 0], groups.tokens[:, 1])
+    )
+    assert sorted(images) == [1.0, 2.0] and tokens == [10.0, 10.0]
+
+
 def test_problems_with_one_sequence_each_exchange_whole_microbatches_and_stay_as_they_are():
     heavy = sample_problem([[(4, 4.0)], [(4, 4.0)]])
     light = sample_problem([[(0, 4.0)], [(0, 4.0)]])
