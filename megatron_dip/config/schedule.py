@@ -115,6 +115,9 @@ class PlanningConfig(Form):
     """Batches that are held while one trains; with fewer than 2 training waits for every plan."""
     workers: Annotated[int, Field(gt=0, le=MOST_PLANNERS)] = 1
     """Planner processes of every pipeline."""
+    searches: Annotated[int, Field(gt=0, le=MOST_PLANNERS)] = 1
+    """Searches of a batch at the same time that share what they find, a core each; they divide
+    ``schedule.evaluations``.  Plans depend on their number, and not on the cores there are."""
     wait_limit_ms: Annotated[float, Field(ge=0, le=1e9)] = 1000.0
     """The longest that training waits for a plan that is late, before it takes a lesser one."""
     search_limit_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None

@@ -177,6 +177,7 @@ class DipPipeline:
                 split_backward=schedule.split_backward,
                 fixed=self._fixed_plan,
                 queues=self.queues,
+                searches=planning.searches,
                 varied=self._varied_modules() if options.vary_parts else (),
             ),
             pool=PlannerPool(num_planners(planning.workers, places, dist.get_rank()), limits),

@@ -94,21 +94,33 @@ class Evaluator:
         self.num_evaluations = 0
         self.best: GreedySchedule | None = None
         self._budget = budget
+        self._share = 1.0
         self._goal_us = goal_us * (1 + 1e-12)
         self._started = time.monotonic()
         self._kept: dict[bytes, GreedySchedule | None] = {}
         self._max_kept = max(1, _MAX_KEPT_TASKS // max(1, int(self.forwards.graph.exists.sum())))
+
+    def allow(self, share: float) -> None:
+        """Have :attr:`is_over` say so once this part of the budget is spent; all of it is given to
+        begin with."""
+        self._share = share
 
     @property
     def is_over(self) -> bool:
         """The budget is spent, or nothing better can be found; never before a first schedule."""
         if self.best is None:
             return False
-        if self.best.makespan_us <= self._goal_us:
+        if self.has_reached_goal:
             return True
         if self._budget.evaluations is not None:
-            return self.num_evaluations >= self._budget.evaluations
-        return self.left_ms <= 0
+            return self.num_evaluations >= self._share * self._budget.evaluations
+        assert self._budget.milliseconds is not None, "there is one of the two"
+        return self.left_ms <= (1.0 - self._share) * self._budget.milliseconds
+
+    @property
+    def has_reached_goal(self) -> bool:
+        """No schedule can be better than the best one."""
+        return self.best is not None and self.best.makespan_us <= self._goal_us
 
     @property
     def spent_share(self) -> float:

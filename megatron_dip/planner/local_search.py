@@ -16,6 +16,9 @@ of them finds nothing any more, the other often does.
 
 A move that succeeds more often per schedule made is tried more often.  What is as good as the best
 is kept, so that the search can drift.
+
+Several searches share one batch: each tries its part of the rules, and from time to time all go on
+from the best of them.
 """
 
 import itertools
@@ -31,7 +34,7 @@ from megatron_dip.planner.portfolio import Portfolio, Rule
 from megatron_dip.planner.rules import BatchRules
 from megatron_dip.simulator.arrays import FloatArray, IntArray
 
-__all__ = ["search_locally"]
+__all__ = ["LocalSearch"]
 
 # How far times are disturbed, as parts of the makespan.
 _DISTURBANCES = (0.003, 0.01, 0.03, 0.1)
@@ -44,13 +47,19 @@ _Rebuild = Callable[[GreedySchedule, FloatArray, int], GreedySchedule | None]
 """From a schedule, disturbances and a level of admission."""
 
 
-def search_locally(evaluator: Evaluator, seed: int) -> None:
-    """Spend the budget of ``evaluator``; the result is its best schedule."""
-    _LocalSearch(evaluator, seed).run()
+class LocalSearch:
+    """A search that spends the budget of ``evaluator``, which keeps the best schedule.
 
+    Args:
+        evaluator: Of this search alone.
+        seed: Of the random numbers.
+        part: Which of ``num_parts`` searches that share the batch this is.
+        num_parts: How many share it.
+    """
 
-class _LocalSearch:
-    def __init__(self, evaluator: Evaluator, seed: int) -> None:
+    def __init__(
+        self, evaluator: Evaluator, seed: int, *, part: int = 0, num_parts: int = 1
+    ) -> None:
         self._evaluator = evaluator
         self._random = np.random.default_rng(seed)
         self._batch = evaluator.forwards
@@ -62,23 +71,57 @@ class _LocalSearch:
         self._is_split = bool(graph.exists[2 * len(graph.rank) :].any())
         self._backwards: BatchRules | None = None
         self._insertion: Insertion | None = None
+        # Every search begins with the default rule, from which levels are judged.
+        starts = itertools.islice(self._portfolio.starts(), 1, None)
+        self._starts = itertools.islice(starts, part, None, num_parts)
         self._rule, self._order = next(self._portfolio.starts())
         self._level = 0
         self._current = evaluator.evaluate(self._rule_point(self._rule, self._order, 0))
         self._rule_us = self._current.makespan_us
+        self._moves: list[Callable[[], None]] = []
+        self._spent, self._wins = np.empty(0), np.empty(0)
+        self._try_levels()
 
     def run(self) -> None:
+        """Search until the evaluator says that it is over; may be called again when it is not."""
         evaluator = self._evaluator
-        self._try_levels()
-        for rule, order in itertools.islice(self._portfolio.starts(), 1, None):
-            if evaluator.spent_share > _STARTS_SHARE:
-                break
+        while not self._moves:
             if evaluator.is_over:
                 return
-            schedule = evaluator.evaluate(self._rule_point(rule, order, self._level))
-            if schedule.makespan_us < self._rule_us:
-                self._rule_us, self._rule, self._order = schedule.makespan_us, rule, order
-            self._keep(schedule, self._level)
+            start = next(self._starts, None) if evaluator.spent_share <= _STARTS_SHARE else None
+            if start is None:
+                self._moves = self._make_moves()
+                self._spent, self._wins = np.ones(len(self._moves)), np.ones(len(self._moves))
+            else:
+                self._try_start(*start)
+        spent, wins = self._spent, self._wins
+        while not evaluator.is_over:
+            rates = np.cumsum(wins / spent)
+            move = int(np.searchsorted(rates, self._random.random() * rates[-1], side="right"))
+            before, before_us = evaluator.num_evaluations, self._current.makespan_us
+            self._moves[move]()
+            spent[move] += evaluator.num_evaluations - before
+            wins[move] += self._current.makespan_us < before_us
+
+    def go_on_from(self, other: "LocalSearch") -> None:
+        """Take over what another search of the same batch has found, where that is better."""
+        self._keep(other._current, other._level)
+        if other._rule_us < self._rule_us:
+            self._rule_us, self._rule, self._order = other._rule_us, other._rule, other._order
+
+    @property
+    def makespan_us(self) -> float:
+        """Of the best schedule, from which the search goes on."""
+        return self._current.makespan_us
+
+    def _try_start(self, rule: Rule, order: IntArray) -> None:
+        schedule = self._evaluator.evaluate(self._rule_point(rule, order, self._level))
+        if schedule.makespan_us < self._rule_us:
+            self._rule_us, self._rule, self._order = schedule.makespan_us, rule, order
+        self._keep(schedule, self._level)
+
+    def _make_moves(self) -> list[Callable[[], None]]:
+        evaluator = self._evaluator
         if not self._is_split:
             self._backwards = BatchRules.backwards(evaluator.table, evaluator.levels)
         moves = [self._reorder, self._justify]
@@ -87,14 +130,7 @@ class _LocalSearch:
             moves.append(self._insert)
         if evaluator.fitter is not None:
             moves.append(self._refit)
-        spent, wins = np.ones(len(moves)), np.ones(len(moves))
-        while not evaluator.is_over:
-            rates = np.cumsum(wins / spent)
-            move = int(np.searchsorted(rates, self._random.random() * rates[-1], side="right"))
-            before, before_us = evaluator.num_evaluations, self._current.makespan_us
-            moves[move]()
-            spent[move] += evaluator.num_evaluations - before
-            wins[move] += self._current.makespan_us < before_us
+        return moves
 
     def _try_levels(self) -> None:
         """The first rule at every level; the search goes on from the best."""

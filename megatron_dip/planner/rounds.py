@@ -42,6 +42,9 @@ class PlannerSettings:
     """One plan of a joint problem, of which every batch runs what it has; then none is made."""
     queues: QueueModel | None = None
     """The hardware queues of the ranks that run the plans; see :class:`QueueModel`."""
+    searches: int = 1
+    """Of a batch at the same time; they divide the evaluations, see
+    :func:`megatron_dip.planner.search.search_schedule`."""
     varied: tuple[str, ...] = ()
     """Modules whose microbatches are split, each in another way than the one before, so that what
     is measured differs in size."""
@@ -88,6 +91,7 @@ class PlannerSettings:
             # The batch is there and must be trained: one rank may run out of memory, none waits.
             when_infeasible="least_memory",
             queues=self.queues,
+            workers=self.searches,
             **budget,
         )
 

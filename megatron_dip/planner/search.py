@@ -3,17 +3,21 @@
 With a budget in evaluations the result depends on the batch, the seed and the number of workers
 alone; with one in milliseconds also on the machine.  A search may stop early, where the lower bound
 is reached.
+
+Several workers share one local search: they pause after the same parts of the budget, and all go on
+from the best schedule of any.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_dip.errors import ConfigError
 from megatron_dip.limits import MOST_WORKERS
 from megatron_dip.planner.evaluator import Budget, Evaluator
 from megatron_dip.planner.greedy import GreedySchedule
-from megatron_dip.planner.local_search import search_locally
+from megatron_dip.planner.local_search import LocalSearch
 from megatron_dip.planner.mcts import search_tree
 from megatron_dip.planner.memory import MemoryFitter
 from megatron_dip.planner.memory_program import num_program_rows, solve_memory_program
@@ -31,6 +35,8 @@ _PROGRAM_MS = 4e-6
 _PROGRAM_EVALUATIONS = 0.03
 # The part of a budget that it may take.
 _PROGRAM_SHARE = 0.4
+# When workers go on from the best of them, as parts of the budget.
+_EXCHANGES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 # Between the seeds of workers.
 _SEED_STEP = 1_000_003
 
@@ -67,7 +73,7 @@ def search_schedule(
         memory_program: Recompute layers where not everything fits at once; else works are held
             back, which takes longer.
         workers: Searches at the same time, in threads, each with its own random numbers and its
-            share of the evaluations.
+            share of the evaluations; local ones go on from the best of all now and then.
 
     Raises:
         ConfigError: Not exactly one budget is given, it is not above zero, or there is no worker.
@@ -84,12 +90,11 @@ def search_schedule(
     started = time.monotonic()
     share = _program_share(table, split_backward, evaluations, budget_ms) if memory_program else 0.0
     goal_us = lower_bound_us(table, split_backward=split_backward)
-    run = search_tree if search == "mcts" else search_locally
 
-    def work(index: int) -> Evaluator:
+    def make_evaluator(index: int) -> Evaluator:
         left = None if evaluations is None else round(evaluations * (1 - share))
         spent_ms = (time.monotonic() - started) * 1000
-        evaluator = Evaluator(
+        return Evaluator(
             table,
             Budget(
                 None if left is None else max(1, left // workers + (index < left % workers)),
@@ -99,20 +104,51 @@ def search_schedule(
             goal_us=goal_us,
             can_recompute=memory_program,
         )
-        run(evaluator, seed + index * _SEED_STEP)
-        return evaluator
 
-    if workers == 1:
-        found = [work(0)]
+    found = [make_evaluator(index) for index in range(workers)]
+    seeds = [seed + index * _SEED_STEP for index in range(workers)]
+    if search == "mcts":
+        _at_once(search_tree, found, seeds)
     else:
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(work, range(workers)))
+        _search_together(found, seeds)
     best = min((evaluator.best for evaluator in found if evaluator.best is not None), key=_time)
     fitter = found[0].fitter
     if share == 0.0 or fitter is None or not best.num_recomputed.any():
         return best
     left_ms = None if budget_ms is None else budget_ms - (time.monotonic() - started) * 1000
     return _solve_memory(fitter, best, left_ms)
+
+
+def _search_together(evaluators: Sequence[Evaluator], seeds: Sequence[int]) -> None:
+    """Local searches that go on from the best of them after the same parts of the budget."""
+    if len(evaluators) == 1:
+        LocalSearch(evaluators[0], seeds[0]).run()
+        return
+
+    def begin(evaluator: Evaluator, part: int) -> LocalSearch:
+        return LocalSearch(evaluator, seeds[part], part=part, num_parts=len(evaluators))
+
+    for evaluator in evaluators:
+        evaluator.allow(_EXCHANGES[0])
+    searches = _at_once(begin, evaluators, range(len(evaluators)))
+    for share in _EXCHANGES:
+        for evaluator in evaluators:
+            evaluator.allow(share)
+        _at_once(LocalSearch.run, searches)
+        # The first of equals, so that the result does not depend on who was faster.
+        best = min(searches, key=lambda one: one.makespan_us)
+        if any(evaluator.has_reached_goal for evaluator in evaluators):
+            return
+        for one in searches:
+            one.go_on_from(best)
+
+
+def _at_once[Result](function: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:
+    """Results for all arguments, with a thread each; kernels run without the interpreter's lock."""
+    if len(arguments[0]) == 1:
+        return [function(*values) for values in zip(*arguments, strict=True)]
+    with ThreadPoolExecutor(len(arguments[0])) as pool:
+        return list(pool.map(function, *arguments))
 
 
 def schedule_by_default(

@@ -28,6 +28,7 @@ from megatron_dip.planner import (
     search_schedule,
 )
 from megatron_dip.planner.evaluator import Budget, Evaluator
+from megatron_dip.planner.local_search import LocalSearch
 from megatron_dip.planner.portfolio import Portfolio
 from megatron_dip.simulator import (
     TaskTable,
@@ -144,8 +145,8 @@ def test_same_seed_and_evaluations_give_the_same_plan(case, search, split_backwa
     assert first.estimate.makespan_us <= fallback.estimate.makespan_us
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-def test_the_seed_alone_decides_between_runs(search):
+def twelve_microbatches() -> TaskTable:
+    """Of times so unlike that different searches find different schedules."""
     times = [1.0, 7.0, 2.5, 4.0, 1.5, 9.0, 3.0, 5.5, 0.5, 6.0, 2.0, 8.0]
     problem = make_problem(
         MODULE_GRAPHS["one module"],
@@ -155,7 +156,12 @@ def test_the_seed_alone_decides_between_runs(search):
         latency_us=0.5,
     )
     partition = partition_from_layers({"language": [[1, 1, 1], [1, 1, 1]]}, 3)
-    table = build_task_table(make_graph(problem, partition))
+    return build_task_table(make_graph(problem, partition))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_seed_alone_decides_between_runs(search):
+    table = twelve_microbatches()
 
     def found(seed: int) -> list[int]:
         return search_schedule(table, search=search, evaluations=120, seed=seed).order.task.tolist()
@@ -203,3 +209,25 @@ def test_a_point_that_comes_again_is_not_scheduled_again():
     assert evaluator.num_evaluations == 2
     other = portfolio.point(portfolio.rules()[0], portfolio.microbatch_orders()[1])
     assert evaluator.evaluate(point) is not evaluator.evaluate(other)
+
+
+def test_searches_of_a_batch_go_on_from_the_best_of_them():
+    table = twelve_microbatches()
+    searches = []
+    for part, evaluations in enumerate((40, 120)):
+        evaluator = Evaluator(table, Budget(evaluations), split_backward=False, goal_us=0.0)
+        evaluator.allow(0.5)
+        search = LocalSearch(evaluator, seed=part, part=part, num_parts=2)
+        search.run()
+        assert evaluations / 2 <= evaluator.num_evaluations < evaluations
+        searches.append((evaluator, search))
+    best_us, worst_us = sorted(search.makespan_us for _, search in searches)
+    assert best_us < worst_us
+    for evaluator, search in searches:
+        for _, other in searches:
+            search.go_on_from(other)
+        assert search.makespan_us == best_us
+        evaluator.allow(1.0)
+        search.run()
+        assert evaluator.is_over
+        assert search.makespan_us <= best_us
