@@ -20,6 +20,7 @@ __all__ = [
     "IntArray",
     "TaskGraph",
     "TaskOrder",
+    "awaiting",
     "reverse_graph",
     "task_graph",
     "timed",
@@ -80,6 +81,18 @@ def task_graph(
 def timed(graph: TaskGraph, duration_us: FloatArray) -> TaskGraph:
     """The same graph with other times, [3 N]; those of tasks that it does not have are ignored."""
     return graph._replace(duration_us=np.where(graph.exists, duration_us, 0.0))
+
+
+def awaiting(graph: TaskGraph, before: IntArray, after: IntArray) -> TaskGraph:
+    """The same batch, in which every task of ``after`` also waits for the one of ``before`` at its
+    place; all of them exist."""
+    known = np.repeat(np.arange(len(graph.exists)), np.diff(graph.first_output))
+    edges = (
+        np.concatenate([known, before]),
+        np.concatenate([graph.output, after]),
+        np.concatenate([graph.delay_us, np.zeros(len(before))]),
+    )
+    return _graph(graph.rank, graph.exists, graph.duration_us, edges)
 
 
 def reverse_graph(graph: TaskGraph) -> TaskGraph:

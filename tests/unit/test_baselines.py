@@ -24,12 +24,18 @@ from megatron_dip.planner.baselines.on_stages import (
     order_as_given,
     order_encoder_in_bubbles,
     order_nested_encoder,
+    order_optimus_coarse,
 )
 from megatron_dip.simulator import build_task_table, simulate_order, useful_work_us
 from megatron_dip.simulator.simulate import decode_order
 from megatron_dip.workload import Problem
 
-ON_STAGES = (order_encoder_in_bubbles, order_nested_encoder, order_as_given)
+ON_STAGES = (
+    order_encoder_in_bubbles,
+    order_nested_encoder,
+    order_optimus_coarse,
+    order_as_given,
+)
 
 
 def case_of(problem, partition, max_tokens: int | None = 1, **fields) -> BaselineCase:
@@ -154,6 +160,22 @@ def test_encoder_in_bubbles_runs_ahead_and_nested_encoder_holds_as_much_for_any_
     # Rank 0 holds two microbatches in the backbone (20 bytes) and three in the encoder.
     assert peak(order_nested_encoder, 8) == peak(order_nested_encoder, 32) == 320
     assert peak(order_encoder_in_bubbles, 32) > peak(order_encoder_in_bubbles, 8) > 320
+
+
+def test_the_coarse_variant_uses_the_bubbles_at_both_ends_alone():
+    case = large_case()
+    order = order_optimus_coarse(case.table)
+    is_backbone = np.isin(
+        case.table.stage, [stage.stage for stage in case.partition.chains["language"]]
+    )
+    for rank in range(3):
+        tasks = order.task[order.first[rank] : order.first[rank + 1]]
+        is_forward = tasks < case.table.num_works
+        backbone = is_backbone[tasks % case.table.num_works]
+        first_backward = np.flatnonzero(backbone & ~is_forward)[0]
+        last_forward = np.flatnonzero(backbone & is_forward)[-1]
+        assert np.flatnonzero(~backbone & is_forward)[-1] < first_backward
+        assert np.flatnonzero(~backbone & ~is_forward)[0] > last_forward
 
 
 def test_microbatches_go_as_given_without_reordering():

@@ -16,10 +16,11 @@ from megatron_dip.planner.baselines import (
     StaticCut,
     StaticCuts,
     StaticSimulator,
+    run_with_own_recomputation,
     run_within_memory,
     run_zero_bubble,
 )
-from megatron_dip.planner.baselines.cuts import balanced_layers
+from megatron_dip.planner.baselines.cuts import balanced_layers, even_layers
 from megatron_dip.planner.baselines.megatron_orders import (
     interleaved_order,
     microbatch_group_size,
@@ -273,19 +274,79 @@ def test_the_fewest_layers_are_recomputed_that_keep_the_limit():
     # Two microbatches of four layers at 10 bytes; a recomputed layer keeps 4.
     limited = free.model_copy(update={"memory_limit_bytes": (60, 60)})
     run = run_within_memory(FlatChain(limited), cut)
-    assert run.num_recomputed_layers == 2
+    assert run.num_recomputed == 2
     assert run.peak_bytes == (56, 28)
     unlimited = StaticSimulator(FlatChain(free)).run(cut)
     assert unlimited.peak_bytes == (80, 40)
     assert run.makespan_us == unlimited.makespan_us + 5 * 2.0
-    assert run_within_memory(FlatChain(free), cut).num_recomputed_layers == 0
+    assert run_within_memory(FlatChain(free), cut).num_recomputed == 0
+
+
+def test_every_rank_recomputes_what_its_own_limit_asks_for():
+    free = uniform_problem(8, 2, 4)
+    cut = StaticCut(num_ranks=2, num_layers=(4, 4))
+    limited = free.model_copy(update={"memory_limit_bytes": (60, 40)})
+    run = run_with_own_recomputation(StaticSimulator(FlatChain(limited)), cut)
+    assert run.num_recomputed == (2, 0)
+    assert run.peak_bytes == (56, 40)
+    assert run.makespan_us < run_within_memory(FlatChain(limited), cut).makespan_us
+    hopeless = free.model_copy(update={"memory_limit_bytes": (31, 99)})
+    with pytest.raises(InfeasibleError, match=r"rank 0: 32 bytes .*limit 31"):
+        run_with_own_recomputation(StaticSimulator(FlatChain(hopeless)), cut)
+
+
+def test_a_cut_for_the_limit_gives_the_tight_rank_fewer_layers():
+    problem = uniform_problem(8, 2, 4).model_copy(update={"memory_limit_bytes": (60, 99)})
+    cut = StaticCuts([problem]).nnscaler
+    best_us = min(
+        run_with_own_recomputation(
+            StaticSimulator(FlatChain(problem)), StaticCut(num_ranks=2, num_layers=(n, 8 - n))
+        ).makespan_us
+        for n in range(1, 8)
+    )
+    found = run_with_own_recomputation(StaticSimulator(FlatChain(problem)), cut)
+    assert found.makespan_us == best_us
+
+
+def test_megatrons_chunks_have_equal_parameters_whatever_time_they_take():
+    problem = uneven_problem()
+    sizes = {"vision": 6, "language": 18}
+    weighed = problem.model_copy(
+        update={
+            "modules": tuple(
+                module.model_copy(update={"layer_static_bytes": sizes[module.name]})
+                for module in problem.modules
+            )
+        }
+    )
+    parameters = FlatChain(weighed).layer_parameters
+    assert parameters.tolist() == [1.0] * 6 + [3.0] * 6
+    assert even_layers(parameters, 6) == (4, 3, 1, 1, 1, 2)
+    cuts = StaticCuts([weighed])
+    assert cuts.megatron.num_layers == even_layers(parameters, len(cuts.megatron.num_layers))
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.5, 7.0]), min_size=1, max_size=7), st.integers(1, 4))
+def test_even_layers_have_the_least_squares_of_all_cuts(weights, num_pieces):
+    if len(weights) < num_pieces:
+        with pytest.raises(InfeasibleError, match="cannot fill"):
+            even_layers(np.array(weights), num_pieces)
+        return
+
+    def squares(counts) -> float:
+        ends = np.cumsum((0, *counts))
+        return sum(sum(weights[a:b]) ** 2 for a, b in itertools.pairwise(ends))
+
+    counts = even_layers(np.array(weights), num_pieces)
+    assert sum(counts) == len(weights) and min(counts) >= 1
+    assert squares(counts) == min(map(squares, compositions(len(weights), num_pieces)))
 
 
 def test_recomputed_layers_are_counted_where_there_is_a_backward():
     problem, _ = encoder_case("frozen encoder")
     chain = FlatChain(problem)
     cut = StaticCut(num_ranks=2, num_layers=(3, 1))
-    free, limited = chain.costs(cut), chain.costs(cut, num_recomputed_layers=1)
+    free, limited = chain.costs(cut), chain.costs(cut, num_recomputed=1)
     again_us = limited.total.input_grad_us - free.total.input_grad_us
     assert again_us.tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert free.total.stored_bytes.tolist() == [[10, 10], [10, 10]]

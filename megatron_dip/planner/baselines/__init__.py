@@ -9,7 +9,12 @@ from megatron_dip.planner.baselines.registry import (
     baselines,
     find_baseline,
 )
-from megatron_dip.planner.baselines.static import StaticRun, StaticSimulator, run_within_memory
+from megatron_dip.planner.baselines.static import (
+    StaticRun,
+    StaticSimulator,
+    run_with_own_recomputation,
+    run_within_memory,
+)
 from megatron_dip.planner.baselines.zero_bubble import run_zero_bubble
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "StaticSimulator",
     "baselines",
     "find_baseline",
+    "run_with_own_recomputation",
     "run_within_memory",
     "run_zero_bubble",
 ]

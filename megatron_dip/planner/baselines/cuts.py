@@ -7,7 +7,7 @@ per rank are tried, first with layers moving to neighbours only, the best few th
 up to a round of the ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ import numpy as np
 from megatron_dip.errors import InfeasibleError, ProblemError
 from megatron_dip.partition import cut_evenly
 from megatron_dip.planner.baselines.flat_chain import FlatChain, StaticCut
-from megatron_dip.planner.baselines.static import StaticSimulator
-from megatron_dip.simulator.arrays import FloatArray
+from megatron_dip.planner.baselines.static import StaticSimulator, run_with_own_recomputation
+from megatron_dip.simulator.arrays import FloatArray, IntArray
 from megatron_dip.workload import Problem
 
-__all__ = ["MAX_VIRTUAL", "StaticCuts", "balanced_layers"]
+__all__ = ["MAX_VIRTUAL", "StaticCuts", "balanced_layers", "even_layers"]
 
 MAX_VIRTUAL = 12
 """Most pieces per rank that are tried; on the sample problems the best are 2 to 11."""
@@ -95,6 +95,33 @@ class StaticCuts:
         counts = self._virtual_counts(self._backbone_layers)
         return self._cut(min(self._stock(count) for count in counts))
 
+    @cached_property
+    def megatron(self) -> StaticCut:
+        """Pieces of about equally many parameters, in the best number of them per rank.
+
+        Raises:
+            InfeasibleError: See :meth:`interleaved`.
+        """
+        chain = self._simulators[0].chain
+        found = []
+        for count in self._virtual_counts(chain.num_layers):
+            layers = even_layers(chain.layer_parameters, count * self._num_ranks)
+            found.append(_Fitted(self._mean_us(layers), layers))
+        return self._cut(min(found))
+
+    @cached_property
+    def nnscaler(self) -> StaticCut:
+        """The best cut with one piece per rank under the memory limit, where every rank computes
+        again as few layers as it must.
+
+        Raises:
+            InfeasibleError: No cut on the way keeps the limit of a sample.
+        """
+        found = self._climb(self._start(1), mean_us=self._mean_limited_us)
+        if not np.isfinite(found.mean_us):
+            raise InfeasibleError("no cut with one piece per rank keeps the memory limit")
+        return self._cut(found)
+
     @property
     def _backbone_layers(self) -> int:
         return self._first.module(self._first.module_order[-1]).num_layers
@@ -130,10 +157,16 @@ class StaticCuts:
     def _start(self, num_virtual: int) -> tuple[int, ...]:
         return balanced_layers(self._layer_us, num_virtual * self._num_ranks)
 
-    def _climb(self, start: Sequence[int], longest_move: int | None = None) -> _Fitted:
+    def _climb(
+        self,
+        start: Sequence[int],
+        longest_move: int | None = None,
+        mean_us: Callable[[Sequence[int]], float] | None = None,
+    ) -> _Fitted:
         longest_move = longest_move or self._num_ranks
+        mean_us = mean_us or self._mean_us
         layers = list(start)
-        best_us = self._mean_us(layers)
+        best_us = mean_us(layers)
         moves = [
             (left + away, left) if is_up else (left, left + away)
             for away in range(1, longest_move + 1)
@@ -147,18 +180,26 @@ class StaticCuts:
                 while layers[giver] > 1:
                     layers[giver] -= 1
                     layers[taker] += 1
-                    mean_us = self._mean_us(layers)
-                    if mean_us >= best_us * (1 - _GAIN):
+                    found_us = mean_us(layers)
+                    if not found_us < best_us * (1 - _GAIN):
                         layers[giver] += 1
                         layers[taker] -= 1
                         break
-                    best_us, has_improved = mean_us, True
+                    best_us, has_improved = found_us, True
         return _Fitted(best_us, tuple(layers))
 
     def _mean_us(self, layers: Sequence[int]) -> float:
         cut = StaticCut(num_ranks=self._num_ranks, num_layers=tuple(layers))
         times = [simulator.makespan_us(cut) for simulator in self._simulators]
         return sum(times) / len(times)
+
+    def _mean_limited_us(self, layers: Sequence[int]) -> float:
+        cut = StaticCut(num_ranks=self._num_ranks, num_layers=tuple(layers))
+        try:
+            runs = [run_with_own_recomputation(simulator, cut) for simulator in self._simulators]
+        except InfeasibleError:
+            return float("inf")
+        return sum(run.makespan_us for run in runs) / len(runs)
 
     def _cut(self, fitted: _Fitted) -> StaticCut:
         return StaticCut(num_ranks=self._num_ranks, num_layers=fitted.layers)
@@ -170,24 +211,52 @@ def balanced_layers(layer_us: FloatArray, num_pieces: int) -> tuple[int, ...]:
     Raises:
         InfeasibleError: There are fewer layers than pieces.
     """
-    num_layers = len(layer_us)
-    if num_layers < num_pieces:
-        raise InfeasibleError(
-            f"{num_layers} layers cannot fill {num_pieces} pieces (expected at least as many)"
-        )
-    until_us = np.concatenate([[0.0], np.cumsum(layer_us)])
-    piece_us = until_us[None, :] - until_us[:, None]
-    piece_us[np.tril_indices(num_layers + 1)] = np.inf
+    piece_us = _pieces(layer_us, num_pieces)
     # Entry n: the largest piece if the first n layers fill the pieces so far.
-    largest_us = np.full(num_layers + 1, np.inf)
+    largest_us = np.full(len(piece_us), np.inf)
     largest_us[0] = 0.0
     starts = []
     for _ in range(num_pieces):
         candidates = np.maximum(largest_us[:, None], piece_us)
         starts.append(candidates.argmin(axis=0))
         largest_us = candidates.min(axis=0)
+    return _layers_from(starts)
+
+
+def even_layers(weights: FloatArray, num_pieces: int) -> tuple[int, ...]:
+    """Layers per piece, at least one, such that the squares of what pieces weigh sum to the least.
+
+    Raises:
+        InfeasibleError: There are fewer layers than pieces.
+    """
+    piece = _pieces(weights, num_pieces)
+    squares = np.full(len(piece), np.inf)
+    squares[0] = 0.0
+    starts = []
+    for _ in range(num_pieces):
+        candidates = squares[:, None] + piece**2
+        starts.append(candidates.argmin(axis=0))
+        squares = candidates.min(axis=0)
+    return _layers_from(starts)
+
+
+def _pieces(layer: FloatArray, num_pieces: int) -> FloatArray:
+    """[from, to]: sum over the layers of every possible piece; infinite where there is none."""
+    num_layers = len(layer)
+    if num_layers < num_pieces:
+        raise InfeasibleError(
+            f"{num_layers} layers cannot fill {num_pieces} pieces (expected at least as many)"
+        )
+    until = np.concatenate([[0.0], np.cumsum(layer)])
+    piece = until[None, :] - until[:, None]
+    piece[np.tril_indices(num_layers + 1)] = np.inf
+    return piece
+
+
+def _layers_from(starts: Sequence[IntArray]) -> tuple[int, ...]:
+    """Layers per piece, from where every piece starts if it ends at a layer."""
     layers = []
-    end = num_layers
+    end = len(starts[0]) - 1
     for start in reversed(starts):
         layers.append(end - int(start[end]))
         end = int(start[end])

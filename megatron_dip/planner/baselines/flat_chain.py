@@ -15,6 +15,7 @@ A piece has a backward if something in it or before it is trainable.  A module w
 of its own costs nothing in it: the gradient of an earlier module passes it by.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import fsum
@@ -153,6 +154,22 @@ class FlatChain:
         return _until(self._layers.input_grad_us + self._layers.weight_grad_us)
 
     @cached_property
+    def layer_parameters(self) -> FloatArray:
+        """[num_layers]: weights of every layer of the chain, with the extras that sit with it.
+
+        A problem knows bytes alone: 2 of a frozen weight, and 6 of a trained one, of which more
+        would change no share within a model that is trained as a whole.
+        """
+        found = np.zeros(self.num_layers)
+        for module in self._modules:
+            form = module.module
+            per_weight = 6.0 if form.trainable else 2.0
+            found[module.start : module.stop] = form.layer_static_bytes / per_weight
+            found[module.start] += form.first_layer_extra.static_bytes / per_weight
+            found[module.stop - 1] += form.last_layer_extra.static_bytes / per_weight
+        return found
+
+    @cached_property
     def _layers(self) -> ModulePart:
         return self.costs(StaticCut(num_ranks=1, num_layers=(1,) * self.num_layers)).total
 
@@ -178,13 +195,13 @@ class FlatChain:
         pieces = [range(end - num, end) for num, end in zip(cut.num_layers, ends, strict=True)]
         return [any(module.trains(piece) for module in self._modules) for piece in pieces]
 
-    def costs(self, cut: StaticCut, num_recomputed_layers: int = 0) -> PieceCosts:
+    def costs(self, cut: StaticCut, num_recomputed: int | Sequence[int] = 0) -> PieceCosts:
         """What the pieces of ``cut`` cost.
 
         Args:
             cut: Layers per piece.
-            num_recomputed_layers: In every piece, the first so many layers that have a backward are
-                computed again there (Megatron's ``--recompute-method block``).
+            num_recomputed: In every piece, or in each one, the first so many layers that have a
+                backward are computed again there (Megatron's ``--recompute-method block``).
 
         Raises:
             PartitionError: The cut has another number of layers than the chain.
@@ -194,7 +211,7 @@ class FlatChain:
                 f"static cut of {sum(cut.num_layers)} layers for modules of {self.num_layers} "
                 f"layers (expected as many)"
             )
-        left = np.full(len(cut.num_layers), num_recomputed_layers, dtype=np.int64)
+        left = np.zeros(len(cut.num_layers), dtype=np.int64) + np.array(num_recomputed, np.int64)
         parts = []
         for module in self._modules:
             layers = _overlap(cut, module.start, module.stop)

@@ -1,11 +1,14 @@
 """Schedules of other systems, and of this one without its techniques, on a plan's own stages.
 
-Two published ideas are approximated; the *backbone* is the last module, *encoders* are all others:
+Published ideas are approximated; the *backbone* is the last module, *encoders* are all others:
 
 - *Encoder in bubbles* (Optimus, ATC 2025): the backbone runs in Megatron's order, 1F1B with one
   segment and interleaved with several, and encoders only fill its gaps.  Optimus keeps the encoder
   apart from the pipeline's stages and knows bubbles from a profile; here encoders are cut into the
   plan's stages and bubbles are those of the very batch.
+- *Optimus, coarse*: the same with the bubbles at both ends alone, which is what DIP compares with:
+  a rank runs all forwards of encoders before its first backward of the backbone, and all their
+  backwards after its last forward of the backbone.
 - *Nested encoder* (BigMac, 2026): the same, but an encoder's stage holds at most one microbatch
   more than Megatron's order holds in the backbone's first stage, so that the encoders' activations
   do not grow with the batch.
@@ -26,10 +29,15 @@ from megatron_dip.planner.dual_queue import default_priority, priority_key
 from megatron_dip.planner.greedy import schedule_greedily
 from megatron_dip.planner.kernels import ALTERNATE
 from megatron_dip.planner.rules import BatchRules
-from megatron_dip.simulator.arrays import IntArray, TaskOrder
+from megatron_dip.simulator.arrays import IntArray, TaskOrder, awaiting
 from megatron_dip.simulator.tasks import TaskTable
 
-__all__ = ["order_as_given", "order_encoder_in_bubbles", "order_nested_encoder"]
+__all__ = [
+    "order_as_given",
+    "order_encoder_in_bubbles",
+    "order_nested_encoder",
+    "order_optimus_coarse",
+]
 
 
 def order_encoder_in_bubbles(table: TaskTable) -> TaskOrder:
@@ -40,6 +48,34 @@ def order_encoder_in_bubbles(table: TaskTable) -> TaskOrder:
             ranks, which Megatron refuses.
     """
     return fill_gaps(table.whole, _backbone_tasks(table), _forwards_first(table))
+
+
+def order_optimus_coarse(table: TaskTable) -> TaskOrder:
+    """Megatron's order of the backbone, encoders in the bubbles before and after its steady part.
+
+    Raises:
+        InfeasibleError: See :func:`order_encoder_in_bubbles`.
+    """
+    fixed = _backbone_tasks(table)
+    is_free = table.whole.exists.copy()
+    is_free[[task for tasks in fixed for task in tasks]] = False
+    rank = np.tile(table.whole.rank, 3)
+    before: list[int] = []
+    after: list[int] = []
+    for number, tasks in enumerate(fixed):
+        others = np.flatnonzero(is_free & (rank == number)).tolist()
+        forwards = [task for task in others if task < table.num_works]
+        backwards = [task for task in others if task >= table.num_works]
+        first = next((task for task in tasks if task >= table.num_works), None)
+        last = next((task for task in reversed(tasks) if task < table.num_works), None)
+        if first is not None:
+            before += forwards
+            after += [first] * len(forwards)
+        if last is not None:
+            before += [last] * len(backwards)
+            after += backwards
+    graph = awaiting(table.whole, np.array(before, np.int64), np.array(after, np.int64))
+    return fill_gaps(graph, fixed, _forwards_first(table))
 
 
 def order_nested_encoder(table: TaskTable) -> TaskOrder:

@@ -19,8 +19,14 @@ from megatron_dip.planner.baselines.on_stages import (
     order_as_given,
     order_encoder_in_bubbles,
     order_nested_encoder,
+    order_optimus_coarse,
 )
-from megatron_dip.planner.baselines.static import StaticRun, StaticSimulator, run_within_memory
+from megatron_dip.planner.baselines.static import (
+    StaticRun,
+    StaticSimulator,
+    run_with_own_recomputation,
+    run_within_memory,
+)
 from megatron_dip.planner.baselines.zero_bubble import run_zero_bubble
 from megatron_dip.planner.planner import make_plan, plan_from_order
 from megatron_dip.simulator.arrays import TaskOrder
@@ -133,6 +139,11 @@ def baselines() -> tuple[Baseline, ...]:
             "Megatron's interleaved 1F1B, encoder on rank 0",
             lambda cuts: cuts.interleaved_stock,
         ),
+        (
+            "megatron",
+            "Megatron's interleaved 1F1B, chunks balanced by parameters",
+            lambda cuts: cuts.megatron,
+        ),
     )
     found = []
     for name, summary, cut_of in schedules:
@@ -143,10 +154,12 @@ def baselines() -> tuple[Baseline, ...]:
     orders = (
         ("nested-encoder", "encoder nested in Megatron's backbone", order_nested_encoder),
         ("encoder-in-bubbles", "encoder in Megatron's bubbles", order_encoder_in_bubbles),
+        ("optimus-coarse", "encoder in the bubbles at both ends", order_optimus_coarse),
         ("without-reordering", "dual queue, microbatches as given", order_as_given),
     )
     return (
         *found,
+        Baseline("nnscaler", "1F1B, best cut with recomputation per rank", False, _run_nnscaler),
         Baseline("zero-bubble", "ZB-H1 on the best cut of 1F1B", False, _run_zero_bubble),
         *(Baseline(name, text, True, partial(_run_order, order)) for name, text, order in orders),
         Baseline(
@@ -183,9 +196,16 @@ def _run_static(
     details = []
     if found.cut.num_virtual > 1:
         details.append(f"{found.cut.num_virtual} pieces per rank")
-    if found.num_recomputed_layers:
-        details.append(f"{found.num_recomputed_layers} layers per piece recomputed")
+    if found.num_recomputed:
+        details.append(f"{found.num_recomputed} layers per piece recomputed")
     return _of_static(case, found, ", ".join(details))
+
+
+def _run_nnscaler(case: BaselineCase) -> BaselineResult:
+    found = run_with_own_recomputation(StaticSimulator(case.chain), case.cuts.nnscaler)
+    assert isinstance(found.num_recomputed, tuple)
+    numbers = " ".join(map(str, found.num_recomputed))
+    return _of_static(case, found, f"{numbers} layers recomputed" * any(found.num_recomputed))
 
 
 def _run_zero_bubble(case: BaselineCase) -> BaselineResult:

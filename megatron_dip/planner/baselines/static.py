@@ -30,7 +30,14 @@ from megatron_dip.simulator.arrays import (
 from megatron_dip.simulator.kernels import Stored, new_run_state, peak_bytes, run_order
 from megatron_dip.simulator.timeline import Panel, Span, SpanKind
 
-__all__ = ["StaticRun", "StaticSimulator", "finish_run", "make_graph", "run_within_memory"]
+__all__ = [
+    "StaticRun",
+    "StaticSimulator",
+    "finish_run",
+    "make_graph",
+    "run_with_own_recomputation",
+    "run_within_memory",
+]
 
 _SPLIT_KINDS: tuple[SpanKind, ...] = ("F", "I", "W")
 
@@ -41,8 +48,8 @@ class StaticRun:
 
     chain: FlatChain
     cut: StaticCut
-    num_recomputed_layers: int
-    """Per piece."""
+    num_recomputed: int | tuple[int, ...]
+    """Layers in every piece, or in each one."""
     costs: PieceCosts
     order: TaskOrder
     starts_us: FloatArray
@@ -158,19 +165,19 @@ class StaticSimulator:
         self.chain = chain
         self._schedules: dict[tuple[int, int, int], _Schedule] = {}
 
-    def run(self, cut: StaticCut, num_recomputed_layers: int = 0) -> StaticRun:
+    def run(self, cut: StaticCut, num_recomputed: int | tuple[int, ...] = 0) -> StaticRun:
         """Simulate ``cut``.
 
         Raises:
             PartitionError: The cut has another number of layers than the chain.
             InfeasibleError: Megatron refuses the schedule: fewer microbatches than ranks.
         """
-        costs = self.chain.costs(cut, num_recomputed_layers)
+        costs = self.chain.costs(cut, num_recomputed)
         schedule = self._schedule(cut)
         total = costs.total
         backward_us = total.input_grad_us + total.weight_grad_us
         graph = schedule.graph_with(total.forward_us, backward_us, costs.delay_us)
-        return finish_run(self.chain, cut, num_recomputed_layers, costs, graph, schedule.order)
+        return finish_run(self.chain, cut, num_recomputed, costs, graph, schedule.order)
 
     def makespan_us(self, cut: StaticCut) -> float:
         """The time of ``cut``, but for rounding: quick, for searches over many cuts."""
@@ -212,7 +219,7 @@ def make_graph(chain: FlatChain, cut: StaticCut, costs: PieceCosts) -> TaskGraph
 def finish_run(
     chain: FlatChain,
     cut: StaticCut,
-    num_recomputed_layers: int,
+    num_recomputed: int | tuple[int, ...],
     costs: PieceCosts,
     graph: TaskGraph,
     order: TaskOrder,
@@ -232,7 +239,7 @@ def finish_run(
     return StaticRun(
         chain=chain,
         cut=cut,
-        num_recomputed_layers=num_recomputed_layers,
+        num_recomputed=num_recomputed,
         costs=costs,
         order=order,
         starts_us=state.starts_us,
@@ -242,19 +249,45 @@ def finish_run(
 
 
 def run_within_memory(chain: FlatChain, cut: StaticCut) -> StaticRun:
-    """``cut`` with the fewest recomputed layers per piece that keep the memory limit.
+    """``cut`` with the fewest recomputed layers, as many in every piece, that keep the limit.
 
     Raises:
         InfeasibleError: Recomputing every layer does not suffice; names rank, need and limit.
     """
     simulator = StaticSimulator(chain)
-    for num_recomputed_layers in range(max(cut.num_layers) + 1):
-        run = simulator.run(cut, num_recomputed_layers)
+    for num_recomputed in range(max(cut.num_layers) + 1):
+        run = simulator.run(cut, num_recomputed)
         if run.keeps_memory_limit:
             return run
-    limits = chain.problem.memory_limit_bytes
-    rank = max(range(cut.num_ranks), key=lambda rank: run.peak_bytes[rank] - limits[rank])
-    raise InfeasibleError(
+    raise _too_large(run)
+
+
+def run_with_own_recomputation(simulator: StaticSimulator, cut: StaticCut) -> StaticRun:
+    """``cut``, with one piece per rank, each with the fewest recomputed layers that keep its limit.
+
+    What a rank holds depends on its own piece alone, since every order is fixed.
+
+    Raises:
+        InfeasibleError: See :func:`run_within_memory`.
+    """
+    assert cut.num_virtual == 1, "a rank has one piece to choose for"
+    limits = simulator.chain.problem.memory_limit_bytes
+    num_recomputed = [0] * cut.num_ranks
+    run = simulator.run(cut, tuple(num_recomputed))
+    while not run.keeps_memory_limit:
+        for rank, most in enumerate(cut.num_layers):
+            if run.peak_bytes[rank] > limits[rank]:
+                num_recomputed[rank] += 1
+                if num_recomputed[rank] > most:
+                    raise _too_large(run)
+        run = simulator.run(cut, tuple(num_recomputed))
+    return run
+
+
+def _too_large(run: StaticRun) -> InfeasibleError:
+    limits = run.chain.problem.memory_limit_bytes
+    rank = max(range(run.cut.num_ranks), key=lambda rank: run.peak_bytes[rank] - limits[rank])
+    return InfeasibleError(
         f"rank {rank}: {run.peak_bytes[rank]} bytes with every layer recomputed (limit "
         f"{limits[rank]}: a static schedule cannot run this batch)"
     )
