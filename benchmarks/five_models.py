@@ -1,26 +1,35 @@
 """The five models: plans against every baseline, with and without each technique.
 
-The partition of a model is chosen from its ``*-fit-*.json`` (``megatron-dip partition``, kept in
-``configs/partitions``), and so are the cuts of the static baselines; everything is judged on its
-``*-test-*.json``.  All schedules run in one simulator with one set of costs; no GPU is involved.
+Two kinds of batches.  ``dip``: the published models and data, drawn by seed from ``dip-vlm`` and
+``dip-t2v`` (``megatron-dip problem``).  ``mixed``: the files of ``benchmarks/problems``, a mixture
+of ours with other models of these names.  The partition of a model is chosen from its fit batches
+(``megatron-dip partition``), and so are the cuts of the static baselines; everything is judged on
+its test batches.  All schedules run in one simulator with one set of costs; no GPU is involved.  A
+search is given processor time, so that what else runs on the machine does not change its result.
 
-    python benchmarks/five_models.py               print the tables
-    python benchmarks/five_models.py --write       and write docs/five_models.md with them
+    python benchmarks/five_models.py               measure, keep the figures, print the tables
+    python benchmarks/five_models.py --page        print them, and write docs/five_models.md
     python benchmarks/five_models.py --choose      choose the partitions anew first
 """
 
 import argparse
-import platform
+import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
+import five_models_page
 import numpy as np
 
+from megatron_dip.costs import cluster_builder, load_cluster, load_model
+from megatron_dip.costs.mixtures import BUILT_IN, draw_microbatches
 from megatron_dip.errors import InfeasibleError
 from megatron_dip.partition import Partition, load_partition, uniform_partition
 from megatron_dip.partitioner.choose import choose_partition
@@ -31,17 +40,19 @@ from megatron_dip.simulator import build_task_table, useful_work_us
 from megatron_dip.simulator.bounds import heads_us, tails_us
 from megatron_dip.workload import Problem, load_problem
 
+Batches = Literal["dip", "mixed"]
+
 ROOT = Path(__file__).parents[1]
 PROBLEMS = ROOT / "benchmarks" / "problems"
-PARTITIONS = ROOT / "configs" / "partitions"
-DOCUMENT = ROOT / "docs" / "five_models.md"
-MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
-ONE_F_ONE_B = ("1f1b", "1f1b-stock")
-INTERLEAVED = ("interleaved", "interleaved-stock")
+PARTITIONS = {"dip": ROOT / "configs" / "partitions", "mixed": PROBLEMS / "partitions"}
+RESULTS = ROOT / "benchmarks" / "results"
+MODELS = {"vlm-s": 16, "vlm-m": 32, "vlm-l": 64, "t2v-s": 16, "t2v-l": 64}
+"""GPUs of one replica."""
+SEEDS = {"fit": (0, 1), "test": (100, 101, 102)}
 UNLIMITED = 10**15
-CHOOSING_MINUTES = 10.0
-DIP, DIP_UNLIMITED = "DIP", "DIP, no memory limit"
-DIP_SPLIT = "DIP, split backward"
+CHOOSING_MINUTES = 3.0
+DIP, DIP_UNLIMITED = five_models_page.DIP, five_models_page.DIP_UNLIMITED
+DIP_SPLIT = five_models_page.DIP_SPLIT
 
 
 class Made(NamedTuple):
@@ -66,16 +77,13 @@ class Found:
     plans: dict[str, list[Made]] = field(default_factory=dict)
     baselines: dict[str, list[float]] = field(default_factory=dict)
     """Utilisation; empty where a problem cannot be run."""
+    baseline_peaks: dict[str, int] = field(default_factory=dict)
+    """Bytes, the most over ranks and problems."""
 
-    def mean(self, technique: str, value: Callable[[Made], float]) -> float:
-        return statistics.mean(map(value, self.plans[technique]))
-
-    def gain(self, names: Sequence[str], technique: str = DIP) -> float:
-        """Mean throughput over the best of ``names``: the one that is best on average."""
-        known = [name for name in names if self.baselines[name]]
-        best = max(known, key=lambda name: statistics.mean(self.baselines[name]))
-        ratios = zip(self.plans[technique], self.baselines[best], strict=True)
-        return statistics.mean(made.utilisation / other for made, other in ratios)
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        plans = {name: [made._asdict() for made in row] for name, row in self.plans.items()}
+        return {"plans": plans, "baselines": self.baselines, "peaks": self.baseline_peaks}
 
 
 Technique = Callable[[Problem, Partition], Plan]
@@ -112,11 +120,19 @@ def techniques(budget_ms: float) -> Mapping[str, Technique]:
     }
 
 
+@contextmanager
+def processor_clock() -> Iterator[None]:
+    """Budgets of searches are counted in time of this process, not of the wall clock."""
+    with patch("time.monotonic", time.process_time):
+        yield
+
+
 def judge_plan(technique: Technique, problem: Problem, partition: Partition) -> Made:
     """Plan ``problem``; raises InfeasibleError where the technique finds no plan."""
-    started = time.thread_time()
-    plan = technique(problem, partition)
-    seconds = time.thread_time() - started
+    started = time.process_time()
+    with processor_clock():
+        plan = technique(problem, partition)
+    seconds = time.process_time() - started
     assert plan.estimate is not None
     share_us = useful_work_us(problem) / problem.num_ranks
     return Made(
@@ -144,11 +160,13 @@ def plain_bound_us(plan: Plan) -> float:
     return bound
 
 
-def judge_model(model: str, partition: Partition, budget_ms: float) -> Found:
-    """Every technique and baseline on every test problem of ``model``."""
-    cuts = StaticCuts(load_problems(model, "fit"))
+def judge_model(
+    batches: Batches, model: str, partition: Partition, budget_ms: float, named: Sequence[str]
+) -> Found:
+    """Every technique, and the ``named`` baselines, on every test problem of ``model``."""
+    cuts = StaticCuts(load_problems(batches, model, "fit"))
     found = Found()
-    for problem in load_problems(model, "test"):
+    for problem in load_problems(batches, model, "test"):
         for name, technique in techniques(budget_ms).items():
             try:
                 made = [judge_plan(technique, problem, partition)]
@@ -158,160 +176,80 @@ def judge_model(model: str, partition: Partition, budget_ms: float) -> Found:
             found.plans.setdefault(name, []).extend(made)
         case = BaselineCase.of_plan(make_plan(problem, partition), cuts)
         for baseline in baselines():
+            if baseline.name not in named:
+                continue
             row = found.baselines.setdefault(baseline.name, [])
             try:
-                row.append(baseline.run(case).utilisation)
+                result = baseline.run(case)
             except InfeasibleError as error:
                 print(f"{model}: {error}")
+                continue
+            row.append(result.utilisation)
+            most = max(found.baseline_peaks.get(baseline.name, 0), *result.peak_bytes)
+            found.baseline_peaks[baseline.name] = most
     return found
 
 
-def load_problems(model: str, kind: str) -> list[Problem]:
-    """The sample problems of ``model`` that are for ``fit`` or ``test``."""
-    return [load_problem(path) for path in sorted(PROBLEMS.glob(f"{model}-{kind}-*.json"))]
+@cache
+def load_problems(batches: Batches, model: str, kind: str) -> tuple[Problem, ...]:
+    """The batches of ``model`` that are for ``fit`` or ``test``."""
+    if batches == "mixed":
+        return tuple(load_problem(path) for path in sorted(PROBLEMS.glob(f"{model}-{kind}-*.json")))
+    clusters, models = ROOT / "configs" / "clusters", ROOT / "configs" / "models"
+    builder = cluster_builder(
+        load_model(models / f"{model.replace('-', '_')}.yaml"),
+        load_cluster(clusters / f"h100_{MODELS[model]}_half_peak.yaml"),
+    )
+    mixture = BUILT_IN[f"dip-{model[:3]}"]
+    return tuple(
+        builder.build(draw_microbatches(mixture.make(), mixture.num_microbatches, seed))
+        for seed in SEEDS[kind]
+    )
 
 
-def load_or_choose(model: str, choose: bool) -> Partition:
+def load_or_choose(batches: Batches, model: str, choose: bool) -> Partition:
     """The kept partition of ``model``, made anew if asked for."""
-    path = PARTITIONS / f"{model.replace('-', '_')}.json"
+    path = PARTITIONS[batches] / f"{model.replace('-', '_')}.json"
     if not choose:
         return load_partition(path)
-    chosen = choose_partition(load_problems(model, "fit"), minutes=CHOOSING_MINUTES)
+    fit = load_problems(batches, model, "fit")
+    chosen = choose_partition(fit, minutes=CHOOSING_MINUTES)
     path.write_text(chosen.partition.model_dump_json() + "\n", encoding="utf-8")
     print(f"{path.name}: {chosen.utilisation:.1%} on fit problems, {chosen.num_judged} cuts judged")
     return chosen.partition
 
 
-def headline(found: Mapping[str, Found]) -> str:
-    """What is asked of a schedule first."""
-    everything = [name for name in next(iter(found.values())).baselines if "without" not in name]
-
-    def row(title: str, value: Callable[[Found], str]) -> list[str]:
-        return [title, *(value(model) for model in found.values())]
-
-    def mean(title: str, technique: str, value: Callable[[Made], float]) -> list[str]:
-        return row(title, lambda model: f"{model.mean(technique, value):.3f}")
-
-    return markdown(
-        ["", *(model.upper() for model in found)],
-        [
-            mean("utilisation", DIP, lambda made: made.utilisation),
-            mean("ratio to the lower bound", DIP, lambda made: made.of_bound),
-            mean("the same without memory limit", DIP_UNLIMITED, lambda made: made.of_bound),
-            mean("ratio to the plain bound", DIP, lambda made: made.of_plain_bound),
-            mean("the same without memory limit", DIP_UNLIMITED, lambda made: made.of_plain_bound),
-            mean("utilisation at the lower bound", DIP, lambda made: made.bound_utilisation),
-            mean("utilisation, split backward", DIP_SPLIT, lambda made: made.utilisation),
-            mean("its ratio to the lower bound", DIP_SPLIT, lambda made: made.of_bound),
-            row("throughput over 1F1B", lambda model: f"{model.gain(ONE_F_ONE_B):.2f}"),
-            row("over interleaved 1F1B", lambda model: f"{model.gain(INTERLEAVED):.2f}"),
-            row("over the best baseline of all", lambda model: f"{model.gain(everything):.2f}"),
-            row(
-                "peak memory, GB", lambda m: f"{max(x.peak_bytes for x in m.plans[DIP]) / 1e9:.0f}"
-            ),
-            row("planning, s", lambda model: f"{model.mean(DIP, lambda made: made.seconds):.2f}"),
-        ],
-    )
-
-
-def over_baselines(found: Mapping[str, Found]) -> str:
-    """Throughput of plans over every baseline."""
-    names = next(iter(found.values())).baselines
-    rows = [
-        [
-            f"`{name}`",
-            *(f"{m.gain([name]):.2f}" if m.baselines[name] else "-" for m in found.values()),
-        ]
-        for name in names
-    ]
-    return markdown(["plans are faster by", *(model.upper() for model in found)], rows)
-
-
-def with_and_without(found: Mapping[str, Found]) -> str:
-    """Utilisation with and without every technique."""
-    names = next(iter(found.values())).plans
-    rows = [
-        [
-            name,
-            *(
-                f"{m.mean(name, lambda made: made.utilisation):.3f}" if m.plans[name] else "-"
-                for m in found.values()
-            ),
-        ]
-        for name in names
-    ]
-    return markdown(["utilisation", *(model.upper() for model in found)], rows)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-TEXT = """# The five models
-
-Simulated, on the sample batches of [`benchmarks/problems`](../benchmarks/problems/README.md):
-partitions and static cuts are chosen on the fit batches and judged on the test batches, means over
-{num_tests} of them, {limit:.0f} GB per rank. {budget_ms:.0f} ms of search per plan on one core,
-after which the plan is lowered and validated (Python {python}, {date}). Made by
-`python benchmarks/five_models.py --write`; the partitions are in `configs/partitions`.
-
-*Utilisation* is useful work, without overheads and recomputation, over ranks x makespan. No
-schedule of the same partition and sub-microbatches can beat either bound. The *plain* one is the
-longest chain of dependencies, or per rank earliest start + work + shortest tail. The *lower bound*
-is never below it: for every rank, what it takes if it may interrupt its actions and waits for no
-other rank (the preemptive one-machine relaxation). Backwards are whole unless it says split.
-
-{headline}
-
-A video clip cannot be split: its forwards and backwards follow one another through all layers. The
-longest clip of a text-to-video batch can take longer from end to end than a rank's share of the
-whole batch. Then no schedule with whole backwards comes near full utilisation, as *utilisation at
-the lower bound* shows. With split backwards the weight gradients leave that chain.
-
-## Against every baseline
-
-What each is, and where it is generous, stands in [baselines.md](baselines.md). Static schedules
-ignore the memory limit unless they say `-recompute`.
-
-{over_baselines}
-
-## With and without each technique
-
-{with_and_without}
-"""
-
-
 def main() -> None:
-    """Print the tables, and write them where asked to."""
+    """Measure, print the tables, and write the page where asked to."""
+    names = [baseline.name for baseline in baselines()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--batches", default="dip", choices=("dip", "mixed"))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--baselines", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--budget-ms", type=float, default=1000.0)
     parser.add_argument("--choose", action="store_true", help="choose the partitions anew")
-    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args()
-    found = {}
-    for model in options.models:
-        partition = load_or_choose(model, options.choose)
+    path = RESULTS / f"five_models_{options.batches}.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for model in () if options.page else options.models:
+        partition = load_or_choose(options.batches, model, options.choose)
         # Compiled functions are read from disk when they are first called: not planning's time.
-        make_plan(load_problems(model, "fit")[0], partition, evaluations=2)
-        found[model] = judge_model(model, partition, options.budget_ms)
-        print(headline({model: found[model]}))
-    problems = load_problems(options.models[0], "test")
-    text = TEXT.format(
-        num_tests=len(problems),
-        limit=problems[0].memory_limit_bytes[0] / 1e9,
-        budget_ms=options.budget_ms,
-        python=platform.python_version(),
-        date=datetime.now(UTC).date(),
-        headline=headline(found),
-        over_baselines=over_baselines(found),
-        with_and_without=with_and_without(found),
-    )
-    print(text)
-    if options.write:
-        DOCUMENT.write_text(text, encoding="utf-8")
+        make_plan(load_problems(options.batches, model, "fit")[0], partition, evaluations=2)
+        found = judge_model(options.batches, model, partition, options.budget_ms, options.baselines)
+        known[model] = found.record() | {
+            "date": str(datetime.now(UTC).date()),
+            "budget_ms": options.budget_ms,
+            "limit_bytes": load_problems(options.batches, model, "fit")[0].memory_limit_bytes[0],
+        }
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        plans = known[model]["plans"][DIP]
+        utilisation = statistics.mean(made["utilisation"] for made in plans)
+        print(f"{model}: utilisation {utilisation:.3f}", flush=True)
+    ordered = {model: known[model] for model in MODELS if model in known}
+    print(five_models_page.section(options.batches, ordered))
+    if options.page:
+        five_models_page.write(options.batches, ordered)
 
 
 if __name__ == "__main__":

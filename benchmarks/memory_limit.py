@@ -3,10 +3,11 @@
 Every test problem of a folder (``*-test-*.json``) is planned without a limit.  Then every rank's
 limit is set to a part of what that plan takes, weights included, and the batch is planned again:
 
-- with the memory program, which recomputes layers, on the same cut, that of ``configs/partitions``;
+- with the memory program, which recomputes layers, on the same cut, that of
+  ``benchmarks/problems/partitions``;
 - the same without it, by holding works back alone;
 - with it on a cut that was chosen for fit problems limited in the same way: who has less memory
-  chooses another cut.  These are ``configs/partitions/*_low_memory.json``, and ``--write-fit``
+  chooses another cut.  These are ``*_low_memory.json`` there, and ``--write-fit``
   writes the problems from which ``megatron-dip partition`` chose them.
 
 Plans above a limit end the run.

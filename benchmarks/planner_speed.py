@@ -1,9 +1,9 @@
 """How good a plan is after how long: ratio to the lower bound by budget; times of making plans.
 
 Reads the test problems of a folder (``*-test-*.json``).  The ratios are those on the partitions in
-``configs/partitions``.  The times are for batches of many sizes: every module but the last is cut
-into 2 segments, a frozen one into 1, and the last into 4, or 7 or 6 equal ones behind a frozen
-module; layers are shared out so that all ranks have about the same work, heads included;
+``benchmarks/problems/partitions``.  The times are for batches of many sizes: every module but the
+last is cut into 2 segments, a frozen one into 1, and the last into 4, or 7 or 6 equal ones behind a
+frozen module; layers are shared out so that all ranks have about the same work, heads included;
 sub-microbatches of at most 8192 tokens.
 
     python benchmarks/planner_speed.py PROBLEM_FOLDER [--quick]
@@ -40,7 +40,7 @@ from megatron_dip.workload import Problem, load_problem, parse_problem
 BUDGETS_MS = (50.0, 100.0, 1000.0, 10000.0)
 SIZES = ((8, 16), (8, 32), (8, 64), (8, 128), (16, 128), (16, 256))
 MAX_TOKENS = 8192
-PARTITIONS = Path(__file__).parents[1] / "configs" / "partitions"
+PARTITIONS = Path(__file__).parent / "problems" / "partitions"
 
 
 def num_segments(problem: Problem, module: str) -> int:

@@ -223,7 +223,7 @@ def plans(model: str) -> dict[str, Any]:
         load_model(configs / "models" / f"{model}.yaml"),
         load_cluster(configs / "clusters" / f"{MODELS[model]}.yaml"),
     )
-    sizes = draw_microbatches(built_in_mixture(model[:3]), MICROBATCHES, 0)
+    sizes = draw_microbatches(built_in_mixture(f"dip-{model[:3]}"), MICROBATCHES, 0)
     plan = make_plan(builder.build(sizes), partition, evaluations=8, when_infeasible="relax")
     packed = pack_plan(plan, [sizes])
     return {

@@ -323,6 +323,7 @@ def test_megatrons_chunks_have_equal_parameters_whatever_time_they_take():
     assert parameters.tolist() == [1.0] * 6 + [3.0] * 6
     assert even_layers(parameters, 6) == (4, 3, 1, 1, 1, 2)
     cuts = StaticCuts([weighed])
+    assert cuts.megatron_in_four.num_layers == (1,) * 12
     assert cuts.megatron.num_layers == even_layers(parameters, len(cuts.megatron.num_layers))
 
 

@@ -102,12 +102,22 @@ class StaticCuts:
         Raises:
             InfeasibleError: See :meth:`interleaved`.
         """
-        chain = self._simulators[0].chain
-        found = []
-        for count in self._virtual_counts(chain.num_layers):
-            layers = even_layers(chain.layer_parameters, count * self._num_ranks)
-            found.append(_Fitted(self._mean_us(layers), layers))
-        return self._cut(min(found))
+        counts = self._virtual_counts(self._simulators[0].chain.num_layers)
+        return self._cut(min(self._of_even_parameters(count) for count in counts))
+
+    @cached_property
+    def megatron_in_four(self) -> StaticCut:
+        """Four pieces per rank, of about equally many parameters.
+
+        Raises:
+            InfeasibleError: There are fewer layers than pieces.
+        """
+        return self._cut(self._of_even_parameters(4))
+
+    def _of_even_parameters(self, num_virtual: int) -> _Fitted:
+        weights = self._simulators[0].chain.layer_parameters
+        layers = even_layers(weights, num_virtual * self._num_ranks)
+        return _Fitted(self._mean_us(layers), layers)
 
     @cached_property
     def nnscaler(self) -> StaticCut:

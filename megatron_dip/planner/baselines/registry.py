@@ -144,6 +144,11 @@ def baselines() -> tuple[Baseline, ...]:
             "Megatron's interleaved 1F1B, chunks balanced by parameters",
             lambda cuts: cuts.megatron,
         ),
+        (
+            "megatron-4",
+            "Megatron's interleaved 1F1B, 4 chunks per rank balanced by parameters",
+            lambda cuts: cuts.megatron_in_four,
+        ),
     )
     found = []
     for name, summary, cut_of in schedules:
