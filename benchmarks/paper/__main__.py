@@ -5,13 +5,26 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import exact_solver, search_progress
+from . import (
+    ablation,
+    changing_load,
+    exact_solver,
+    large_clusters,
+    memory_over_time,
+    search_progress,
+    sub_microbatches,
+)
 from .results import Result, write_page, write_result
 from .setting import ROOT
 
 EXPERIMENTS: Mapping[str, Callable[[bool], Result]] = {
+    "ablation": ablation.run,
+    "changing_load": changing_load.run,
+    "sub_microbatches": sub_microbatches.run,
+    "memory_over_time": memory_over_time.run,
     "search_progress": search_progress.run,
     "exact_solver": exact_solver.run,
+    "large_clusters": large_clusters.run,
 }
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 PAGE = ROOT / "docs" / "paper_experiments.md"

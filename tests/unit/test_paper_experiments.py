@@ -19,8 +19,13 @@ def command(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     "name",
     [
+        "ablation",
+        "changing_load",
+        "sub_microbatches",
+        "memory_over_time",
         "search_progress",
         "exact_solver",
+        "large_clusters",
     ],
 )
 def test_every_experiment_writes_numbers_a_table_and_a_picture(
