@@ -1,7 +1,4 @@
-"""The experiments of the paper (DIP, arXiv 2504.14145), repeated in the simulator.
+"""The experiments of the paper (DIP, arXiv 2504.14145), one module each with a function ``run``.
 
-    python -m benchmarks.paper NAME [--quick] [--output FOLDER]
-
-Every experiment is a module here with a function ``run``; ``docs/paper_experiments.md`` shows what
-they found beside what was published.
+``benchmarks/paper_experiments.py`` runs them.
 """

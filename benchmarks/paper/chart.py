@@ -132,20 +132,21 @@ def draw_bars(title: str, categories: Sequence[str], y: Axis, groups: Sequence[B
             if published is not None:
                 body.append(_mark(left + width / 2, _y(y.share(published))))
             if value is not None:
-                highest = max(value, published or 0.0)
-                above = 13 if published is not None and published >= value else 5
-                if published is not None and 0 <= y.share(value) - y.share(published) < 0.02:
-                    above = 13
-                body.append(
-                    f'<text x="{left + width / 2:.1f}" y="{_y(y.share(highest)) - above:.1f}" '
-                    f'text-anchor="middle">{value:.2f}</text>'
-                )
+                body.append(_bar_value(value, left + width / 2, _y(y.share(value))))
     names: list[tuple[str, str, str]] = [
         (group.name, COLOURS[number % len(COLOURS)], "bars") for number, group in enumerate(groups)
     ]
     if any(one is not None for group in groups for one in group.published):
         names.append((PUBLISHED, "", "marks"))
     return _document([*body, *_legend(names)])
+
+
+def _bar_value(value: float, middle: float, top: float) -> str:
+    """Inside the bar at its foot, where no mark is; above a bar that is too low for it."""
+    is_inside = _PLOT_BOTTOM - top > 24
+    y = _PLOT_BOTTOM - 8 if is_inside else top - 5
+    style = ' style="fill:#fff;font-size:11px"' if is_inside else ' style="font-size:11px"'
+    return f'<text x="{middle:.1f}" y="{y:.1f}" text-anchor="middle"{style}>{value:.2f}</text>'
 
 
 def _document(body: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The paper's own rule for a cut, beside the kept partitions that the partitioner has chosen.
+"""The paper's own rule for a cut.
 
 Every module by itself in K segments that span all ranks: one for the module that is passed fastest,
 floor(T / T_fastest) for the others, T being the mean time of a sub-microbatch in all of its layers.

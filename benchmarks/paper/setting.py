@@ -7,11 +7,13 @@ from megatron_dip.costs.builder import ProblemBuilder
 from megatron_dip.costs.machine import ClusterConfig, cluster_builder, load_cluster
 from megatron_dip.costs.mixtures import Workload, built_in_mixture, draw_microbatches
 from megatron_dip.costs.shapes import ModelShape, load_model
-from megatron_dip.partition import Partition, load_partition
+from megatron_dip.partition import Partition
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.planner.sub_microbatches import TokenLimit, form_sub_microbatches
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
 from megatron_dip.workload import Problem
+
+from .cuts import rule_partition
 
 __all__ = [
     "NUM_MICROBATCHES",
@@ -22,6 +24,7 @@ __all__ = [
     "mixture_of",
     "partition_of",
     "preset_builder_of",
+    "sample_batches",
     "shape_of",
     "table_of",
 ]
@@ -70,10 +73,15 @@ def batch_of(
     return (builder or builder_of(model)).build(drawn)
 
 
+def sample_batches(model: str, num_microbatches: int = NUM_MICROBATCHES) -> list[Problem]:
+    """What cuts are made for; no experiment is judged on them."""
+    return [batch_of(model, seed, num_microbatches) for seed in (1, 2)]
+
+
 @cache
 def partition_of(model: str) -> Partition:
-    """The kept partition, which was chosen for other batches of the same kind."""
-    return load_partition(ROOT / "configs" / "partitions" / f"{model}.json")
+    """The cut by the paper's rule for the sample batches."""
+    return rule_partition(sample_batches(model))
 
 
 def table_of(

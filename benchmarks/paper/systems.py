@@ -40,7 +40,7 @@ __all__ = ["MEGATRON", "NNSCALER", "OPTIMUS", "Ran", "Systems", "fastest_within_
 MEGATRON, OPTIMUS, NNSCALER = "Megatron", "Optimus", "nnScaler"
 _MOST_PIECES = 8
 """Of Megatron, per rank."""
-_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Of the layers of every stage that are recomputed."""
 
 
@@ -77,6 +77,10 @@ class Systems:
         memory = found.panel("").memory
         assert memory is not None, "static schedules know their memory"
         return Ran(found.makespan_us, found.peak_bytes, list(memory[0]))
+
+    def megatron_without_limit_us(self, problem: Problem) -> float:
+        """What Megatron's schedule takes if it may hold whatever it likes."""
+        return StaticSimulator(FlatChain(problem)).makespan_us(self._by_parameters)
 
     @cached_property
     def _by_parameters(self) -> StaticCut:

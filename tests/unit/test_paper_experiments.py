@@ -7,13 +7,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("benchmarks.paper.__main__")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("paper_experiments")
 
 
 @pytest.mark.parametrize(

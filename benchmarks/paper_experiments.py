@@ -1,11 +1,14 @@
-"""The command: one experiment, or all of them."""
+"""The experiments of the paper, repeated in the simulator: one of them, or all.
+
+What they found is shown in ``docs/paper_experiments.md``, beside what was published.
+"""
 
 import argparse
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import (
+from paper import (
     ablation,
     changing_load,
     exact_solver,
@@ -14,8 +17,8 @@ from . import (
     search_progress,
     sub_microbatches,
 )
-from .results import Result, write_page, write_result
-from .setting import ROOT
+from paper.results import Result, write_page, write_result
+from paper.setting import ROOT
 
 EXPERIMENTS: Mapping[str, Callable[[bool], Result]] = {
     "ablation": ablation.run,
@@ -32,7 +35,7 @@ PAGE = ROOT / "docs" / "paper_experiments.md"
 
 def main() -> None:
     """Run what is asked for; results of full runs go into the page too."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--quick", action="store_true", help="a small form, seconds; not kept")
     parser.add_argument("--output", type=Path, help=f"folder for results; else {RESULTS}")
