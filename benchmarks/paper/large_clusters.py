@@ -173,6 +173,6 @@ def _picture(rows: Sequence[dict[str, Any]]) -> str:
     return draw_bars(
         "Model FLOPs utilisation on large clusters",
         [f"{row['model'].replace('_', '-').upper()}, {row['gpus']:,} GPUs" for row in rows],
-        Axis("MFU", 0.0, 0.7),
+        Axis("MFU", 0.0, 0.5),
         groups,
     )

@@ -114,11 +114,11 @@ def _picture(curves: dict[str, Ran]) -> str:
 
 def _thinned(curve: Ran, longest_s: float) -> list[tuple[float, float]]:
     """At most a few hundred points: the highest and the lowest of every moment."""
-    moment_s = longest_s / 250
+    moment_s = longest_s / 150
     kept: list[tuple[float, float]] = []
     group: list[tuple[float, float]] = []
     for at_us, held in curve.memory:
-        point = (at_us / 1e6, held / 1e9)
+        point = (round(at_us / 1e6, 3), round(held / 1e9, 2))
         if group and point[0] - group[0][0] > moment_s:
             extremes = {min(group, key=lambda p: p[1]), max(group, key=lambda p: p[1])}
             kept += sorted(extremes)

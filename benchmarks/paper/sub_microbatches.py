@@ -112,6 +112,8 @@ def _picture(found: dict[str, list[dict[str, float]]]) -> str:
     return draw_lines(
         "VLM-S: the size of sub-microbatches",
         Axis("images of a sub-microbatch", 0, 34, ticks=[4, 8, 12, 16, 20, 24, 28, 32]),
-        Axis("%", 0.0, 5 * np.ceil(highest / 5 + 0.1)),
+        Axis(
+            "% of the best size's time, or of the best order's", 0.0, 5 * np.ceil(highest / 5 + 0.1)
+        ),
         series,
     )
