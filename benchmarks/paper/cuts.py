@@ -7,7 +7,7 @@ floor(T / T_fastest) for the others, T being the mean time of a sub-microbatch i
 from collections.abc import Sequence
 
 from megatron_dip.partition import Partition
-from megatron_dip.partitioner.cuts import Cut, balanced_layers
+from megatron_dip.partitioner.cuts import Cut, balanced_counts, spread_layers
 from megatron_dip.workload import Item, Problem
 
 __all__ = ["IMAGE_PATCHES", "PUBLISHED_IMAGES", "rule_partition"]
@@ -28,11 +28,12 @@ def rule_partition(problems: Sequence[Problem], images: int = PUBLISHED_IMAGES) 
     tokens = {name: images * IMAGE_PATCHES if name == "vision" else None for name in names}
     times_us = {name: _passage_us(problems, name, tokens[name]) for name in names}
     fastest_us = min(times_us.values())
+    counts = balanced_counts(problems, is_joint=False)
     layers = {}
     for name, time_us in times_us.items():
         most = problems[0].module(name).num_layers // problems[0].num_ranks
-        count = min(most, max(1, int(time_us / fastest_us)))
-        layers[name] = balanced_layers(problems, name, count)
+        num_segments = min(most, max(1, int(time_us / fastest_us)))
+        layers[name] = spread_layers(counts[name], num_segments)
     return Cut(layers=layers, sub_microbatch_tokens=tokens).partition()
 
 
