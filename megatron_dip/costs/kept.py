@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from megatron_dip.costs.kernels import Kernels
 from megatron_dip.costs.layers import Parallelism
-from megatron_dip.costs.shape_parts import NUM_EXPERTS
-from megatron_dip.costs.shapes import TIMESTEP_VALUES, ModuleShape
+from megatron_dip.costs.shape_parts import NUM_EXPERTS, TIMESTEP_VALUES
+from megatron_dip.costs.shapes import ModuleShape
 from megatron_dip.costs.sizes import ItemSize
 
 __all__ = ["Kept", "KeptTensors"]

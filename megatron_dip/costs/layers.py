@@ -28,8 +28,8 @@ from pydantic import Field
 
 from megatron_dip.costs.generic import generic_after, generic_before, generic_layer
 from megatron_dip.costs.operations import Operation, Sizes
-from megatron_dip.costs.shape_parts import NUM_EXPERTS
-from megatron_dip.costs.shapes import TIMESTEP_VALUES, ExpertsShape, ModuleShape
+from megatron_dip.costs.shape_parts import NUM_EXPERTS, TIMESTEP_VALUES
+from megatron_dip.costs.shapes import ExpertsShape, ModuleShape
 from megatron_dip.costs.sizes import ItemSize
 from megatron_dip.forms import Form
 from megatron_dip.limits import Size

@@ -9,15 +9,25 @@ from megatron_dip.limits import InnerWidth, Size, Width
 
 __all__ = [
     "NUM_EXPERTS",
+    "TIMESTEP_VALUES",
     "AdapterShape",
     "ExpertsShape",
     "GenericLayers",
     "NeckShape",
     "ProjectorShape",
+    "linear_parameters",
 ]
 
 NUM_EXPERTS = 2
 """Of an adapter."""
+
+TIMESTEP_VALUES = 256
+"""Sines and cosines that a timestep is embedded with (arXiv 2212.09748)."""
+
+
+def linear_parameters(inputs: int, outputs: int) -> int:
+    """Parameters of a linear layer with a bias."""
+    return (inputs + 1) * outputs
 
 
 class ProjectorShape(Form):

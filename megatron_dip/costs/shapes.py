@@ -21,11 +21,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_dip.costs.shape_parts import (
+    TIMESTEP_VALUES,
     AdapterShape,
     ExpertsShape,
     GenericLayers,
     NeckShape,
     ProjectorShape,
+    linear_parameters,
 )
 from megatron_dip.costs.trained_parts import LAYERS, Trainable, TrainedParts, trained_parts
 from megatron_dip.costs.weights import ModuleWeights
@@ -44,11 +46,6 @@ __all__ = [
     "ProjectorShape",
     "load_model",
 ]
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    """Parameters of a linear layer with a bias."""
-    return (inputs + 1) * outputs
 
 
 class ModuleShape(Form):
@@ -303,14 +300,16 @@ class ModuleShape(Form):
             return {"before": (self.vocab_size or hidden) * hidden}
         if self.kind == "causal":
             return {"embedding": (self.vocab_size or 0) * hidden}
-        embedding = _linear(self.patch_values or 0, hidden) + self.num_positions * hidden
+        embedding = linear_parameters(self.patch_values or 0, hidden) + self.num_positions * hidden
         if self.kind == "vit":
             return {"embedding": embedding}
-        shared = _linear(hidden, 6 * hidden) if self.modulation == "shared" else 0
+        shared = linear_parameters(hidden, 6 * hidden) if self.modulation == "shared" else 0
         return {
             "embedding": embedding,
-            "text_projection": _linear(self.context_size or 0, hidden),
-            "time": _linear(TIMESTEP_VALUES, hidden) + _linear(hidden, hidden) + shared,
+            "text_projection": linear_parameters(self.context_size or 0, hidden),
+            "time": linear_parameters(TIMESTEP_VALUES, hidden)
+            + linear_parameters(hidden, hidden)
+            + shared,
         }
 
     def last_part_parameters(self) -> dict[str, int]:
@@ -324,15 +323,15 @@ class ModuleShape(Form):
             head = {"head": (self.vocab_size or 0) * hidden} if self.has_head else {}
             return {"norm": hidden} | head
         if self.kind == "dit":
-            modulation = _linear(hidden, 2 * hidden)
-            return {"output": modulation + _linear(hidden, self.patch_values or 0)}
+            modulation = linear_parameters(hidden, 2 * hidden)
+            return {"output": modulation + linear_parameters(hidden, self.patch_values or 0)}
         if self.projector is None:
             return {"norm": 2 * hidden}
         middle = self.projector.intermediate_size
-        merged = _linear(self.projector.merge * hidden, middle)
+        merged = linear_parameters(self.projector.merge * hidden, middle)
         return {
             "norm": 2 * hidden,
-            "projector": merged + _linear(middle, self.projector.output_size),
+            "projector": merged + linear_parameters(middle, self.projector.output_size),
         }
 
     def layer_parameters(self) -> int:
@@ -360,10 +359,6 @@ class ModuleShape(Form):
         if self.trains_adapters:
             own += self.num_layers * self.adapter_parameters() + self.neck_parameters()
         return own
-
-
-TIMESTEP_VALUES = 256
-"""Sines and cosines that a timestep is embedded with (arXiv 2212.09748)."""
 
 
 class ModelShape(Form):
