@@ -16,6 +16,7 @@ from megatron_dip.limits import (
     Positive,
     Ranks,
     Rate,
+    Size,
     Time,
 )
 from megatron_dip.partition import (
@@ -24,11 +25,13 @@ from megatron_dip.partition import (
     load_partition,
     partition_from_layers,
 )
+from megatron_dip.workload import HostLink
 
 __all__ = [
     "CostConfig",
     "DipConfig",
     "ModuleSchedule",
+    "OffloadConfig",
     "PlanningConfig",
     "ScheduleConfig",
     "build_partition",
@@ -67,6 +70,26 @@ class CostConfig(Form):
     on the same data may plan differently; the log tells the error of predictions either way."""
 
 
+class OffloadConfig(Form):
+    """The link to the host that activations may be offloaded over."""
+
+    link_gb_per_s: Annotated[float, Field(ge=0.1, le=1e6)]
+    """10^9 bytes per second, in each direction, without what else uses the link."""
+    ranks_per_link: Size = 1
+    """That offload over one link at the same time, and share its rate."""
+    host_memory_gib: Annotated[float, Field(gt=0, le=2**30)]
+    """Per rank: of the host's memory, for activations."""
+    latency_us: Time = 20.0
+
+    def link(self, num_ranks: int) -> HostLink:
+        """What a problem says of it."""
+        return HostLink(
+            latency_us=self.latency_us,
+            bytes_per_us=self.link_gb_per_s * 1000 / self.ranks_per_link,
+            memory_bytes=(int(self.host_memory_gib * 2**30),) * num_ranks,
+        )
+
+
 class ScheduleConfig(Form):
     """What ``--dip-schedule`` runs."""
 
@@ -95,6 +118,9 @@ class ScheduleConfig(Form):
     alike costs: nothing, whole microbatches between replicas, or samples between microbatches."""
     memory_limit_gib: Annotated[float, Field(gt=0, le=2**30)] = 80.0
     """Per rank, weights included."""
+    offload: OffloadConfig | None = None
+    """Activations go to the host where the limit is short and this link can take them; none do
+    where it is not given."""
     costs: CostConfig = CostConfig()
 
     @model_validator(mode="after")
@@ -104,6 +130,11 @@ class ScheduleConfig(Form):
             raise ValueError(
                 f"states {unread} beside plan (expected one of them: with a plan for all batches "
                 f"none is made)"
+            )
+        if self.offload is not None and self.planner == "one_f_one_b":
+            raise ValueError(
+                "states offload beside planner one_f_one_b, which does not look at memory "
+                "(expected planner dual_queue)"
             )
         return self
 

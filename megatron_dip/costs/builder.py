@@ -16,6 +16,7 @@ from megatron_dip.costs.weights import ModuleWeights, StageFacts
 from megatron_dip.errors import ProblemError
 from megatron_dip.forms import explain_validation_error
 from megatron_dip.workload import (
+    HostLink,
     Item,
     LayerExtra,
     Module,
@@ -57,6 +58,8 @@ class ProblemBuilder:
     memory_limit_bytes: int
     """Per rank, weights included."""
     transfer: TransferCost
+    host_link: HostLink | None = None
+    """What activations can be offloaded over."""
     stage_factors: Mapping[int, StageFactor] | None = None
     """Measured over stated times, see ``megatron_dip.simulator.measured``."""
     layer_overheads_us: Mapping[str, float] | None = None
@@ -108,6 +111,7 @@ class ProblemBuilder:
             num_ranks=self.num_ranks,
             memory_limit_bytes=(self.memory_limit_bytes,) * self.num_ranks,
             transfer=self.transfer,
+            host_link=self.host_link,
             stage_factors=None if self.stage_factors is None else dict(self.stage_factors),
             modules=tuple(self._module(module) for module in self.model.modules),
             microbatches=tuple(

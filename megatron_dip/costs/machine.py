@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from megatron_dip.config import CostConfig, ScheduleConfig
+from megatron_dip.config import CostConfig, OffloadConfig, ScheduleConfig
 from megatron_dip.costs.analytic import AnalyticTimes, LayerTimes
 from megatron_dip.costs.builder import ProblemBuilder
 from megatron_dip.costs.devices import Device, device_preset
@@ -20,7 +20,7 @@ from megatron_dip.forms import Form
 from megatron_dip.limits import MemoryLimit, Positive, PositiveNumber, Ranks, Size, Time
 from megatron_dip.partition import Partition
 from megatron_dip.reading import read_yaml
-from megatron_dip.workload import TransferCost
+from megatron_dip.workload import HostLink, TransferCost
 
 __all__ = ["Assumptions", "ClusterConfig", "cluster_builder", "config_builder", "load_cluster"]
 
@@ -63,6 +63,8 @@ class ClusterConfig(Form):
     """Optimizer state divided over the data-parallel (and context-parallel) ranks."""
     memory_limit_bytes: Annotated[MemoryLimit, Field(gt=0)] | None = None
     """Per GPU; all of the preset's memory where not given."""
+    offload: OffloadConfig | None = None
+    """A GPU's link to its host, where activations may be offloaded."""
     transfer_latency_us: Time = 20.0
     assumptions: Assumptions = Assumptions()
 
@@ -176,7 +178,12 @@ def cluster_builder(
         num_ranks=cluster.pipeline_parallel,
         memory_limit_bytes=cluster.memory_limit_bytes or device.memory_bytes,
         transfer=cluster.transfer(),
+        host_link=_link(cluster.offload, cluster.pipeline_parallel),
     )
+
+
+def _link(offload: OffloadConfig | None, num_ranks: int) -> HostLink | None:
+    return None if offload is None else offload.link(num_ranks)
 
 
 def _check_division(module: ModuleShape, tensor: int) -> None:
@@ -269,6 +276,7 @@ def config_builder(
             latency_us=schedule.costs.transfer_latency_us,
             bytes_per_us=schedule.costs.transfer_bytes_per_us,
         ),
+        host_link=_link(schedule.offload, num_ranks),
     )
 
 

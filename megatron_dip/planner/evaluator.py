@@ -62,6 +62,7 @@ class Evaluator:
         goal_us: Where a search may stop; no schedule can be faster.
         can_recompute: Whether memory may be saved by recomputing and offloading layers; where it
             may not, works are held back.
+        one_queue: Whether schedules are for ranks with one hardware queue.
 
     Raises:
         ConfigError: The budget is none.
@@ -76,12 +77,13 @@ class Evaluator:
         split_backward: bool,
         goal_us: float,
         can_recompute: bool = True,
+        one_queue: bool = False,
     ) -> None:
         budget.check()
         self.table = table
         self.levels: tuple[IntArray, ...] = (table.stored_bytes,)
         self.fitter: MemoryFitter | None = None
-        fitter = MemoryFitter(table, split_backward=split_backward)
+        fitter = MemoryFitter(table, split_backward=split_backward, one_queue=one_queue)
         self.holds_back = not can_recompute and not fitter.fits_at_once
         """Whether works have to wait for memory: orders made elsewhere do not know of it."""
         if can_recompute:

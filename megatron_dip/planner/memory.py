@@ -69,9 +69,10 @@ class MemoryFitter:
     Args:
         table: The batch, nothing recomputed.
         split_backward: Whether orders have input and weight gradients apart.
+        one_queue: Whether they are for ranks with one hardware queue.
     """
 
-    def __init__(self, table: TaskTable, *, split_backward: bool) -> None:
+    def __init__(self, table: TaskTable, *, split_backward: bool, one_queue: bool = False) -> None:
         self._table = table
         self._split_backward = split_backward
         self.graph = table.split if split_backward else table.whole
@@ -88,9 +89,9 @@ class MemoryFitter:
             is_last=is_last,
             free_bytes=limits - table.static_bytes,
         )
-        self._lending = self._lending_over(table.graph.problem.host_link)
+        self._lending = self._lending_over(table.graph.problem.host_link, one_queue)
 
-    def _lending_over(self, link: HostLink | None) -> Lending | None:
+    def _lending_over(self, link: HostLink | None, one_queue: bool) -> Lending | None:
         """None where there is no link."""
         if link is None:
             return None
@@ -104,6 +105,7 @@ class MemoryFitter:
             host_bytes=np.array(link.memory_bytes, dtype=np.int64),
             latency_us=link.latency_us,
             bytes_per_us=link.bytes_per_us,
+            is_aligned=one_queue,
         )
 
     @property

@@ -36,6 +36,9 @@ class Lending(NamedTuple):
     """[num_ranks]: what the host lends."""
     latency_us: float
     bytes_per_us: float
+    is_aligned: bool
+    """Copies start at ends of computing: with one hardware queue, what waits for the link holds up
+    all that stands behind it."""
 
 
 class Loans(NamedTuple):
@@ -199,7 +202,8 @@ def _choose(lending: Lending, per_byte: FloatArray, loans: Loans, at: tuple[int,
         count = min(lending.num_layers[number], (over + size - 1) // size)
         copy_us = lending.latency_us + count * size / lending.bytes_per_us
         ready_us = loans.ends_us[loans.forward[number]]
-        end_us = _first_gap(loans, ready_us, copy_us) + copy_us
+        out_us = _first_gap(lending, loans, (number, place), ready_us, copy_us)
+        end_us = out_us + copy_us
         wait_us = max(0.0, end_us - loans.starts_us[place])
         num_bytes = count * size
         if wait_us > per_byte[number] * num_bytes:
@@ -229,7 +233,7 @@ def _lend_one(lending: Lending, loans: Loans, at: tuple[int, int, int]) -> None:
             most = max(most, loans.held_bytes[later] - lending.free_bytes[rank])
     ready_us = loans.ends_us[loans.forward[number]]
     shortest_us = lending.latency_us + wanted * size / lending.bytes_per_us
-    out_us = _first_gap(loans, ready_us, shortest_us)
+    out_us = _first_gap(lending, loans, (number, place), ready_us, shortest_us)
     # More than is needed here, as far as nobody waits for it.
     room_us = loans.starts_us[place] - out_us - lending.latency_us
     after = _index(loans, 0, out_us)
@@ -243,7 +247,7 @@ def _lend_one(lending: Lending, loans: Loans, at: tuple[int, int, int]) -> None:
         return
     copy_us = lending.latency_us + count * size / lending.bytes_per_us
     backward = loans.backward[number]
-    back_us = _last_gap(loans, loans.starts_us[backward], copy_us)
+    back_us = _last_gap(lending, loans, (number, place), copy_us)
     back = backward
     while back > place and loans.ends_us[back - 1] > back_us:
         back -= 1
@@ -278,27 +282,57 @@ def _index(loans: Loans, side: int, time_us: float) -> int:
 
 
 @inlined
-def _first_gap(loans: Loans, ready_us: float, copy_us: float) -> float:
-    """When a copy to the host can start at the earliest."""
-    index = _index(loans, 0, ready_us)
+def _first_gap(
+    lending: Lending, loans: Loans, at: tuple[int, int], ready_us: float, copy_us: float
+) -> float:
+    """When a copy to the host can start at the earliest; infinite where it cannot in time."""
+    number, place = at
+    computing = loans.forward[number]
     start_us = ready_us
-    if index > 0:
-        start_us = max(start_us, loans.link_until_us[0, index - 1])
-    while index < loans.num_copies[0] and loans.link_from_us[0, index] < start_us + copy_us:
-        start_us = loans.link_until_us[0, index]
-        index += 1
-    return start_us
+    while True:
+        index = _index(loans, 0, start_us)
+        if index > 0:
+            start_us = max(start_us, loans.link_until_us[0, index - 1])
+        while index < loans.num_copies[0] and loans.link_from_us[0, index] < start_us + copy_us:
+            start_us = loans.link_until_us[0, index]
+            index += 1
+        if not lending.is_aligned:
+            return start_us
+        while computing < place and loans.ends_us[computing] < start_us:
+            computing += 1
+        if computing == place:
+            return np.inf
+        if loans.ends_us[computing] == start_us:
+            return start_us
+        start_us = loans.ends_us[computing]
 
 
 @inlined
-def _last_gap(loans: Loans, needed_us: float, copy_us: float) -> float:
-    """When a copy from the host must start at the latest."""
-    index = _index(loans, 1, needed_us) - 1
-    end_us = needed_us
-    while index >= 0 and loans.link_until_us[1, index] > end_us - copy_us:
-        end_us = min(end_us, loans.link_from_us[1, index])
-        index -= 1
-    return end_us - copy_us
+def _last_gap(lending: Lending, loans: Loans, at: tuple[int, int], copy_us: float) -> float:
+    """When a copy from the host must start at the latest; below all times where it cannot."""
+    number, place = at
+    computing = loans.backward[number] - 1
+    end_us = loans.starts_us[loans.backward[number]]
+    while True:
+        index = _index(loans, 1, end_us) - 1
+        while index >= 0 and loans.link_until_us[1, index] > end_us - copy_us:
+            end_us = min(end_us, loans.link_from_us[1, index])
+            index -= 1
+        start_us = end_us - copy_us
+        if not lending.is_aligned:
+            return start_us
+        while computing >= place and loans.ends_us[computing] > start_us:
+            computing -= 1
+        if computing < place:
+            return -np.inf
+        if loans.ends_us[computing] == start_us:
+            return start_us
+        # Behind this computing, the copy ends a little earlier.
+        start_us = loans.ends_us[computing]
+        index = _index(loans, 1, start_us + copy_us) - 1
+        if index < 0 or loans.link_until_us[1, index] <= start_us:
+            return start_us
+        end_us = start_us + copy_us
 
 
 @inlined

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -111,9 +111,12 @@ def make_plan(
     if algorithm == "one_f_one_b":
         return _finish(_one_f_one_b(table, split_backward), queues)
 
-    schedule = partial(
-        schedule_by_default, split_backward=split_backward, memory_program=memory_program
-    )
+    how: dict[str, Any] = {
+        "split_backward": split_backward,
+        "memory_program": memory_program,
+        "one_queue": queues is not None,
+    }
+    schedule = partial(schedule_by_default, **how)
     if has_budget:
         schedule = partial(
             search_schedule,
@@ -121,12 +124,11 @@ def make_plan(
             evaluations=evaluations,
             budget_ms=budget_ms,
             seed=seed,
-            split_backward=split_backward,
-            memory_program=memory_program,
             workers=workers,
+            **how,
         )
     limited, found = _within_limits(table, schedule, when_infeasible, memory_program)
-    found = _faster(limited, found, split_backward, memory_program)
+    found = _faster(limited, found, **how)
     return _finish(simulate_schedule(table, found), queues)
 
 
@@ -178,11 +180,16 @@ def _one_f_one_b(table: TaskTable, split_backward: bool) -> Simulation:
 
 
 def _faster(
-    table: TaskTable, found: GreedySchedule, split_backward: bool, memory_program: bool
+    table: TaskTable,
+    found: GreedySchedule,
+    *,
+    split_backward: bool,
+    memory_program: bool,
+    one_queue: bool,
 ) -> GreedySchedule:
     """``found``, or 1F1B where that is faster and keeps the limit."""
     order = order_one_f_one_b(table, split_backward=split_backward)
-    fitter = MemoryFitter(table, split_backward=split_backward)
+    fitter = MemoryFitter(table, split_backward=split_backward, one_queue=one_queue)
     bare = fitter.run(order, np.zeros(table.num_works, dtype=np.int64))
     fit = fitter.fit_and_run(order, bare.starts_us)
     if fit is None or fit.times.makespan_us >= found.makespan_us:

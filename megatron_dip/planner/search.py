@@ -59,6 +59,7 @@ def search_schedule(
     split_backward: bool = False,
     memory_program: bool = True,
     workers: int = 1,
+    one_queue: bool = False,
 ) -> GreedySchedule:
     """The best schedule found; never worse than the dual queue with its default priority.
 
@@ -70,10 +71,11 @@ def search_schedule(
         budget_ms: how long to search, after the table is made.
         seed: Of the random numbers.
         split_backward: Input and weight gradients apart.
-        memory_program: Recompute layers where not everything fits at once; else works are held
-            back, which takes longer.
+        memory_program: Offload and recompute layers where not everything fits at once; else works
+            are held back, which takes longer.
         workers: Searches at the same time, in threads, each with its own random numbers and its
             share of the evaluations; local ones go on from the best of all now and then.
+        one_queue: Whether it is for ranks with one hardware queue.
 
     Raises:
         ConfigError: Not exactly one budget is given, it is not above zero, or there is no worker.
@@ -85,7 +87,10 @@ def search_schedule(
     if not table.graph.sub_microbatches:
         # Nothing in any microbatch: there is no order to search.
         return schedule_by_default(
-            table, split_backward=split_backward, memory_program=memory_program
+            table,
+            split_backward=split_backward,
+            memory_program=memory_program,
+            one_queue=one_queue,
         )
     started = time.monotonic()
     share = _program_share(table, split_backward, evaluations, budget_ms) if memory_program else 0.0
@@ -103,6 +108,7 @@ def search_schedule(
             split_backward=split_backward,
             goal_us=goal_us,
             can_recompute=memory_program,
+            one_queue=one_queue,
         )
 
     found = [make_evaluator(index) for index in range(workers)]
@@ -152,7 +158,11 @@ def _at_once[Result](function: Callable[..., Result], *arguments: Sequence[Any])
 
 
 def schedule_by_default(
-    table: TaskTable, *, split_backward: bool = False, memory_program: bool = True
+    table: TaskTable,
+    *,
+    split_backward: bool = False,
+    memory_program: bool = True,
+    one_queue: bool = False,
 ) -> GreedySchedule:
     """The dual queue with its default priority; not everything fitting, the best of a few levels
     of recomputation.
@@ -167,6 +177,7 @@ def schedule_by_default(
         split_backward=split_backward,
         goal_us=0.0,
         can_recompute=memory_program,
+        one_queue=one_queue,
     )
     portfolio = Portfolio(table, evaluator.forwards)
     rule, order = next(portfolio.starts())
