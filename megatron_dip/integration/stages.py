@@ -20,6 +20,7 @@ from megatron_dip.costs.builder import measured_model
 from megatron_dip.errors import UnsupportedError
 from megatron_dip.integration.expert_rules import check_expert_plans
 from megatron_dip.integration.groups import gather_distinct
+from megatron_dip.integration.offload_rules import check_offloads
 from megatron_dip.integration.options import DipOptions
 from megatron_dip.integration.pipeline import DipPipeline
 from megatron_dip.integration.problems import run_builder
@@ -100,6 +101,8 @@ def build_stages(call_builder: CallBuilder, options: DipOptions) -> ChunkList:
     check_expert_plans(run_config, model, partition)
     check_recut(options.config.schedule, staged, run_config, run_arguments())
     check_tensor_overlap(run_config, model, partition, varies_parts=options.vary_parts)
+    if options.config.schedule.offload is not None:
+        check_offloads(chunks, run_config)
     own = [read_facts(chunk, Part.of(partition, stage)) for stage, chunk in chunks.items()]
     if options.config.schedule.split_backward:
         num_delaying = sum(delay_weight_gradients(chunk) for chunk in chunks.values())

@@ -18,7 +18,7 @@ from megatron_dip.runtime.offload import OffloadedLayers, Offloader
 
 _WAIT_SECONDS = 0.1
 _SIZES = {"cuda": (8192, 2048), "cpu": (64, 32)}
-"""Rows and width, by device: activations of about a gigabyte on a GPU."""
+"""Rows and width, by device: on a GPU activations of 2.7 GB."""
 _NUM_LAYERS = 4
 
 

@@ -1,13 +1,16 @@
 """Activations on the host between forward and backward: what moves, what stays, what comes back."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_dip.errors import PlanError
+from megatron_dip.errors import PlanError, UnsupportedError
+from megatron_dip.integration.offload_rules import check_offloads
+from megatron_dip.partition import Stage
 from megatron_dip.runtime.measure import StoredBytes
 from megatron_dip.runtime.offload import OffloadedLayers, Offloader
 
@@ -179,3 +182,16 @@ def test_a_tensor_that_nothing_needs_any_more_is_not_copied():
         torch.exp(rows)
     ours.copy_out([rows])
     assert ours._offloader.moved_bytes == 0
+
+
+def test_what_cannot_be_moved_is_refused_at_the_start():
+    stage = Stage(stage=0, module="vision", segment=0, rank=0, first_layer=0, num_layers=2)
+    listed = torch.nn.ModuleList(Layer(number) for number in range(2))
+    chunk = torch.nn.Sequential(listed)
+    with pytest.raises(UnsupportedError, match=r"layers \[0, 1\] of vision are not told apart"):
+        check_offloads({stage: chunk}, SimpleNamespace(recompute_granularity=None))
+    for number, layer in enumerate(listed):
+        layer.layer_number = number + 1
+    check_offloads({stage: chunk}, SimpleNamespace(recompute_granularity="selective"))
+    with pytest.raises(UnsupportedError, match="--recompute-granularity full"):
+        check_offloads({stage: chunk}, SimpleNamespace(recompute_granularity="full"))

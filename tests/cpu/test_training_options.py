@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from failing_runs import run_vlm
 from tiny_vlm import make_tiny_data, write_config
 
 from megatron_dip.report import read_records, read_traces, write_report
+from megatron_dip.report.traces import plan_of_trace
 
 NUM_MICROBATCHES = 4
 
@@ -29,9 +31,16 @@ class Run(NamedTuple):
     num_parameters: list[int]
 
 
-def train(folder: Path, name: str, *arguments: str, trace_folder: Path | None = None) -> Run:
+def train(
+    folder: Path,
+    name: str,
+    *arguments: str,
+    trace_folder: Path | None = None,
+    config: Path | None = None,
+) -> Run:
     """Two iterations on two ranks; traces are in ``trace_folder``, ``folder / name`` if none."""
-    flags = ("--pipeline-model-parallel-size", "2", "--dip-config", str(folder / "config.yaml"))
+    path = config or folder / "config.yaml"
+    flags = ("--pipeline-model-parallel-size", "2", "--dip-config", str(path))
     batch = ("--global-batch-size", str(NUM_MICROBATCHES), "--calculate-per-token-loss")
     trace = ("--dip-trace-dir", str(trace_folder or folder / name))
     ranks = run_vlm(folder / f"run-{name}", 2, *flags, *batch, *trace, *arguments)
@@ -84,6 +93,32 @@ def test_every_step_is_recorded_with_the_memory_that_its_plan_foresaw(
     assert write_report(folder / "dip", page) == 2
     assert '"iterations":[1,2]' in page.read_text()
     assert page.read_text().count('"title":"measured"') == 2
+
+
+def test_activations_go_to_the_host_where_memory_is_short(folder: Path, planned: Run) -> None:
+    """Losses are the same; measured memory keeps to what was planned, below the limit."""
+    ranks = [rank for record in read_records(folder / "dip") for rank in record.ranks]
+    limit = max(rank.static_bytes + 0.7 * rank.predicted_bytes for rank in ranks)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["schedule"]["memory_limit_gib"] = limit / 2**30
+    config["schedule"]["offload"] = {"link_gb_per_s": 1000.0, "host_memory_gib": 1.0}
+    path = folder / "short.yaml"
+    path.write_text(yaml.safe_dump(config))
+    # A machine that plans with offloads for the first time compiles for a while.
+    waits = ("--dip-timeout-seconds", "200")
+    away = train(folder, "away", "--dip-schedule", *waits, config=path)
+    assert away.losses == pytest.approx(planned.losses, rel=1e-6)
+    traces = read_traces(folder / "away")
+    for trace, record in zip(traces, read_records(folder / "away"), strict=True):
+        plan = plan_of_trace(folder / "away", trace)
+        assert plan.offload, "nothing was offloaded"
+        meant = [[str(a) for a in line if a.type.is_copy] for line in plan.actions]
+        done = [[span.label for span in rank.spans if span.is_copy] for rank in trace.ranks]
+        assert list(map(sorted, done)) == list(map(sorted, meant))
+        for rank in record.ranks:
+            assert rank.stored_bytes == pytest.approx(rank.predicted_bytes, rel=0.04)
+            assert rank.static_bytes + rank.stored_bytes <= 1.02 * limit
+    assert write_report(folder / "away", folder / "away.html") == 2
 
 
 def test_both_schedules_write_traces_of_all_their_actions(
