@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dip.partition import Partition, load_partition, partition_from_layers
-from megatron_dip.partitioner.cuts import balanced_layers
+from megatron_dip.partitioner.cuts import balanced_counts, spread_layers
 from megatron_dip.plan import PipelineGraph, Plan
 from megatron_dip.plan.lowering import lower
 from megatron_dip.plan.validation import validate_plan
@@ -56,8 +56,9 @@ def num_segments(problem: Problem, module: str) -> int:
 
 def make_partition(problem: Problem) -> Partition:
     """The partition for times of any size described above."""
+    counts = balanced_counts([problem], is_joint=False)
     cuts = {
-        name: balanced_layers([problem], name, num_segments(problem, name))
+        name: spread_layers(counts[name], num_segments(problem, name))
         for name in problem.module_order
     }
     return partition_from_layers(cuts, problem.num_ranks)

@@ -27,6 +27,8 @@ class Row(NamedTuple):
     idle: Sequence[float]
     """Per rank, the part of the makespan without computing."""
     peak_bytes: Sequence[int]
+    host_peak_bytes: Sequence[int] = ()
+    """Per rank, of the memory of its host; empty where nothing is offloaded."""
 
     @classmethod
     def of_plan(cls, name: str, plan: Plan, simulation: Simulation) -> Self:
@@ -40,6 +42,7 @@ class Row(NamedTuple):
             bound_us,
             simulation.bubble_fraction,
             simulation.peak_bytes,
+            simulation.host_peak_bytes if plan.offload else (),
         )
 
     @classmethod
@@ -59,7 +62,11 @@ class Row(NamedTuple):
 
     @property
     def keeps_memory_limit(self) -> bool:
-        return self.problem.keeps_memory_limit(self.peak_bytes)
+        link = self.problem.host_link
+        limits = link.memory_bytes if link is not None and self.host_peak_bytes else ()
+        return self.problem.keeps_memory_limit(self.peak_bytes) and all(
+            peak <= limit for peak, limit in zip(self.host_peak_bytes, limits, strict=True)
+        )
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -68,6 +75,8 @@ def print_rows(rows: Sequence[Row]) -> None:
     for row in rows:
         useful_us = useful_work_us(row.problem) / row.problem.num_ranks
         memory = f"{max(row.peak_bytes) / 1e9:.2f} GB"
+        if row.host_peak_bytes:
+            memory += f", of the host {max(row.host_peak_bytes) / 1e9:.2f} GB"
         table.add_row(
             row.name,
             f"{row.makespan_us / 1000:.1f} ms",

@@ -1,11 +1,15 @@
 """The planner with a link to the host: limits kept, time saved, nothing lent in vain."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_cases import cases, chain_case, make_graph, tightest_limits
 
+from megatron_dip.cli.comparison import Row, print_rows
 from megatron_dip.config import OffloadConfig, ScheduleConfig
+from megatron_dip.costs import ItemSize, cluster_builder, load_cluster, load_model
 from megatron_dip.errors import ConfigError
 from megatron_dip.plan import Plan, QueueModel
 from megatron_dip.plan.validation import check_memory, validate_plan
@@ -13,6 +17,7 @@ from megatron_dip.planner import make_plan
 from megatron_dip.simulator import simulate
 from megatron_dip.workload import HostLink, Problem
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 QUEUES = [None, QueueModel(communicators=1)]
 
 
@@ -81,3 +86,23 @@ def test_a_configuration_states_the_link_of_each_rank():
     ScheduleConfig.parse({"offload": stated}, ConfigError)
     with pytest.raises(ConfigError, match="offload beside planner one_f_one_b"):
         ScheduleConfig.parse({"offload": stated, "planner": "one_f_one_b"}, ConfigError)
+
+
+def test_the_problem_of_a_cluster_has_its_link():
+    cluster = load_cluster(CONFIGS / "clusters" / "h100_16.yaml")
+    model = load_model(CONFIGS / "models" / "vlm_s.yaml")
+    batch = [{"language": [ItemSize(tokens=8, spans=(8,))]}]
+    assert cluster_builder(model, cluster).build(batch).host_link is None
+    offload = OffloadConfig(link_gb_per_s=50.0, host_memory_gib=1.0)
+    linked = cluster.model_copy(update={"offload": offload})
+    assert cluster_builder(model, linked).build(batch).host_link == offload.link(4)
+
+
+def test_tables_state_what_the_host_holds(capsys):
+    problem, partition = chain_case(4, 12, 1.0)
+    plan = make_plan(limited(problem, [20] * 4, 10**8), partition, evaluations=20)
+    row = Row.of_plan("lent", plan, simulate(plan))
+    assert row.keeps_memory_limit
+    print_rows([row])
+    assert "host" in capsys.readouterr().out
+    assert not row._replace(host_peak_bytes=(10**9,) * 4).keeps_memory_limit
