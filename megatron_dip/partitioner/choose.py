@@ -14,8 +14,8 @@ and embedding, fill and drain, overheads of layers and transfers, memory.
    258, 2017).  What is clearly worse on the first samples is not judged on the others.
 3. *Finals*: the best of them once more, with many more schedules: luck drops out.
 
-A few batches are little to choose from: cuts are judged on as many more whose microbatches are
-drawn from all samples.  The result depends on the samples, the start, the effort and the seed
+A few small batches are little to choose from: cuts are judged on as many more whose microbatches
+are drawn from all samples.  The result depends on the samples, the start, the effort and the seed
 alone.
 """
 
@@ -44,6 +44,7 @@ _MEMORY = 20
 # The part of the effort after which nothing is changed any more: the rest is for the finals.
 _CHANGES_SHARE = 0.7
 _MOST_MINUTES = 1e6
+_ENOUGH_MICROBATCHES = 100
 
 
 class ChosenPartition(NamedTuple):
@@ -129,8 +130,11 @@ def _check_alike(problems: Sequence[Problem]) -> None:
 
 
 def _mixed(problems: Sequence[Problem]) -> list[Problem]:
-    """As many batches again, their microbatches drawn from those of all; none of a single one."""
-    if len(problems) == 1:
+    """As many batches again, their microbatches drawn from those of all.
+
+    None where there is one, or so many microbatches that effort is better spent on other cuts.
+    """
+    if len(problems) == 1 or sum(p.num_microbatches for p in problems) >= _ENOUGH_MICROBATCHES:
         return []
     random = Random(0)
     microbatches = [batch for problem in problems for batch in problem.microbatches]

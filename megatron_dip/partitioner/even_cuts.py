@@ -33,8 +33,9 @@ _FIRST_EVALUATIONS = 32
 # How many of the best have their neighbours judged, and how many are judged on all samples.
 _BEAM = 4
 _NUM_STARTS = 4
-# The part of the effort after which no more neighbours are judged.
-_EFFORT_SHARE = 0.35
+# The parts of the effort after which no more neighbours are judged, and no more on all samples.
+_NEIGHBOURS_SHARE = 0.3
+_STARTS_SHARE = 0.4
 
 
 class _Choice(NamedTuple):
@@ -123,14 +124,18 @@ def best_even_cut(judge: Judge, problems: Sequence[Problem]) -> Cut:
             found.append((cost, len(found), choice))
 
     look_at(cuts.starts())
-    while judge.spent_share < _EFFORT_SHARE:
+    while judge.spent_share < _NEIGHBOURS_SHARE:
         best = [choice for _, _, choice in sorted(found)[:_BEAM] if choice not in expanded]
         if not best:
             break
         expanded.add(best[0])
         look_at(cuts.neighbours(best[0]))
     finalists = [cut for _, _, cut in sorted(costs.values(), key=lambda c: c[:2])[:_NUM_STARTS]]
-    return min(finalists, key=judge)
+    judged: list[tuple[float, int]] = []
+    for number, cut in enumerate(finalists):
+        if not judged or judge.spent_share < _STARTS_SHARE:
+            judged.append((judge(cut), number))
+    return finalists[min(judged)[1]]
 
 
 def split_sizes(problems: Sequence[Problem]) -> dict[str, list[int | None]]:

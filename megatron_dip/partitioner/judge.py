@@ -22,7 +22,7 @@ is spent, from 0 to 1."""
 
 # Actions that are put in order in a minute of one core of 2.5 GHz; a schedule takes as long as some
 # actions more than it has.
-_ACTIONS_PER_MINUTE = 60e6
+_ACTIONS_PER_MINUTE = 80e6
 _ACTIONS_PER_SCHEDULE = 1500
 # A cut that is worse by so much on the first sample is given up; by less on the first two, ...
 _CLEARLY_WORSE = 0.02
