@@ -19,7 +19,7 @@ from megatron_dip.planner import make_plan
 
 from .chart import Axis, Series, draw_lines
 from .results import Result, markdown, tracked
-from .setting import NUM_MICROBATCHES, builder_of, partition_of, sample_batches, shape_of
+from .setting import NUM_MICROBATCHES, builder_of, partition_of, sample_batches
 from .systems import MEGATRON, NNSCALER, OPTIMUS, Systems
 
 __all__ = ["run"]
@@ -42,7 +42,7 @@ def run(quick: bool) -> Result:
     iterations = [1, 5] if quick else list(range(1, 41))
     size, evaluations = (4, 8) if quick else (NUM_MICROBATCHES, 150)
     partition = partition_of(_MODEL)
-    systems = Systems(shape_of(_MODEL), sample_batches(_MODEL, size), partition)
+    systems = Systems(sample_batches(_MODEL, size), partition)
     seconds: dict[str, list[float]] = {name: [] for name in (*_SYSTEMS, _OURS)}
     for iteration in tracked(iterations, "changing load"):
         random = Random(iteration)

@@ -222,7 +222,7 @@ def _wrapped(text: str, middle: float, y: float, room: float) -> list[str]:
     return [
         f'<text x="{middle:.1f}" y="{y + 14 * number:.0f}" text-anchor="middle">{escape(line)}'
         "</text>"
-        for number, line in enumerate(_lines_of(text, room - 24))
+        for number, line in enumerate(_lines_of(text, room - 12))
     ]
 
 

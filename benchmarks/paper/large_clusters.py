@@ -101,7 +101,7 @@ def _slowest_us(
 ) -> dict[str, float | None]:
     """Per system, the longest of the planned replicas; None where it cannot run one of them."""
     partition = rule_partition(fit)
-    systems = Systems(cluster.builder.model, fit, partition)
+    systems = Systems(fit, partition)
     times: dict[str, list[float]] = {name: [] for name in (*_SYSTEMS, _OURS)}
     for problem in cluster.problems:
         plan = make_plan(problem, partition, evaluations=evaluations)

@@ -13,7 +13,7 @@ from megatron_dip.simulator import simulate
 
 from .chart import Axis, Series, draw_lines
 from .results import Result, markdown, tracked
-from .setting import batch_of, partition_of, sample_batches, shape_of
+from .setting import batch_of, partition_of, sample_batches
 from .systems import MEGATRON, OPTIMUS, Ran, Systems, ran
 
 __all__ = ["run"]
@@ -27,7 +27,7 @@ def run(quick: bool) -> Result:
     """Both baselines, ours within the limit of the GPU, and ours within Optimus's peaks."""
     size, evaluations = (4, 8) if quick else (64, 400)
     problem, partition = batch_of(_MODEL, 101, size), partition_of(_MODEL)
-    systems = Systems(shape_of(_MODEL), sample_batches(_MODEL, size), partition)
+    systems = Systems(sample_batches(_MODEL, size), partition)
     curves: dict[str, Ran] = {}
     for name in tracked((MEGATRON, OPTIMUS, _OURS), "memory over time"):
         if name == _OURS:

@@ -7,7 +7,7 @@ from megatron_dip.costs.builder import ProblemBuilder
 from megatron_dip.costs.machine import ClusterConfig, cluster_builder, load_cluster
 from megatron_dip.costs.mixtures import Workload, built_in_mixture, draw_microbatches
 from megatron_dip.costs.shapes import ModelShape, load_model
-from megatron_dip.partition import Partition
+from megatron_dip.partition import Partition, load_partition
 from megatron_dip.plan.graph import PipelineGraph
 from megatron_dip.planner.sub_microbatches import TokenLimit, form_sub_microbatches
 from megatron_dip.simulator.tasks import TaskTable, build_task_table
@@ -20,6 +20,7 @@ __all__ = [
     "ROOT",
     "batch_of",
     "builder_of",
+    "chosen_partition_of",
     "cluster_of",
     "mixture_of",
     "partition_of",
@@ -82,6 +83,11 @@ def sample_batches(model: str, num_microbatches: int = NUM_MICROBATCHES) -> list
 def partition_of(model: str) -> Partition:
     """The cut by the paper's rule for the sample batches."""
     return rule_partition(sample_batches(model))
+
+
+def chosen_partition_of(model: str) -> Partition:
+    """The kept partition, which the partitioner has chosen for batches of the same kind."""
+    return load_partition(ROOT / "configs" / "partitions" / f"{model}.json")
 
 
 def table_of(
