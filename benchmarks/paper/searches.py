@@ -12,7 +12,7 @@ import numpy as np
 from megatron_dip.planner.entry_orders import EntryOrders
 from megatron_dip.planner.evaluator import Budget, Evaluator, Point
 from megatron_dip.planner.greedy import GreedySchedule
-from megatron_dip.planner.local_search import search_locally
+from megatron_dip.planner.local_search import LocalSearch
 from megatron_dip.planner.mcts import search_tree
 from megatron_dip.simulator.arrays import FloatArray, TaskOrder
 from megatron_dip.simulator.tasks import TaskTable
@@ -44,9 +44,9 @@ class ClockedEvaluator(Evaluator):
         """As of every evaluator."""
         return self._noted(super().evaluate(point))
 
-    def refit(self, order: TaskOrder, weights: FloatArray | None) -> GreedySchedule | None:
+    def refit(self, schedule: GreedySchedule, weights: FloatArray | None) -> GreedySchedule | None:
         """As of every evaluator."""
-        return self._noted(super().refit(order, weights))
+        return self._noted(super().refit(schedule, weights))
 
     def take(
         self, order: TaskOrder, starts_us: FloatArray, near: GreedySchedule
@@ -63,6 +63,11 @@ class ClockedEvaluator(Evaluator):
 
 Search = Callable[[Evaluator, int], None]
 """Spends the budget of an evaluator; the number is the seed."""
+
+
+def search_locally(evaluator: Evaluator, seed: int) -> None:
+    """The planner's default search."""
+    LocalSearch(evaluator, seed).run()
 
 
 def search_at_random(evaluator: Evaluator, seed: int) -> None:
