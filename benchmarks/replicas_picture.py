@@ -15,7 +15,7 @@ WAYS = {
 }
 _COLOURS = ("#8c959f", "#f58518", "#4c78a8", "#b279a2", "#54a24b")
 _WIDTH, _PANEL, _TOP, _LEFT = 860, 150, 56, 60
-_BOTTOM, _GAP = 34, 30
+_BOTTOM, _GAP = 54, 30
 _STYLE = (
     "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#57606a}"
     ".grid{stroke:#d8dee4;stroke-width:1}"
