@@ -56,7 +56,8 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/concepts.md", "import json"): "tests/unit/test_documented_forms.py runs it",
     ("scripts/slurm/README.md", "sbatch"): SLURM,
     ("patches/README.md", "megatron-dip patch"): "tests/unit/test_tree_patch.py applies it",
-    ("configs/partitions/README.md", "megatron-dip problem"): (
+    ("configs/partitions/README.md", "megatron-dip problem"): "docs/tuning.md runs smaller ones",
+    ("configs/partitions/README.md", "megatron-dip partition"): (
         "writes into the repository, minutes; docs/tuning.md has a smaller one, which is run"
     ),
     ("benchmarks/problems/partitions/README.md", "megatron-dip partition"): (
