@@ -69,6 +69,8 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout",
+            # Two files of tests at a time.
+            "pytest-xdist>=3.6",
             "hypothesis",
             # One minor version, because formatting differs between them.
             "ruff>=0.17,<0.18",

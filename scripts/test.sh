@@ -44,6 +44,8 @@ limited "$check_limit_s" "ruff format" "$python" -m ruff format --check --quiet 
 echo "test: mypy"
 limited "$check_limit_s" "mypy" "$python" -m mypy
 echo "test: pytest"
+# All: two files at a time, because most tests compute on one core or wait for another process.
+(($#)) || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 limited "$pytest_limit_s" "pytest" "$python" -m pytest --durations=10 --durations-min=1 "$@"
 
 if ((${#failed[@]} > 0)); then
