@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dip.partition import partition_from_layers
-from megatron_dip.partitioner.cuts import balanced_layers
+from megatron_dip.partitioner.cuts import balanced_counts, spread_layers
 from megatron_dip.plan import Plan
 from megatron_dip.planner import make_plan
 from megatron_dip.rehearsal import rehearsal_json, rehearse
@@ -36,9 +36,9 @@ def plan_batch(problem: Problem, num_ranks: int, num_microbatches: int) -> Plan:
     """2 segments for every module but the last, 4 for the last."""
     batch = resized(problem, num_ranks, num_microbatches)
     last = batch.module_order[-1]
+    counts = balanced_counts([batch], is_joint=False)
     cuts = {
-        name: balanced_layers([batch], name, 4 if name == last else 2)
-        for name in batch.module_order
+        name: spread_layers(counts[name], 4 if name == last else 2) for name in batch.module_order
     }
     return make_plan(
         batch,
