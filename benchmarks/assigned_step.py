@@ -21,26 +21,24 @@ from datetime import date
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
-from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from megatron_dip.costs import ItemSizes, Kernels, ProblemBuilder, config_builder
 from megatron_dip.families.configs import load_config
-from megatron_dip.families.data.index import build_index
-from megatron_dip.families.data.packing import PackingOptions
-from megatron_dip.families.data.sources import DataSettings
 from megatron_dip.families.forms import FamilyConfig
-from megatron_dip.families.global_batches import AssignedSampler, BatchAssigner, GlobalBatchSizes
 from megatron_dip.families.vlm.config import VlmConfig
-from megatron_dip.families.vlm.dataset import VlmDataset
 from megatron_dip.planner import make_plan
 from megatron_dip.rehearsal import rehearse
 from megatron_dip.simulator import simulate
+
+# Processes of a rehearsal import this file: Megatron is loaded where batches are made.
+if TYPE_CHECKING:
+    from megatron_dip.families.global_batches import BatchAssigner
+    from megatron_dip.families.vlm.dataset import VlmDataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "vlm_tiny.yaml"
@@ -52,8 +50,13 @@ Batch = list[tuple[ItemSizes, ...]]
 """Per replica the items of its microbatches."""
 
 
-def data_set(config: VlmConfig, num_samples: int) -> VlmDataset:
+def data_set(config: VlmConfig, num_samples: int) -> "VlmDataset":
     """The sequences of ``config``, no image decoded."""
+    from megatron_dip.families.data.index import build_index
+    from megatron_dip.families.data.packing import PackingOptions
+    from megatron_dip.families.data.sources import DataSettings
+    from megatron_dip.families.vlm.dataset import VlmDataset
+
     data = config.data
     settings = DataSettings(
         format=data.format,
@@ -79,9 +82,13 @@ def data_set(config: VlmConfig, num_samples: int) -> VlmDataset:
 
 
 def batches_of(
-    dataset: VlmDataset, sampler: Any, num_replicas: int, assigner: BatchAssigner | None
+    dataset: "VlmDataset", sampler: Any, num_replicas: int, assigner: "BatchAssigner | None"
 ) -> Iterator[Batch]:
     """Global batches as the replicas of a run read them."""
+    from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
+
+    from megatron_dip.families.global_batches import AssignedSampler, GlobalBatchSizes
+
     sources = []
     for replica in range(num_replicas):
         own = sampler(replica)
@@ -131,6 +138,10 @@ def step_ms(
 
 def measure(num_batches: int, num_replicas: int, repetitions: int) -> dict[str, list[Any]]:
     """Per way to move, its steps, in the order of the batches."""
+    from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+
+    from megatron_dip.families.global_batches import BatchAssigner
+
     config = load_config(CONFIG)
     assert isinstance(config, VlmConfig)
     num_samples = num_batches * num_replicas * MICROBATCHES
