@@ -3,8 +3,8 @@
 Every test problem of a folder (``*-test-*.json``) is planned without a limit.  Then every rank's
 limit is set to a part of what that plan takes, weights included, and the batch is planned again:
 
-- with the memory program, which recomputes layers, on the same cut, that of
-  ``benchmarks/problems/partitions``;
+- with the memory program, which recomputes layers, on the same cut, that of the folder
+  ``--partitions``;
 - the same with a link to the host, over which layers are offloaded;
 - the same without either, by holding works back alone;
 - with it on a cut that was chosen for fit problems limited in the same way: who has less memory
@@ -14,7 +14,7 @@ limit is set to a part of what that plan takes, weights included, and the batch 
 Plans above a limit end the run.
 
     python benchmarks/memory_limit.py FOLDER [--part 0.6] [--link-gb-per-s 50] [--host-gb 256]
-        [--budget-ms 1000 | --evaluations N]
+        [--budget-ms 1000 | --evaluations N] [--partitions benchmarks/problems/partitions]
     python benchmarks/memory_limit.py FOLDER --write-fit OTHER_FOLDER [--evaluations N]
 """
 
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from planner_speed import chosen_table, kept_partition, model_of
+from planner_speed import PARTITIONS, chosen_table, kept_partition, model_of
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +38,15 @@ from megatron_dip.workload import HostLink, Problem, load_problem
 
 UNLIMITED_BYTES = 10**15
 LOW_MEMORY = "_low_memory"
+
+
+class Search(NamedTuple):
+    """How batches are planned."""
+
+    budget: Budget
+    workers: int
+    partitions: Path
+    """The folder of cuts."""
 
 
 class Found(NamedTuple):
@@ -74,13 +83,13 @@ def with_link(problem: Problem, gb_per_s: float, host_gb: float) -> Problem:
     return problem.model_copy(update={"host_link": link})
 
 
-def plan(table: TaskTable, budget: Budget, workers: int, memory_program: bool = True) -> Found:
+def plan(table: TaskTable, search: Search, memory_program: bool = True) -> Found:
     """The best schedule found, checked against the limits."""
     found = search_schedule(
         table,
-        evaluations=budget.evaluations,
-        budget_ms=budget.milliseconds,
-        workers=workers,
+        evaluations=search.budget.evaluations,
+        budget_ms=search.budget.milliseconds,
+        workers=search.workers,
         memory_program=memory_program,
     )
     simulation = simulate_schedule(table, found)
@@ -97,21 +106,17 @@ def plan(table: TaskTable, budget: Budget, workers: int, memory_program: bool = 
     return Found(simulation.makespan_us, simulation.peak_bytes, part, host_peak_bytes)
 
 
-def limited_cases(
-    paths: Sequence[Path], part: float, budget: Budget, workers: int
-) -> Iterator[Case]:
+def limited_cases(paths: Sequence[Path], part: float, search: Search) -> Iterator[Case]:
     """Every batch with ``part`` of the memory that its plan without a limit takes."""
     for path in paths:
         problem = load_problem(path)
         free = with_limits(problem, [UNLIMITED_BYTES] * problem.num_ranks)
-        unlimited = plan(chosen_table(path.stem, free), budget, workers)
+        unlimited = plan(chosen_table(path.stem, free, folder=search.partitions), search)
         limits = [int(part * peak) for peak in unlimited.peak_bytes]
         yield Case(path.stem, with_limits(problem, limits), unlimited)
 
 
-def row_of(
-    case: Case, linked: Problem, budget: Budget, workers: int
-) -> tuple[list[str], list[float | None]]:
+def row_of(case: Case, linked: Problem, search: Search) -> tuple[list[str], list[float | None]]:
     """The cells of a batch, and its four times over that without a limit, where it has them;
     ``linked`` is the limited batch with a link."""
     limits = case.limited.memory_limit_bytes
@@ -124,12 +129,12 @@ def row_of(
         (case.limited, "", False),
     ):
         cells, ratio = ["none kept", ""], None
-        if not variant or kept_partition(case.name, variant).exists():
-            table = chosen_table(case.name, problem, variant)
+        if not variant or kept_partition(case.name, variant, search.partitions).exists():
+            table = chosen_table(case.name, problem, variant, search.partitions)
             try:
-                found = plan(table, budget, workers, memory_program)
-            except InfeasibleError as error:
-                cells = [str(error), ""]
+                found = plan(table, search, memory_program)
+            except InfeasibleError:
+                cells = ["does not fit", ""]
             else:
                 ratio = found.makespan_us / case.unlimited.makespan_us
                 cells = [f"{ratio:.3f}", f"{found.recompute_part:.1%}"]
@@ -148,9 +153,7 @@ def mean_of(ratios: Sequence[float | None]) -> str:
     return f"{statistics.mean(there):.3f}" if len(there) == len(ratios) else ""
 
 
-def print_table(
-    cases: Iterator[Case], link: tuple[float, float], budget: Budget, workers: int
-) -> None:
+def print_table(cases: Iterator[Case], link: tuple[float, float], search: Search) -> None:
     """One line per batch, and the means per model; ``link`` is as in :func:`with_link`."""
     printed = Table(
         "problem",
@@ -166,7 +169,7 @@ def print_table(
     )
     ratios: dict[str, list[list[float | None]]] = defaultdict(list)
     for case in cases:
-        row, found = row_of(case, with_link(case.limited, *link), budget, workers)
+        row, found = row_of(case, with_link(case.limited, *link), search)
         printed.add_row(*row)
         ratios[model_of(case.name)].append(found)
     for model, rows in ratios.items():
@@ -185,23 +188,26 @@ def main() -> None:
     parser.add_argument("--budget-ms", type=float, default=1000.0, help="per plan")
     parser.add_argument("--evaluations", type=int, help="per plan, instead of a time")
     parser.add_argument("--workers", type=int, default=1, help="searches at the same time")
+    parser.add_argument("--partitions", type=Path, default=PARTITIONS, help="folder of cuts")
     parser.add_argument("--write-fit", type=Path, help="where *-fit-*.json go, limited")
     arguments = parser.parse_args()
     budget = Budget(milliseconds=arguments.budget_ms)
     if arguments.evaluations is not None:
         budget = Budget(evaluations=arguments.evaluations)
+    search = Search(budget, arguments.workers, arguments.partitions)
     pattern = "*-fit-*.json" if arguments.write_fit else "*-test-*.json"
     paths = sorted(arguments.folder.glob(pattern))
     if not paths:
         parser.error(f"{arguments.folder} holds no {pattern} problems")
     # Compiling, or reading what was compiled, is no part of the budget.
     first = load_problem(paths[0])
-    table = chosen_table(paths[0].stem, with_limits(first, [1 << 34] * first.num_ranks))
+    roomy = with_limits(first, [1 << 34] * first.num_ranks)
+    table = chosen_table(paths[0].stem, roomy, folder=search.partitions)
     search_schedule(table, evaluations=90)
-    cases = limited_cases(paths, arguments.part, budget, arguments.workers)
+    cases = limited_cases(paths, arguments.part, search)
     if not arguments.write_fit:
         link = (arguments.link_gb_per_s, arguments.host_gb)
-        print_table(cases, link, budget, arguments.workers)
+        print_table(cases, link, search)
         return
     arguments.write_fit.mkdir(parents=True, exist_ok=True)
     for case in cases:

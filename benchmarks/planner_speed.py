@@ -80,14 +80,16 @@ def model_of(name: str) -> str:
     return re.split("-(?:test|fit)-", name)[0].replace("-", "_")
 
 
-def kept_partition(name: str, variant: str = "") -> Path:
+def kept_partition(name: str, variant: str = "", folder: Path = PARTITIONS) -> Path:
     """Where the partition is kept for the model that ``name`` starts with, as ``vlm-s-test-0``."""
-    return PARTITIONS / f"{model_of(name)}{variant}.json"
+    return folder / f"{model_of(name)}{variant}.json"
 
 
-def chosen_table(name: str, problem: Problem, variant: str = "") -> TaskTable:
+def chosen_table(
+    name: str, problem: Problem, variant: str = "", folder: Path = PARTITIONS
+) -> TaskTable:
     """The batch on the partition kept for its model; where none is, on the one described above."""
-    path = kept_partition(name, variant)
+    path = kept_partition(name, variant, folder)
     if not path.exists():
         return make_table(problem)
     partition = load_partition(path)
