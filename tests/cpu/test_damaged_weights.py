@@ -28,7 +28,9 @@ def invert(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "damage", [invert, lambda t: t.fill_(torch.nan), lambda t: t.fill_(torch.inf)], ids=str
+    "damage",
+    [invert, lambda t: t.fill_(torch.nan), lambda t: t.fill_(torch.inf)],
+    ids=["inverted", "nan", "infinite"],
 )
 def test_weights_that_no_training_made_are_refused_when_they_are_loaded(base, damage):
     stage = make_stages(base)[0]
