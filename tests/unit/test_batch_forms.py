@@ -180,8 +180,8 @@ def test_costs_follow_the_written_rules():
     partition = partition_from_layers({"language": [[3, 2]]}, 2)
     graph = PipelineGraph(problem, partition, form_sub_microbatches(problem, {}))
     first, last = zip(*(column.tolist() for column in work_costs(graph)), strict=True)
-    assert first == (3 * 15.0 + 0.5, 45.0, 15.0, 13.0, 3 * 20, 12, 8)
-    assert last == (2 * 15.0, 30.0, 10.25, 13.0, 2 * 20, 12, 8)
+    assert first == (3 * 15.0 + 0.5, 45.0, 15.0, 13.0, 3 * 20, 12, 20, 8)
+    assert last == (2 * 15.0, 30.0, 10.25, 13.0, 2 * 20, 12, 20, 8)
 
 
 @pytest.mark.parametrize("times", [[1e16, *[1.0] * 10], [*[1.0] * 10, 1e16]])

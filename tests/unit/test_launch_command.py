@@ -138,7 +138,7 @@ S = "configs/vlm_s.yaml"
         (
             (*CLUSTER, "--config", S, "--tensor-parallel", "16", "--gpus", "64"),
             (SCRIPT,),
-            r"16 does not divide model.vision.num_attention_heads 24 .*-parallel 12",
+            r"16 does not divide model.language.num_query_groups 8 .*-parallel 8",
         ),
         (
             CLUSTER,

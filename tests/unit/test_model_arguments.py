@@ -17,7 +17,9 @@ def validated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ValidatedRuns:
     """Runs whose file, ``a.yaml``, states 10 layers and the type of the tokenizer."""
     stated = {"num_layers": 10, "tokenizer_type": "NullTokenizer"}
     config = SimpleNamespace(
-        megatron_arguments=lambda: stated, model_shape=lambda: SimpleNamespace(modules=())
+        megatron_arguments=lambda: stated,
+        model_shape=lambda: SimpleNamespace(modules=()),
+        schedule=SimpleNamespace(assignment="none"),
     )
     monkeypatch.setattr(arguments, "load_config", lambda path: config)
     monkeypatch.chdir(tmp_path)
