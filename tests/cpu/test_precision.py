@@ -15,6 +15,9 @@ from megatron_dip.integration.weight_gradients import StoredWeightGradients, req
 from megatron_dip.runtime import SavedForward
 
 _LINE = re.compile(r"iteration +\d+/.*?global batch size: +\d+ \| (.*)")
+_ROUNDED = re.compile(r"(?:lm loss|grad norm): (\S+)")
+# Plans add gradients up in another order, which may turn the last bit of a weight in 16 bits.
+ROUNDING = 2.0**-11
 SCALING = ("--fp16", "--initial-loss-scale", "8192", "--loss-scale-window", "2")
 
 
@@ -27,7 +30,11 @@ def test_steps_that_overflow_are_skipped_and_scales_follow_as_under_megatrons_sc
     arguments = ("--pipeline-model-parallel-size", "2", "--train-iters", "6", "--hysteresis", "1")
     stock = lines_of(train(2, *arguments, *SCALING))
     plans = lines_of(train(2, *arguments, *SCALING, "--dip-schedule"))
-    assert plans == stock and len(stock) == 6
+    assert len(plans) == len(stock) == 6
+    for ours, theirs in zip(plans, stock, strict=True):
+        assert _ROUNDED.sub("", ours) == _ROUNDED.sub("", theirs)
+        values = [[float(value) for value in _ROUNDED.findall(line)] for line in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=ROUNDING)
     skipped = [line for line in stock if "skipped iterations:   0" not in line]
     assert 0 < len(skipped) < 6
     assert len({re.search(r"loss scale: (\S+)", line).group(1) for line in stock}) > 2
