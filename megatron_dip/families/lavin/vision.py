@@ -201,7 +201,8 @@ class ClipStage(StageModule):
         if torch.is_grad_enabled() and not rows.requires_grad:
             # All before the first adapter is frozen, and Megatron's recomputation builds a graph
             # from inputs that need gradients alone: the adapters in it would silently get none.
-            rows = rows.detach().requires_grad_()
+            # A leaf would stay until the backward, and get a gradient of its size: so is the zero.
+            rows = rows.detach() + rows.new_zeros(1, requires_grad=True)
         return rows
 
     def _check(self, hidden: Tensor, own_rows: int, num_images: int) -> None:
