@@ -235,8 +235,13 @@ def draw_microbatches(
         language_items: Whether each packed sequence is an item, or each sample in one.
 
     Raises:
-        ConfigError: ``num_microbatches`` is not positive or too large, or they hold too much.
+        ConfigError: ``num_microbatches`` is not positive or too large, or they hold too much; or
+            there are no sequences whose samples could be items.
     """
+    if language_items == "samples" and isinstance(workload, Clips | GroupedClips):
+        raise ConfigError(
+            "--language-items samples: a workload of clips packs no sequences (leave it out)"
+        )
     if not 1 <= num_microbatches <= MOST_MICROBATCHES:
         raise ConfigError(f"{num_microbatches} microbatches (expected 1 to {MOST_MICROBATCHES:,})")
     random = Random(seed)

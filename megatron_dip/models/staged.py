@@ -171,8 +171,15 @@ class StagedModel(ABC):
         )
 
     def join_samples(self, samples: Sequence[Any]) -> Any:
-        """The raw batch of these ``samples``, at least one, of :meth:`single_samples`."""
-        raise NotImplementedError
+        """The raw batch of these ``samples``, at least one, of :meth:`single_samples`.
+
+        Raises:
+            UnsupportedError: The class tells samples apart, and does not say how to join them.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} has single_samples and no join_samples (give the class both, "
+            f"or leave schedule.assignment out)"
+        )
 
     def check_split(self, module: str) -> None:  # noqa: B027
         """

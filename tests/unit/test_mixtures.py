@@ -198,6 +198,8 @@ def test_a_malformed_statistics_file_names_the_field(tmp_path, change, message):
         ("vlm_s", ("--mixture", "vlm", "--statistics", "x"), "expected exactly one"),
         ("vlm_s", ("--mixture", "vlm", "--microbatches", "0"), "0 microbatches (expected"),
         ("vlm_s", ("--mixture", "t2v"), "unknown modules ['dit', 'text']"),
+        ("t2v_s", ("--mixture", "t2v", "--language-items", "samples"), "packs no sequences"),
+        ("t2v_s", ("--mixture", "dip-t2v", "--language-items", "samples"), "packs no sequences"),
         ("vlm_s", ("--statistics", "nowhere.json"), "nowhere.json: cannot be read"),
         ("vlm_s", ("--mixture", "vlm", "--profile", "no.json"), "no.json: cannot be read"),
         ("vlm_s", ("--mixture", "vlm", "--cluster", "no.yaml"), "no.yaml: cannot be read"),

@@ -221,16 +221,7 @@ def balanced_layers(layer_us: FloatArray, num_pieces: int) -> tuple[int, ...]:
     Raises:
         InfeasibleError: There are fewer layers than pieces.
     """
-    piece_us = _pieces(layer_us, num_pieces)
-    # Entry n: the largest piece if the first n layers fill the pieces so far.
-    largest_us = np.full(len(piece_us), np.inf)
-    largest_us[0] = 0.0
-    starts = []
-    for _ in range(num_pieces):
-        candidates = np.maximum(largest_us[:, None], piece_us)
-        starts.append(candidates.argmin(axis=0))
-        largest_us = candidates.min(axis=0)
-    return _layers_from(starts)
+    return _best_layers(_pieces(layer_us, num_pieces), num_pieces, np.maximum)
 
 
 def even_layers(weights: FloatArray, num_pieces: int) -> tuple[int, ...]:
@@ -239,14 +230,25 @@ def even_layers(weights: FloatArray, num_pieces: int) -> tuple[int, ...]:
     Raises:
         InfeasibleError: There are fewer layers than pieces.
     """
-    piece = _pieces(weights, num_pieces)
-    squares = np.full(len(piece), np.inf)
-    squares[0] = 0.0
+    return _best_layers(_pieces(weights, num_pieces) ** 2, num_pieces, np.add)
+
+
+def _best_layers(piece: FloatArray, num_pieces: int, join: np.ufunc) -> tuple[int, ...]:
+    """Layers per piece, such that what ``join`` makes of all pieces' costs is the least.
+
+    Args:
+        piece: [from, to]: what a piece of these layers costs.
+        num_pieces: How many there are.
+        join: Of the cost so far and that of one piece more.
+    """
+    # Entry n: the least cost if the first n layers fill the pieces so far.
+    least = np.full(len(piece), np.inf)
+    least[0] = 0.0
     starts = []
     for _ in range(num_pieces):
-        candidates = squares[:, None] + piece**2
+        candidates = join(least[:, None], piece)
         starts.append(candidates.argmin(axis=0))
-        squares = candidates.min(axis=0)
+        least = candidates.min(axis=0)
     return _layers_from(starts)
 
 
