@@ -19,6 +19,7 @@ from megatron_dip.assignment import (
 )
 from megatron_dip.assignment.assign import MICROBATCH_TOLERANCE, TOLERANCE
 from megatron_dip.cli.output import write_file
+from megatron_dip.cli.unread import refuse_unread
 from megatron_dip.errors import ConfigError, shown
 from megatron_dip.workload import Problem, load_problem
 
@@ -26,6 +27,7 @@ __all__ = ["assign_items"]
 
 
 def assign_items(
+    context: typer.Context,
     problem: Annotated[
         list[Path], typer.Argument(help="Batch problems (JSON), one per data-parallel replica.")
     ],
@@ -66,6 +68,20 @@ def assign_items(
     if between_replicas_only and within:
         raise ConfigError(
             "--between-replicas-only and --within leave nothing to move (give one of them, or none)"
+        )
+    if within:
+        refuse_unread(context, ("tolerance",), "beside --within, by which no replica changes")
+    if between_replicas_only:
+        refuse_unread(
+            context,
+            ("microbatch_tolerance",),
+            "beside --between-replicas-only, by which microbatches of a replica are not evened out",
+        )
+    if len(problem) == 1:
+        refuse_unread(
+            context,
+            ("between_replicas_only", "tolerance"),
+            "with one problem: give one per replica",
         )
     _check_names(problem)
     problems = [load_problem(path) for path in problem]
@@ -113,6 +129,8 @@ def _token_limits(entries: Sequence[str], names: Sequence[str]) -> list[int | No
             raise ConfigError(
                 f"--max-tokens {shown(entry)} (expected MODULE=TOKENS with one of {list(names)})"
             )
+        if limits[names.index(module)] is not None:
+            raise ConfigError(f"--max-tokens {shown(entry)}: {module} has one already (give one)")
         limits[names.index(module)] = int(tokens)
     return limits
 

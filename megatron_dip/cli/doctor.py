@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_dip.cli.unread import refuse_unread
 from megatron_dip.costs import load_cluster
 from megatron_dip.doctor import Row, State, examine, gather, worst_state
 from megatron_dip.doctor.facts import Run
-from megatron_dip.errors import ConfigError
 from megatron_dip.limits import check_range
 
 __all__ = ["examine_machine"]
@@ -23,6 +23,7 @@ _MOST_RANKS = 1024
 
 
 def examine_machine(
+    context: typer.Context,
     cluster: Annotated[
         Path | None, typer.Option(help="Cluster (YAML): its nodes, ranks and division.")
     ] = None,
@@ -50,9 +51,8 @@ def examine_machine(
         if value is not None:
             check_range(name, value, 1, _MOST_RANKS)
     if cluster is not None:
-        stated = [name for name, value in given.items() if value not in (None, 1)]
-        if stated:
-            raise ConfigError(f"{', '.join(stated)} beside --cluster: give one or the other")
+        sizes = ("ranks", "tensor_parallel", "context_parallel", "nodes")
+        refuse_unread(context, sizes, "beside --cluster: give one or the other")
         run = _run_of(cluster, cpu)
     else:
         run = Run(

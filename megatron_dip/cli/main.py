@@ -19,6 +19,7 @@ from megatron_dip.cli.profile import measure_layers
 from megatron_dip.cli.rehearse import rehearse_plan
 from megatron_dip.cli.report import report_run
 from megatron_dip.cli.simulate import simulate_plans
+from megatron_dip.cli.unread import refuse_unread
 from megatron_dip.costs import cluster_builder, load_cluster, load_model, load_profile
 from megatron_dip.costs.mixtures import (
     BUILT_IN,
@@ -147,6 +148,7 @@ def make_problem(
 
 @app.command()
 def plan(
+    context: typer.Context,
     problem: Annotated[
         list[Path],
         typer.Option(help="Batch problem (JSON); several get one plan that holds for each."),
@@ -183,6 +185,19 @@ def plan(
     ] = QueueChoice.MANY,
 ) -> None:
     """Plan one batch, or several together, and write the plan."""
+    if algorithm == AlgorithmChoice.ONE_F_ONE_B:
+        refuse_unread(
+            context,
+            ("search", "seed", "workers", "no_recompute"),
+            "beside --algorithm one_f_one_b, which has nothing to search and does not look at "
+            "memory (leave it out, or plan with dual_queue)",
+        )
+    elif evaluations is None and budget_ms is None:
+        refuse_unread(
+            context,
+            ("search", "seed", "workers"),
+            "without a search: give it --evaluations or --budget-ms",
+        )
     problems = [load_problem(path) for path in problem]
     cut = load_partition(partition)
     upstream = {module.name: module.upstream for module in problems[0].modules}
@@ -238,6 +253,8 @@ def _parse_max_tokens(entries: list[str]) -> dict[str, int | None]:
             raise ConfigError(
                 f"--max-tokens {shown(entry)} (expected MODULE=TOKENS, e.g. vision=4096)"
             )
+        if module in limits:
+            raise ConfigError(f"--max-tokens {shown(entry)}: {module} has one already (give one)")
         limits[module] = int(tokens)
     return limits
 

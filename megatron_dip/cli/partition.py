@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
+from megatron_dip.cli.unread import refuse_unread
 from megatron_dip.errors import ConfigError
 from megatron_dip.limits import MOST_MICROBATCHES, check_range
 from megatron_dip.partition import load_partition
@@ -28,6 +29,7 @@ __all__ = ["make_partition"]
 
 
 def make_partition(
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where the partition goes (JSON).")
     ],
@@ -65,6 +67,10 @@ def make_partition(
     seed: Annotated[int, typer.Option(help="Of the random changes.")] = 0,
 ) -> None:
     """Choose segments, layers and sub-microbatch sizes for batches like the samples."""
+    if folder is None:
+        refuse_unread(context, ("batches",), "without --from: batches of --problem are all taken")
+    if changes == 0:
+        refuse_unread(context, ("seed",), "with --changes 0: nothing is random")
     samples = _samples(problem or [], folder, batches)
     given = None if start is None else load_partition(start)
     columns = (

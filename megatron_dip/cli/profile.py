@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dip.cli.output import write_file
+from megatron_dip.cli.unread import refuse_unread
 from megatron_dip.errors import ConfigError
 from megatron_dip.limits import check_range
 from megatron_dip.report.fit import FittedModule
@@ -26,6 +27,7 @@ _LEFT_OUT = ("--save", "--tensorboard-dir", "--dip-trace-dir", "--exit-interval"
 
 
 def measure_layers(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes (JSON).")],
     script: Annotated[
         list[str] | None, typer.Argument(help="After --: the script and its arguments.")
@@ -44,6 +46,12 @@ def measure_layers(
         raise ConfigError(
             "--from FOLDER or -- SCRIPT ARGUMENTS: expected exactly one of them (the command of a "
             "run, as after megatron_dip.launch, or what one has recorded)"
+        )
+    if folder is not None:
+        refuse_unread(
+            context,
+            ("ranks", "cpu", "steps"),
+            "beside --from, by which nothing is run (leave it out, or give a script)",
         )
     with tempfile.TemporaryDirectory(prefix="megatron-dip-profile-") as own:
         if folder is None:

@@ -50,10 +50,12 @@ def simulate_plans(
 ) -> None:
     """Compare plans and baselines: time, ratio to the lower bound, utilisation, idle, memory."""
     names = list(dict.fromkeys(baseline or ()))
-    for name in names:
-        find_baseline(name)
-    if fit and not names:
-        raise ConfigError("--fit without --baseline (expected a baseline to fit the cuts of)")
+    known = [find_baseline(name) for name in names]
+    if fit and all(baseline.runs_on_stages for baseline in known):
+        raise ConfigError(
+            "--fit without --baseline of a static cut (expected a baseline to fit the cuts of; "
+            "others run on the stages of the plan)"
+        )
     samples = [load_problem(path) for path in fit or ()]
     rows, panels = [], []
     loaded = [(path.stem, load_plan(path)) for path in plans]

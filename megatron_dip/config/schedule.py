@@ -1,6 +1,6 @@
 """What a configuration says of the schedule, whatever the model is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -124,19 +124,48 @@ class ScheduleConfig(Form):
     costs: CostConfig = CostConfig()
 
     @model_validator(mode="after")
-    def _check_plan(self) -> Self:
-        unread = sorted({"planner", "evaluations"} & self.model_fields_set)
-        if self.plan is not None and unread:
-            raise ValueError(
-                f"states {unread} beside plan (expected one of them: with a plan for all batches "
-                f"none is made)"
+    def _check_unread(self) -> Self:
+        stated = self.model_fields_set
+        if self.plan is not None:
+            _refuse(
+                sorted({"planner", "evaluations"} & stated),
+                "plan (expected one of them: with a plan for all batches none is made)",
             )
-        if self.offload is not None and self.planner == "one_f_one_b":
-            raise ValueError(
-                "states offload beside planner one_f_one_b, which does not look at memory "
-                "(expected planner dual_queue)"
+        if self.planner == "one_f_one_b":
+            _refuse(
+                ["offload"] if self.offload is not None else [],
+                "planner one_f_one_b, which does not look at memory (expected planner dual_queue)",
+            )
+            _refuse(
+                sorted({"evaluations"} & stated),
+                "planner one_f_one_b, which makes no search (leave it out, or take dual_queue)",
+            )
+        if self.costs.profile is not None:
+            rates = sorted({"flops_per_us", "layer_overhead_us"} & self.costs.model_fields_set)
+            own = [name for name, module in self.modules.items() if module.flops_per_us is not None]
+            _refuse(
+                [
+                    *(f"costs.{name}" for name in rates),
+                    *(f"modules.{name}.flops_per_us" for name in own),
+                ],
+                "costs.profile, whose measured times are used instead (leave one or the other out)",
             )
         return self
+
+    @property
+    def makes_no_search(self) -> str | None:
+        """What says so; None where batches are searched."""
+        if self.plan is not None:
+            return "schedule.plan"
+        if self.planner == "one_f_one_b":
+            return "schedule.planner one_f_one_b"
+        return "schedule.evaluations 0" if self.evaluations == 0 else None
+
+
+def _refuse(stated: Sequence[str], beside: str) -> None:
+    """Raise ValueError if something is stated that has no effect beside something else."""
+    if stated:
+        raise ValueError(f"states {list(stated)} beside {beside}")
 
 
 class PlanningConfig(Form):
@@ -165,6 +194,19 @@ class DipConfig(Form):
 
     schedule: ScheduleConfig = ScheduleConfig()
     planning: PlanningConfig = PlanningConfig()
+
+    @model_validator(mode="after")
+    def _check_searches(self) -> Self:
+        reason = self.schedule.makes_no_search
+        planning = self.planning.model_fields_set
+        if reason is not None:
+            given = sorted({"searches", "search_limit_ms"} & planning)
+            _refuse(
+                [f"planning.{name}" for name in given if getattr(self.planning, name) is not None],
+                f"{reason}, by which no batch is searched (leave them out, or let planner "
+                f"dual_queue make evaluations)",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_cut(self) -> Self:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_dip.config import DipConfig
+from megatron_dip.errors import ConfigError
 
 __all__ = ["DEFAULT_TIMEOUT_SECONDS", "DipOptions"]
 
@@ -35,3 +36,10 @@ class DipOptions:
     """After the first 20 iterations, timelines of every so-many-th."""
     log_interval: int = 10
     """Iterations between two lines of the log."""
+
+    def __post_init__(self) -> None:
+        if self.vary_parts and self.config.schedule.plan is not None:
+            raise ConfigError(
+                "--dip-vary-parts does not work with schedule.plan, which has split the "
+                "microbatches of all batches (leave one of the two out)"
+            )

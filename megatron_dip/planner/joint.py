@@ -187,6 +187,14 @@ def load_joint_plan(path: str | Path, partition: Partition) -> Plan:
         raise PlanError(
             f"{path}: was made on another partition (expected the one of this run: plan again)"
         )
+    for name, size in partition.sub_microbatch_tokens.items():
+        planned = plan.partition.sub_microbatch_tokens.get(name)
+        if planned != size:
+            raise PlanError(
+                f"{path}: microbatches of {name} are split by the partition that it was made on, "
+                f"at {planned} tokens, and not at {size} as this run says (plan again with "
+                f"sub_microbatch_tokens in the partition, or leave the size out of the run)"
+            )
     if joint_problem([plan.problem]) != plan.problem:
         raise PlanError(
             f"{path}: is the plan of one batch (expected one for several: give `megatron-dip plan` "

@@ -60,7 +60,7 @@ def write_config(
     sub_microbatch_tokens: tuple[int | None, int | None] = (None, None),
     layers: dict[str, Sequence[Sequence[int]]] | None = None,
     planner: str = "dual_queue",
-    evaluations: int = 64,
+    evaluations: int | None = None,
     planning: Mapping[str, float] | None = None,
     feedback: bool = True,
     experts: Mapping[str, int] | None = None,
@@ -111,7 +111,7 @@ def write_config(
         "schedule": {
             "num_ranks": num_ranks,
             "planner": planner,
-            "evaluations": evaluations,
+            **({} if evaluations is None else {"evaluations": evaluations}),
             "hardware_queues": hardware_queues,
             "modules": modules,
             "costs": {"feedback": feedback},

@@ -172,7 +172,7 @@ def test_a_plan_above_the_memory_limit_does_not_validate(files):
         (("--max-tokens", "visoin=4"), "unknown module 'visoin'"),
         (("--problem", "nowhere.json"), "nowhere.json: cannot be read"),
         (("-o", "/nowhere/plan.json"), "cannot be written"),
-        (("--workers", "0"), "0 workers (expected 1 or more)"),
+        (("--workers", "0", "--evaluations", "9"), "0 workers (expected 1 or more)"),
         (("--evaluations", "0"), "0 evaluations, None ms (expected exactly one"),
         (("--budget-ms", "-5"), "None evaluations, -5.0 ms (expected exactly one"),
         (("--budget-ms", "nan"), "nan ms (expected exactly one"),

@@ -161,6 +161,12 @@ def test_a_plan_file_of_another_cut_or_of_one_batch_is_refused(tmp_path: Path) -
     save_plan(make_plan(joint_problem([problem]), partition), tmp_path / "all.json")
     with pytest.raises(PlanError, match=r"all\.json: was made on another partition"):
         load_joint_plan(tmp_path / "all.json", other)
+    split = partition.model_copy(update={"sub_microbatch_tokens": {"vision": 1}})
+    with pytest.raises(PlanError, match=r"vision are split .* at None tokens, and not at 1"):
+        load_joint_plan(tmp_path / "all.json", split)
+    save_plan(make_plan(joint_problem([problem]), split), tmp_path / "split.json")
+    for same in (split, partition):
+        assert len(load_joint_plan(tmp_path / "split.json", same).graph.subs("vision", 0)) == 2
     data = problem.model_dump(mode="json")
     data["microbatches"][0]["vision"][0]["item"] = 7
     save_plan(make_plan(parse_problem(data), partition), tmp_path / "one.json")
