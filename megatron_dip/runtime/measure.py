@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dip.runtime.saved_tensors import saving
+
 __all__ = ["StoredBytes"]
 
 
@@ -27,7 +29,7 @@ class StoredBytes:
     @contextmanager
     def counting(self) -> Any:
         """Count what forwards inside keep."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept[0]):
+        with saving(self._pack, lambda kept: kept[0]):
             yield
 
     def _pack(self, tensor: Tensor) -> tuple[Tensor, "_Keeper | None"]:

@@ -22,9 +22,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_dip.errors import PlanError
 from megatron_dip.runtime.measure import StoredBytes
+from megatron_dip.runtime.saved_tensors import saving
 
 __all__ = ["HostBlocks", "OffloadedLayers", "Offloader"]
 
@@ -163,7 +165,7 @@ class _Kept:
 
     def __init__(self, tensor: Tensor, counted: object) -> None:
         # Not the tensor itself: an output would hold the graph by which it is held.
-        self.tensor = tensor.detach()
+        self.tensor = tensor if isinstance(tensor, Parameter) else tensor.detach()
         self.version = tensor._version
         self.counted = counted
 
@@ -215,7 +217,7 @@ class OffloadedLayers:
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Around the forward of one of the layers: what it saves can be moved."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+        with saving(self._pack, self._unpack):
             yield
 
     def _pack(self, tensor: Tensor) -> _Kept:

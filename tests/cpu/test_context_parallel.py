@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from forked_ranks import run_modes
+from short_of_memory import assert_moved, write_short
 from tiny_omni import make_tiny_sounds, write_omni_config
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import train
@@ -126,14 +128,29 @@ def omni_config(folder: Path) -> Path:
 def test_a_model_with_media_computes_on_divided_rows_what_it_computes_on_whole_ones(
     make_config: Callable[[Path], Path], tmp_path: Path
 ) -> None:
+    config = make_config(tmp_path)
     arguments = f"""
-        --dip-config {make_config(tmp_path)} --pipeline-model-parallel-size 2
+        --dip-config {config} --pipeline-model-parallel-size 2
         --micro-batch-size 2 --global-batch-size 8 --train-iters 2 --calculate-per-token-loss
         --optimizer sgd --lr 0.03 --min-lr 0.03 --eval-iters 1 --eval-interval 1000
     """
     whole = train(tmp_path / "whole", 2, *shlex.split(arguments))
-    divides = "--context-parallel-size 2 --dip-schedule"
+    divides = f"--context-parallel-size 2 --dip-schedule --dip-trace-dir {tmp_path / 'room'}"
     divided = train(tmp_path / "divided", 4, *shlex.split(f"{arguments} {divides}"))
     assert divided.losses == pytest.approx(whole.losses, rel=1e-6)
     assert divided.grad_norms == pytest.approx(whole.grad_norms, rel=1e-6)
     assert divided.validation_losses == pytest.approx(whole.validation_losses, rel=1e-6)
+    # The same ranks with less memory: their rows go to the host and come back.
+    short, traces = config.with_name("short.yaml"), tmp_path / "traces"
+    write_short(short, yaml.safe_load(config.read_text()), tmp_path / "room")
+    less = f"--dip-config {short} --context-parallel-size 2 --dip-schedule --dip-trace-dir {traces}"
+    away = train(tmp_path / "away", 4, *shlex.split(f"{arguments} {less}"))
+    assert_moved(traces, tmp_path / "room")
+    assert not any(divided.moved_bytes)
+    # By context: both halves of a sequence go from the same stages.
+    assert away.moved_bytes[0] == away.moved_bytes[1] > 0
+    assert away.losses == pytest.approx(divided.losses, rel=1e-6)
+    assert away.grad_norms == pytest.approx(divided.grad_norms, rel=1e-6)
+    assert away.gradients.keys() == divided.gradients.keys()
+    for name, pair in divided.gradients.items():
+        assert away.gradients[name] == pytest.approx(pair, rel=1e-4, abs=1e-6), name

@@ -195,3 +195,43 @@ def test_what_cannot_be_moved_is_refused_at_the_start():
     check_offloads({stage: chunk}, SimpleNamespace(recompute_granularity="selective"))
     with pytest.raises(UnsupportedError, match="--recompute-granularity full"):
         check_offloads({stage: chunk}, SimpleNamespace(recompute_granularity="full"))
+
+
+class AddsToItsWeight(torch.autograd.Function):
+    """As layers do whose weight gradients are summed up by their kernels."""
+
+    @staticmethod
+    def forward(ctx, rows, weight):
+        ctx.save_for_backward(rows, None, weight)
+        return rows @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, _, weight = ctx.saved_tensors
+        weight.main_grad += rows.T @ grad
+        weight.is_added = True
+        return grad @ weight.T, None
+
+
+@pytest.mark.parametrize("hooks", ["none", "counting", "offloading", "both"])
+def test_a_backward_is_handed_the_weight_itself(hooks):
+    """With the attributes that others set on it, and what it sets is seen by them."""
+    weight = torch.nn.Parameter(torch.randn(WIDTH, WIDTH))
+    weight.main_grad = torch.zeros(WIDTH, WIDTH)
+    rows = torch.randn(ROWS, WIDTH).requires_grad_()
+    offload = OffloadedLayers(offloader(), (0,))
+    stored = StoredBytes([weight])
+    with (
+        stored.counting() if hooks in ("counting", "both") else nullcontext(),
+        offload.keeping() if hooks in ("offloading", "both") else nullcontext(),
+    ):
+        output = AddsToItsWeight.apply(rows.exp(), weight)
+    if hooks in ("offloading", "both"):
+        offload.copy_out([])
+        offload.release()
+        offload.take_again()
+        offload.copy_back()
+        assert offload._offloader.moved_bytes == rows.nbytes
+    output.sum().backward()
+    assert weight.is_added and weight.grad is None
+    assert torch.equal(weight.main_grad, rows.exp().T @ torch.ones(ROWS, WIDTH))

@@ -69,6 +69,7 @@ def _watch(training: Any) -> dict[str, Any]:
         "validation_losses": [],
         "early_reductions": [],
         "gradients": {},
+        "moved_bytes": 0,
     }
     train_step, evaluate = training.train_step, training.evaluate
 
@@ -77,6 +78,9 @@ def _watch(training: Any) -> dict[str, Any]:
         seen["losses"] += [float(value) for value in result[0].values()]
         seen["grad_norms"].append(float(result[5]))
         seen["gradients"] = _gradients(args[2])
+        place = getattr(unwrap_model(args[2][0]), "dip", None)
+        if place is not None:
+            seen["moved_bytes"] = place.pipeline.executor.offloader.moved_bytes
         return result
 
     def watched_evaluate(*args: Any, **kwargs: Any) -> Any:

@@ -34,6 +34,8 @@ class TrainingRun:
     """Of the last iteration, by global name: the norm, and the sum with a weight per element."""
     num_early_reductions: tuple[int, ...]
     """Per rank, reductions of a chunk's gradients started before gradients were finalized."""
+    moved_bytes: tuple[int, ...]
+    """Per rank, of activations that were copied to the host."""
     seconds: float
     log: str
     """Of the last rank."""
@@ -61,6 +63,7 @@ def train(folder: Path, num_ranks: int, *arguments: str, script: Path = SCRIPT) 
         validation_losses=tuple(seen[-1]["validation_losses"]),
         gradients={name: tuple(pair) for rank in seen for name, pair in rank["gradients"].items()},
         num_early_reductions=tuple(len(rank["early_reductions"]) for rank in seen),
+        moved_bytes=tuple(rank["moved_bytes"] for rank in seen),
         seconds=time.monotonic() - start,
         log=ranks[-1].output,
         owner_log=ranks[0].output,
