@@ -1,30 +1,32 @@
-"""What a memory limit costs: with recomputation, without it, and on a cut made for the limit.
+"""What a memory limit costs: with recomputation, with offloading, and on a cut made for the limit.
 
-Every test problem of a folder (``*-test-*.json``) is planned without a limit.  Then every rank's
-limit is set to a part of what that plan takes, weights included, and the batch is planned again:
+The batches are those that DIP published the data of (``five_models.py``), or the test problems of a
+folder (``*-test-*.json``).  Each is planned without a limit.  Then every rank's limit is set to a
+part of what that plan takes, weights included, and the batch is planned again, on the same cut:
 
-- with the memory program, which recomputes layers, on the same cut, that of the folder
-  ``--partitions``;
-- the same with a link to the host, over which layers are offloaded;
-- the same without either, by holding works back alone;
-- with it on a cut that was chosen for fit problems limited in the same way: who has less memory
-  chooses another cut.  These are ``*_low_memory.json`` there, and ``--write-fit``
-  writes the problems from which ``megatron-dip partition`` chose them.
+- with recomputation alone;
+- the same with links to the host, over which layers are offloaded, and hosts with more or less
+  memory;
+- without either, by holding works back alone;
+- where ``--partitions`` has a ``*_low_memory.json``: with recomputation on that cut, which was
+  chosen for fit problems limited in the same way.  ``--write-fit`` writes these.
 
-Plans above a limit end the run.
+A budget is processor time of planning.  Plans above a limit end the run.
 
-    python benchmarks/memory_limit.py FOLDER [--part 0.6] [--link-gb-per-s 50] [--host-gb 256]
-        [--budget-ms 1000 | --evaluations N] [--partitions benchmarks/problems/partitions]
-    python benchmarks/memory_limit.py FOLDER --write-fit OTHER_FOLDER [--evaluations N]
+    python benchmarks/memory_limit.py [FOLDER] [--part 0.6] [--link-gb-per-s 50 12.5]
+        [--host-gb 256 32] [--budget-ms 1000 | --evaluations N] [--partitions FOLDER]
+    python benchmarks/memory_limit.py [FOLDER] --write-fit OTHER_FOLDER [--evaluations N]
 """
 
 import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import five_models
 from planner_speed import PARTITIONS, chosen_table, kept_partition, model_of
 from rich.console import Console
 from rich.table import Table
@@ -68,6 +70,17 @@ class Case(NamedTuple):
     unlimited: Found
 
 
+class Variant(NamedTuple):
+    """A way to keep the limits."""
+
+    title: str
+    link: tuple[float, float] | None = None
+    """As in :func:`with_link`."""
+    suffix: str = ""
+    """Of the cut's file."""
+    memory_program: bool = True
+
+
 def with_limits(problem: Problem, limits: Sequence[int]) -> Problem:
     """The same batch with these limits per rank."""
     return problem.model_copy(update={"memory_limit_bytes": tuple(limits)})
@@ -85,13 +98,14 @@ def with_link(problem: Problem, gb_per_s: float, host_gb: float) -> Problem:
 
 def plan(table: TaskTable, search: Search, memory_program: bool = True) -> Found:
     """The best schedule found, checked against the limits."""
-    found = search_schedule(
-        table,
-        evaluations=search.budget.evaluations,
-        budget_ms=search.budget.milliseconds,
-        workers=search.workers,
-        memory_program=memory_program,
-    )
+    with five_models.processor_clock():
+        found = search_schedule(
+            table,
+            evaluations=search.budget.evaluations,
+            budget_ms=search.budget.milliseconds,
+            workers=search.workers,
+            memory_program=memory_program,
+        )
     simulation = simulate_schedule(table, found)
     limits = table.graph.problem.memory_limit_bytes
     for rank, (peak, limit) in enumerate(zip(simulation.peak_bytes, limits, strict=True)):
@@ -106,45 +120,62 @@ def plan(table: TaskTable, search: Search, memory_program: bool = True) -> Found
     return Found(simulation.makespan_us, simulation.peak_bytes, part, host_peak_bytes)
 
 
-def limited_cases(paths: Sequence[Path], part: float, search: Search) -> Iterator[Case]:
+def load_batches(folder: Path | None, kind: str) -> list[tuple[str, Problem]]:
+    """By name: the ``fit`` or ``test`` problems of ``folder``, those of DIP where it is None."""
+    if folder is not None:
+        paths = sorted(folder.glob(f"*-{kind}-*.json"))
+        return [(path.stem, load_problem(path)) for path in paths]
+    return [
+        (f"{model}-{kind}-{number}", problem)
+        for model in five_models.MODELS
+        for number, problem in enumerate(five_models.load_problems("dip", model, kind))
+    ]
+
+
+def limited_cases(
+    batches: Sequence[tuple[str, Problem]], part: float, search: Search
+) -> Iterator[Case]:
     """Every batch with ``part`` of the memory that its plan without a limit takes."""
-    for path in paths:
-        problem = load_problem(path)
+    for name, problem in batches:
         free = with_limits(problem, [UNLIMITED_BYTES] * problem.num_ranks)
-        unlimited = plan(chosen_table(path.stem, free, folder=search.partitions), search)
+        unlimited = plan(chosen_table(name, free, folder=search.partitions), search)
         limits = [int(part * peak) for peak in unlimited.peak_bytes]
-        yield Case(path.stem, with_limits(problem, limits), unlimited)
+        yield Case(name, with_limits(problem, limits), unlimited)
 
 
-def row_of(case: Case, linked: Problem, search: Search) -> tuple[list[str], list[float | None]]:
-    """The cells of a batch, and its four times over that without a limit, where it has them;
-    ``linked`` is the limited batch with a link."""
-    limits = case.limited.memory_limit_bytes
-    row = [case.name, f"{min(limits) / 1e9:.1f} - {max(limits) / 1e9:.1f}"]
-    ratios: list[float | None] = []
-    for problem, variant, memory_program in (
-        (case.limited, "", True),
-        (linked, "", True),
-        (case.limited, LOW_MEMORY, True),
-        (case.limited, "", False),
-    ):
-        cells, ratio = ["none kept", ""], None
-        if not variant or kept_partition(case.name, variant, search.partitions).exists():
-            table = chosen_table(case.name, problem, variant, search.partitions)
-            try:
-                found = plan(table, search, memory_program)
-            except InfeasibleError:
-                cells = ["does not fit", ""]
-            else:
-                ratio = found.makespan_us / case.unlimited.makespan_us
-                cells = [f"{ratio:.3f}", f"{found.recompute_part:.1%}"]
-                if problem is linked:
-                    cells.append(f"{found.host_peak_bytes / 1e9:.0f}")
-        if problem is linked:
-            cells = [*cells, ""][:3]
-        row += cells if memory_program else cells[:1]
-        ratios.append(ratio)
-    return row, ratios
+def variants_of(links: Sequence[float], hosts: Sequence[float]) -> list[Variant]:
+    """All that a batch is planned with; ``links`` in GB/s, ``hosts`` in GB."""
+    return [
+        Variant("recomputing"),
+        *(
+            Variant(f"{link:g} GB/s, host {host:g} GB", (link, host))
+            for link in links
+            for host in hosts
+        ),
+        Variant("cut for the limit", suffix=LOW_MEMORY),
+        Variant("holding back", memory_program=False),
+    ]
+
+
+def run_variant(case: Case, variant: Variant, search: Search) -> tuple[str, float | None]:
+    """The cell of a batch, and its time over that without a limit, where it has one."""
+    if variant.suffix and not kept_partition(case.name, variant.suffix, search.partitions).exists():
+        return "none kept", None
+    problem = case.limited
+    if variant.link is not None:
+        problem = with_link(problem, *variant.link)
+    table = chosen_table(case.name, problem, variant.suffix, search.partitions)
+    try:
+        found = plan(table, search, variant.memory_program)
+    except InfeasibleError:
+        return "does not fit", None
+    ratio = found.makespan_us / case.unlimited.makespan_us
+    cell = f"{ratio:.3f}"
+    if found.recompute_part:
+        cell += f", {found.recompute_part:.1%}"
+    if found.host_peak_bytes:
+        cell += f", {found.host_peak_bytes / 1e9:.0f} GB"
+    return cell, ratio
 
 
 def mean_of(ratios: Sequence[float | None]) -> str:
@@ -153,61 +184,60 @@ def mean_of(ratios: Sequence[float | None]) -> str:
     return f"{statistics.mean(there):.3f}" if len(there) == len(ratios) else ""
 
 
-def print_table(cases: Iterator[Case], link: tuple[float, float], search: Search) -> None:
-    """One line per batch, and the means per model; ``link`` is as in :func:`with_link`."""
-    printed = Table(
-        "problem",
-        "limit, GB",
-        "time",
-        "recomputed",
-        "offloading",
-        "recomputed",
-        "host, GB",
-        "cut for the limit",
-        "recomputed",
-        "holding back",
-    )
+def print_table(cases: Iterator[Case], variants: Sequence[Variant], search: Search) -> None:
+    """One line per batch, and the means per model."""
+    printed = Table("problem", "limit, GB", *(variant.title for variant in variants))
     ratios: dict[str, list[list[float | None]]] = defaultdict(list)
     for case in cases:
-        row, found = row_of(case, with_link(case.limited, *link), search)
-        printed.add_row(*row)
-        ratios[model_of(case.name)].append(found)
+        cells = [run_variant(case, variant, search) for variant in variants]
+        limits = case.limited.memory_limit_bytes
+        span = f"{min(limits) / 1e9:.1f} - {max(limits) / 1e9:.1f}"
+        printed.add_row(case.name, span, *(text for text, _ in cells))
+        ratios[model_of(case.name)].append([ratio for _, ratio in cells])
     for model, rows in ratios.items():
-        same, lent, other, holding = map(mean_of, zip(*rows, strict=True))
-        printed.add_row(f"{model}, mean", "", same, "", lent, "", "", other, "", holding)
-    Console(width=140).print(printed)
+        printed.add_row(f"{model}, mean", "", *map(mean_of, zip(*rows, strict=True)))
+    Console(width=180).print(printed)
 
 
 def main() -> None:
     """Print the table, or write limited fit problems."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder with *-test-*.json problems")
+    parser.add_argument("folder", type=Path, nargs="?", help="with *-test-*.json; DIP's if none")
     parser.add_argument("--part", type=float, default=0.6, help="of what the plan takes unlimited")
-    parser.add_argument("--link-gb-per-s", type=float, default=50.0, help="of a rank to its host")
-    parser.add_argument("--host-gb", type=float, default=256.0, help="of the host, per rank")
+    parser.add_argument(
+        "--link-gb-per-s", type=float, nargs="*", default=[50.0, 12.5], help="of a rank to its host"
+    )
+    parser.add_argument(
+        "--host-gb", type=float, nargs="*", default=[256.0, 32.0], help="of the host, per rank"
+    )
     parser.add_argument("--budget-ms", type=float, default=1000.0, help="per plan")
     parser.add_argument("--evaluations", type=int, help="per plan, instead of a time")
     parser.add_argument("--workers", type=int, default=1, help="searches at the same time")
-    parser.add_argument("--partitions", type=Path, default=PARTITIONS, help="folder of cuts")
+    parser.add_argument("--partitions", type=Path, help="folder of cuts")
     parser.add_argument("--write-fit", type=Path, help="where *-fit-*.json go, limited")
     arguments = parser.parse_args()
     budget = Budget(milliseconds=arguments.budget_ms)
     if arguments.evaluations is not None:
         budget = Budget(evaluations=arguments.evaluations)
-    search = Search(budget, arguments.workers, arguments.partitions)
-    pattern = "*-fit-*.json" if arguments.write_fit else "*-test-*.json"
-    paths = sorted(arguments.folder.glob(pattern))
-    if not paths:
-        parser.error(f"{arguments.folder} holds no {pattern} problems")
+    is_dip = arguments.folder is None
+    own = five_models.PARTITIONS["dip"] if is_dip else PARTITIONS
+    search = Search(budget, arguments.workers, arguments.partitions or own)
+    kind = "fit" if arguments.write_fit else "test"
+    batches = load_batches(arguments.folder, kind)
+    if not batches:
+        parser.error(f"{arguments.folder} holds no *-{kind}-*.json problems")
     # Compiling, or reading what was compiled, is no part of the budget.
-    first = load_problem(paths[0])
-    roomy = with_limits(first, [1 << 34] * first.num_ranks)
-    table = chosen_table(paths[0].stem, roomy, folder=search.partitions)
-    search_schedule(table, evaluations=90)
-    cases = limited_cases(paths, arguments.part, search)
+    name, first = batches[0]
+    for problem in (with_limits(first, [1 << 34] * first.num_ranks), with_link(first, 50, 256)):
+        search_schedule(chosen_table(name, problem, folder=search.partitions), evaluations=90)
+    cases = limited_cases(batches, arguments.part, search)
     if not arguments.write_fit:
-        link = (arguments.link_gb_per_s, arguments.host_gb)
-        print_table(cases, link, search)
+        print(
+            f"{datetime.now(UTC).date()}: time over that without a limit, part of all ranks' time "
+            f"that recomputes, most memory of a host; limits {arguments.part:.0%} of the memory "
+            f"without one, {budget.evaluations or f'{budget.milliseconds:g} ms'} per plan"
+        )
+        print_table(cases, variants_of(arguments.link_gb_per_s, arguments.host_gb), search)
         return
     arguments.write_fit.mkdir(parents=True, exist_ok=True)
     for case in cases:

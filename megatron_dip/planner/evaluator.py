@@ -90,6 +90,8 @@ class Evaluator:
             self.levels = memory_levels(fitter.savings, table.rank, table.microbatch)
             if not fitter.fits_at_once:
                 self.fitter = fitter
+        self.first_level_fits = bool((self.levels[0] == table.stored_bytes).all())
+        """Whether what the first level admits, by all that works hold, is within the limits."""
         self.forwards = BatchRules.forwards(
             table, split_backward=split_backward, levels=self.levels
         )
@@ -198,9 +200,9 @@ class Evaluator:
             schedule = schedule_greedily(batch, rules, duration_us)
         except InfeasibleError:
             return None
-        if self.fitter is None:
+        if self.fitter is None or batch is not self.forwards:
             return schedule
-        if batch is not self.forwards:
+        if level == 0 and self.first_level_fits and duration_us is None:
             return schedule
         weights = None if near is None else near.weights
         return self._fit(schedule.order, schedule.starts_us, weights)

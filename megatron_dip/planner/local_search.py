@@ -18,7 +18,8 @@ A move that succeeds more often per schedule made is tried more often.  What is 
 is kept, so that the search can drift.
 
 Several searches share one batch: each tries its part of the rules, and from time to time all go on
-from the best of them.
+from the best of them.  Where memory is short some recompute, and some hold works back: neither
+finds what the other does.
 """
 
 import itertools
@@ -40,6 +41,10 @@ __all__ = ["LocalSearch"]
 _DISTURBANCES = (0.003, 0.01, 0.03, 0.1)
 # Of the evaluations, what rules may take: from a few good ones, moves lead further than more rules.
 _STARTS_SHARE = 0.25
+# How much longer it may take at most to hold works back than to recompute: by the first rule, so
+# that it is tried at all, and later on, so that a search stays with it.
+_PROMISING = 1.05
+_CLEARLY_WORSE = 1.005
 # How often another level of admission is tried.
 _OTHER_LEVEL = 0.25
 
@@ -55,10 +60,18 @@ class LocalSearch:
         seed: Of the random numbers.
         part: Which of ``num_parts`` searches that share the batch this is.
         num_parts: How many share it.
+        holds_back: Whether works wait for memory, so that nothing is recomputed; only where another
+            search of the evaluator says :attr:`may_hold_back`.
     """
 
     def __init__(
-        self, evaluator: Evaluator, seed: int, *, part: int = 0, num_parts: int = 1
+        self,
+        evaluator: Evaluator,
+        seed: int,
+        *,
+        part: int = 0,
+        num_parts: int = 1,
+        holds_back: bool = False,
     ) -> None:
         self._evaluator = evaluator
         self._random = np.random.default_rng(seed)
@@ -80,7 +93,11 @@ class LocalSearch:
         self._rule_us = self._current.makespan_us
         self._moves: list[Callable[[], None]] = []
         self._spent, self._wins = np.empty(0), np.empty(0)
-        self._try_levels()
+        self._holds_back = evaluator.holds_back or holds_back
+        self.may_hold_back = False
+        """Whether works that wait for memory could be better than recomputing."""
+        if not holds_back:
+            self._try_levels()
 
     def run(self) -> None:
         """Search until the evaluator says that it is over; may be called again when it is not."""
@@ -104,7 +121,14 @@ class LocalSearch:
             wins[move] += self._current.makespan_us < before_us
 
     def go_on_from(self, other: "LocalSearch") -> None:
-        """Take over what another search of the same batch has found, where that is better."""
+        """Take over what another search of the same batch has found, where that is better.
+
+        One that holds works back stays with that until it is clearly worse than recomputing.
+        """
+        if self._holds_back and other._recomputes:
+            if other.makespan_us * _CLEARLY_WORSE > self.makespan_us:
+                return
+            self._holds_back, self._moves = False, []
         self._keep(other._current, other._level)
         if other._rule_us < self._rule_us:
             self._rule_us, self._rule, self._order = other._rule_us, other._rule, other._order
@@ -113,6 +137,10 @@ class LocalSearch:
     def makespan_us(self) -> float:
         """Of the best schedule, from which the search goes on."""
         return self._current.makespan_us
+
+    @property
+    def _recomputes(self) -> bool:
+        return bool(self._current.num_recomputed.any()) or self._current.loans is not None
 
     def _try_start(self, rule: Rule, order: IntArray) -> None:
         schedule = self._evaluator.evaluate(self._rule_point(rule, order, self._level))
@@ -125,15 +153,17 @@ class LocalSearch:
         if not self._is_split:
             self._backwards = BatchRules.backwards(evaluator.table, evaluator.levels)
         moves = [self._reorder, self._justify]
-        if not self._is_split and not evaluator.holds_back:
+        # An order made elsewhere knows nothing of memory.
+        if not self._is_split and not self._holds_back:
             self._insertion = Insertion(evaluator.table.whole)
             moves.append(self._insert)
-        if evaluator.fitter is not None:
+        if evaluator.fitter is not None and not self._holds_back:
             moves.append(self._refit)
         return moves
 
     def _try_levels(self) -> None:
         """The first rule at every level; the search goes on from the best."""
+        waiting_us = self._rule_us
         for level in range(1, len(self._evaluator.levels)):
             if self._evaluator.is_over:
                 return
@@ -141,6 +171,8 @@ class LocalSearch:
             schedule = self._evaluator.evaluate(point)
             if schedule.makespan_us < self._rule_us:
                 self._rule_us, self._current, self._level = schedule.makespan_us, schedule, level
+        fits = self._evaluator.fitter is not None and self._evaluator.first_level_fits
+        self.may_hold_back = fits and waiting_us <= _PROMISING * self._rule_us
 
     def _rule_point(self, rule: Rule, order: IntArray, level: int) -> Point:
         return self._portfolio.point(rule, order)._replace(level=level)
@@ -207,7 +239,11 @@ class LocalSearch:
 
     def _next_level(self) -> int:
         """Mostly that of the best schedule, now and then the one beside it."""
-        if len(self._evaluator.levels) == 1 or self._random.random() >= _OTHER_LEVEL:
+        if (
+            self._holds_back
+            or len(self._evaluator.levels) == 1
+            or self._random.random() >= _OTHER_LEVEL
+        ):
             return self._level
         step = 1 if self._random.random() < 0.5 else -1
         return min(max(self._level + step, 0), len(self._evaluator.levels) - 1)

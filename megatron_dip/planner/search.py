@@ -11,6 +11,7 @@ from the best schedule of any.
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 from megatron_dip.errors import ConfigError
@@ -37,6 +38,10 @@ _PROGRAM_EVALUATIONS = 0.03
 _PROGRAM_SHARE = 0.4
 # When workers go on from the best of them, as parts of the budget.
 _EXCHANGES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+# Of two searches of one worker, how often they take turns, and the part of a turn of the one that
+# holds works back.
+_TURNS = 8
+_HOLDING_BACK = 0.6
 # Between the seeds of workers.
 _SEED_STEP = 1_000_003
 
@@ -128,11 +133,13 @@ def search_schedule(
 def _search_together(evaluators: Sequence[Evaluator], seeds: Sequence[int]) -> None:
     """Local searches that go on from the best of them after the same parts of the budget."""
     if len(evaluators) == 1:
-        LocalSearch(evaluators[0], seeds[0]).run()
+        _search_alone(evaluators[0], seeds[0])
         return
 
     def begin(evaluator: Evaluator, part: int) -> LocalSearch:
-        return LocalSearch(evaluator, seeds[part], part=part, num_parts=len(evaluators))
+        make = partial(LocalSearch, evaluator, seeds[part], part=part, num_parts=len(evaluators))
+        search = make()
+        return make(holds_back=True) if part % 2 and search.may_hold_back else search
 
     for evaluator in evaluators:
         evaluator.allow(_EXCHANGES[0])
@@ -147,6 +154,23 @@ def _search_together(evaluators: Sequence[Evaluator], seeds: Sequence[int]) -> N
             return
         for one in searches:
             one.go_on_from(best)
+
+
+def _search_alone(evaluator: Evaluator, seed: int) -> None:
+    """One local search; where memory is short, and it could be better to wait for it than to
+    recompute, two that take turns: each by itself may come to where it finds nothing more."""
+    search = LocalSearch(evaluator, seed)
+    if not search.may_hold_back:
+        search.run()
+        return
+    other = LocalSearch(evaluator, seed + 1, holds_back=True)
+    for turn in range(_TURNS):
+        evaluator.allow((turn + _HOLDING_BACK) / _TURNS)
+        other.run()
+        evaluator.allow((turn + 1) / _TURNS)
+        search.run()
+        search.go_on_from(other)
+        other.go_on_from(search)
 
 
 def _at_once[Result](function: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:

@@ -22,8 +22,11 @@ from megatron_dip.errors import ConfigError, InfeasibleError
 from megatron_dip.partition import partition_from_layers
 from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner import make_plan, order_one_f_one_b, pack_plan, search_schedule
+from megatron_dip.planner.evaluator import Budget, Evaluator
+from megatron_dip.planner.local_search import LocalSearch
 from megatron_dip.planner.memory import MemoryFitter
 from megatron_dip.planner.memory_program import num_program_rows, solve_memory_program
+from megatron_dip.planner.portfolio import Portfolio
 from megatron_dip.simulator import TaskTable, build_task_table, simulate, simulate_order
 from megatron_dip.simulator.arrays import TaskOrder
 
@@ -219,6 +222,53 @@ def test_recomputing_beats_holding_back():
     assert not held_back.recompute
     assert recomputed.recompute
     assert recomputed.estimate.makespan_us < 0.9 * held_back.estimate.makespan_us
+
+
+def limited_search(
+    limit: int = 110, num_microbatches: int = 12, evaluations: int = 400
+) -> LocalSearch:
+    table = uneven_table([limit] * 2, num_microbatches)
+    evaluator = Evaluator(table, Budget(evaluations), split_backward=False, goal_us=0.0)
+    return LocalSearch(evaluator, seed=1)
+
+
+def test_what_works_wait_for_is_within_the_limits_as_it_is():
+    search = limited_search()
+    evaluator = search._evaluator
+    assert evaluator.first_level_fits and len(evaluator.levels) > 1
+    for rule, order in Portfolio(evaluator.table, evaluator.forwards).starts():
+        point = Portfolio(evaluator.table, evaluator.forwards).point(rule, order)
+        schedule = evaluator.evaluate(point)
+        fit = evaluator.fitter.fit_and_run(schedule.order, schedule.starts_us)
+        assert not fit.num_recomputed.any()
+        assert fit.times.makespan_us == pytest.approx(schedule.makespan_us)
+        assert fit.times.starts_us[evaluator.forwards.graph.exists] == pytest.approx(
+            schedule.starts_us[evaluator.forwards.graph.exists]
+        )
+
+
+def test_a_level_that_admits_too_much_is_not_taken_as_it_is():
+    search = limited_search(limit=45)
+    assert not search._evaluator.first_level_fits and not search.may_hold_back
+    assert search._current.num_recomputed.any()
+
+
+def test_one_of_two_searches_waits_for_memory_until_that_is_clearly_worse():
+    search = limited_search()
+    assert search.may_hold_back
+    evaluator = search._evaluator
+    waiting = LocalSearch(evaluator, seed=2, holds_back=True)
+    evaluator.allow(0.4)
+    waiting.run()
+    assert not waiting._current.num_recomputed.any()
+    evaluator.allow(1.0)
+    search.run()
+    best_us = min(search.makespan_us, waiting.makespan_us)
+    for one, other in ((search, waiting), (waiting, search)):
+        one.go_on_from(other)
+        assert one.makespan_us == best_us or one is waiting
+    slow = limited_search(limit=62)
+    assert not slow.may_hold_back, "the first rule alone says so"
 
 
 def test_without_a_limit_nothing_is_recomputed():
