@@ -128,8 +128,11 @@ class Evaluator:
 
     @property
     def spent_share(self) -> float:
-        """The part of a budget in evaluations that is spent; 0 for one in milliseconds."""
-        return self.num_evaluations / (self._budget.evaluations or math.inf)
+        """The part of the budget that is spent."""
+        if self._budget.evaluations is not None:
+            return self.num_evaluations / self._budget.evaluations
+        assert self._budget.milliseconds is not None, "there is one of the two"
+        return 1.0 - self.left_ms / self._budget.milliseconds
 
     @property
     def left_ms(self) -> float:

@@ -1,6 +1,8 @@
 """The default search: priority rules, then small changes of the best schedule.
 
-First every rule of the portfolio.  Then, until the budget is spent, one of these moves:
+First every rule of the portfolio.  The best schedule of every family of rules is justified and
+improved by insertion (below) as it is: what is slow at first often leads further than the fastest.
+Then, until the budget is spent, one of these moves to the best of all:
 
 - *reorder*: two microbatches change places in the order of the best rule;
 - *justify*: the best schedule is made anew from its end, every action as late as it can be, and
@@ -39,8 +41,10 @@ __all__ = ["LocalSearch"]
 
 # How far times are disturbed, as parts of the makespan.
 _DISTURBANCES = (0.003, 0.01, 0.03, 0.1)
-# Of the evaluations, what rules may take: from a few good ones, moves lead further than more rules.
+# Of the budget, what rules may take, from a few good ones moves lead further than more rules, and
+# rules and the improvement of their best.
 _STARTS_SHARE = 0.25
+_FAMILIES_SHARE = 0.5
 # How much longer it may take at most to hold works back than to recompute: by the first rule, so
 # that it is tried at all, and later on, so that a search stays with it.
 _PROMISING = 1.05
@@ -91,6 +95,8 @@ class LocalSearch:
         self._level = 0
         self._current = evaluator.evaluate(self._rule_point(self._rule, self._order, 0))
         self._rule_us = self._current.makespan_us
+        self._families: dict[tuple[str, str], GreedySchedule] = {}
+        """The best schedule of the rules that sort alike."""
         self._moves: list[Callable[[], None]] = []
         self._spent, self._wins = np.empty(0), np.empty(0)
         self._holds_back = evaluator.holds_back or holds_back
@@ -109,6 +115,7 @@ class LocalSearch:
             if start is None:
                 self._moves = self._make_moves()
                 self._spent, self._wins = np.ones(len(self._moves)), np.ones(len(self._moves))
+                self._improve_families()
             else:
                 self._try_start(*start)
         spent, wins = self._spent, self._wins
@@ -146,7 +153,17 @@ class LocalSearch:
         schedule = self._evaluator.evaluate(self._rule_point(rule, order, self._level))
         if schedule.makespan_us < self._rule_us:
             self._rule_us, self._rule, self._order = schedule.makespan_us, rule, order
+        best = self._families.setdefault((rule.forward, rule.backward), schedule)
+        if schedule.makespan_us < best.makespan_us:
+            self._families[rule.forward, rule.backward] = schedule
         self._keep(schedule, self._level)
+
+    def _improve_families(self) -> None:
+        """The fastest first; what is not reached in time is left as it is."""
+        for schedule in sorted(self._families.values(), key=lambda one: one.makespan_us):
+            if self._evaluator.is_over or self._evaluator.spent_share > _FAMILIES_SHARE:
+                return
+            self._descend(schedule, np.zeros(len(self._exists)), self._rebuilds(), self._level)
 
     def _make_moves(self) -> list[Callable[[], None]]:
         evaluator = self._evaluator
@@ -189,28 +206,38 @@ class LocalSearch:
         self._keep(schedule, level)
 
     def _justify(self) -> None:
-        self._improve((self._rebuild, self._rebuild_by_insertion), self._next_level())
+        self._improve(self._rebuilds(), self._next_level())
 
     def _insert(self) -> None:
-        self._improve((self._rebuild_by_insertion, self._rebuild), self._level)
+        self._improve(self._rebuilds()[::-1], self._level)
+
+    def _rebuilds(self) -> tuple[_Rebuild, ...]:
+        if self._insertion is None:
+            return (self._rebuild,)
+        return (self._rebuild, self._rebuild_by_insertion)
 
     def _improve(self, rebuilds: Sequence[_Rebuild], level: int) -> None:
-        """The best schedule disturbed and made anew, for as long as that makes it better."""
-        if self._insertion is None:
-            rebuilds = (self._rebuild,)
+        """The best schedule disturbed and made anew."""
         width_us = self._current.makespan_us * self._random.choice(_DISTURBANCES)
-        noise_us = self._noise_us(width_us)
+        self._descend(self._current, self._noise_us(width_us), rebuilds, level)
+
+    def _descend(
+        self,
+        schedule: GreedySchedule,
+        noise_us: FloatArray,
+        rebuilds: Sequence[_Rebuild],
+        level: int,
+    ) -> None:
+        """``schedule`` disturbed and made anew, for as long as that makes it better."""
         best_us = np.inf
-        schedule: GreedySchedule | None = self._current
         for rebuild in itertools.cycle(rebuilds):
-            assert schedule is not None
-            schedule = rebuild(schedule, noise_us, level)
-            if schedule is None or schedule.makespan_us >= best_us:
+            found = rebuild(schedule, noise_us, level)
+            if found is None or found.makespan_us >= best_us:
                 return
-            self._keep(schedule, level)
+            self._keep(found, level)
             if self._evaluator.is_over:
                 return
-            best_us, noise_us = schedule.makespan_us, np.zeros(len(noise_us))
+            schedule, best_us, noise_us = found, found.makespan_us, np.zeros(len(noise_us))
 
     def _noise_us(self, width_us: float) -> FloatArray:
         """[3 N]: for every action by itself, or for one to four microbatches."""

@@ -231,3 +231,32 @@ def test_searches_of_a_batch_go_on_from_the_best_of_them():
         search.run()
         assert evaluator.is_over
         assert search.makespan_us <= best_us
+
+
+def test_the_best_of_every_family_of_rules_is_improved():
+    """What is slow at first often leads further than the fastest."""
+    batches = [
+        {"vision": [make_item(k, 1.0 + n % 5) for k in range(n % 4)]}
+        | {"language": [make_item(0, 2.0 + n % 3)]}
+        for n in range(8)
+    ]
+    layers = {"vision": 4, "language": 4}
+    problem = make_problem(MODULE_GRAPHS["encoder"], layers, batches, num_ranks=2)
+    cut = partition_from_layers({"vision": [[1, 1], [1, 1]], "language": [[2, 2]]}, 2)
+    table = build_task_table(make_graph(problem, cut))
+    budget = Budget(evaluations=10_000)
+    evaluator = Evaluator(table, budget, split_backward=False, goal_us=0.0)
+    search = LocalSearch(evaluator, seed=0)
+    improved = []
+
+    def descend(schedule, noise_us, *_):
+        if noise_us.any():
+            raise StopIteration
+        improved.append(schedule.makespan_us)
+
+    search._descend = descend
+    with pytest.raises(StopIteration):
+        search.run()
+    assert len(improved) == 5
+    assert improved == sorted(improved)
+    assert improved[0] < improved[-1]
