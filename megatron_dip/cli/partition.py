@@ -52,8 +52,15 @@ def make_partition(
         bool, typer.Option("--split-backward", help="Batches will be planned with it.")
     ] = False,
     evaluations: Annotated[
-        int, typer.Option(help="Schedules that are made to judge a cut on one sample.")
-    ] = 64,
+        int | None, typer.Option(help="Schedules that planning a batch will make; or")
+    ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="how long it will take, counted as --minutes: the longer, the more actions a good "
+            "cut may have. Without either 1000."
+        ),
+    ] = None,
     changes: Annotated[
         int, typer.Option(help="Changes that are tried at most; 0 for none.")
     ] = 1000,
@@ -87,6 +94,7 @@ def make_partition(
             start=given,
             split_backward=split_backward,
             evaluations=evaluations,
+            budget_ms=budget_ms,
             max_changes=changes,
             seed=seed,
             minutes=minutes,

@@ -5,6 +5,7 @@ A module is changed as the path that its data takes through the ranks
 places, a run of stages is passed in the other direction.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
@@ -30,13 +31,24 @@ def changed(cut: Cut, sizes: Mapping[str, Sequence[int | None]], random: Random)
     """
     if sizes and random.random() < _SIZE_SHARE:
         module = random.choice(sorted(sizes))
-        return cut.with_tokens(module, random.choice(sizes[module]))
+        size = _another_size(cut.sub_microbatch_tokens[module], sizes[module], random)
+        return cut.with_tokens(module, size)
     while True:
         module = random.choice(sorted(cut.layers))
         change = random.choice(_CHANGES)
         cut = cut.with_layers(module, change(cut.layers[module], random))
         if random.random() >= _AGAIN_SHARE:
             return cut
+
+
+def _another_size(tokens: int | None, sizes: Sequence[int | None], random: Random) -> int | None:
+    """The size next to ``tokens``: far ones rarely suit a cut that is good with this one."""
+    places = [
+        place for place, size in enumerate(sizes) if (size or math.inf) >= (tokens or math.inf)
+    ]
+    place = places[-1] if places else 0
+    near = [other for other in (place - 1, place + 1) if 0 <= other < len(sizes)]
+    return sizes[random.choice(near)]
 
 
 def _shift(layers: Layers, random: Random) -> Layers:

@@ -12,7 +12,8 @@ and embedding, fill and drain, overheads of layers and transfers, memory.
    the size of sub-microbatches.  A cut that is hardly worse may be the way to a better one: it is
    kept if it is better than the one kept some changes ago (late acceptance; Burke and Bykov, EJOR
    258, 2017).  What is clearly worse on the first samples is not judged on the others.
-3. *Finals*: the best of them once more, with many more schedules: luck drops out.
+3. *Finals*: the best of them once more, with all of the budget that batches are planned in: luck
+   drops out.
 
 A few small batches are little to choose from: cuts are judged on as many more whose microbatches
 are drawn from all samples.  The result depends on the samples, the start, the effort and the seed
@@ -32,13 +33,16 @@ from megatron_dip.partitioner.changes import changed
 from megatron_dip.partitioner.cuts import Cut
 from megatron_dip.partitioner.even_cuts import best_even_cut, split_sizes
 from megatron_dip.partitioner.judge import Judge, Progress
+from megatron_dip.planner.evaluator import Budget
 from megatron_dip.workload import Problem
 
 __all__ = ["ChosenPartition", "choose_partition"]
 
+_BUDGET_MS = 1000.0
 _NUM_FINALISTS = 8
-_FINAL_EVALUATIONS = 8
-"""Times as many as before."""
+# The parts of the planning budget that changes are judged with, and finalists at least.
+_CHANGE_SHARE = 0.25
+_LEAST_FINAL_SHARE = 0.5
 # How many changes ago the cut was kept that a change must be better than.
 _MEMORY = 20
 # The part of the effort after which nothing is changed any more: the rest is for the finals.
@@ -62,7 +66,8 @@ def choose_partition(
     *,
     start: Partition | None = None,
     split_backward: bool = False,
-    evaluations: int = 64,
+    evaluations: int | None = None,
+    budget_ms: float | None = None,
     max_changes: int = 1000,
     minutes: float = 2.0,
     seed: int = 0,
@@ -74,7 +79,9 @@ def choose_partition(
         problems: Sample batches of one model on one machine.
         start: What to change first; the best even cut where it is None.
         split_backward: Whether the batches will be planned with split backwards.
-        evaluations: Schedules that are made to judge a cut on one sample.
+        evaluations: How many schedules planning a batch will make; or
+        budget_ms: how long it will take, counted as ``minutes``: the longer, the more actions a
+            good cut may have.  A second without either.
         max_changes: Changes that are judged at most.
         minutes: About how long it may take on one core of 2.5 GHz.  Counted in actions that are put
             in order, so that the result is the same on every machine.
@@ -87,18 +94,18 @@ def choose_partition(
             model, or there are too few layers to give every rank one.
         InfeasibleError: No cut keeps the memory limit; the message is that of the best one.
     """
-    most = MOST_EVALUATIONS // _FINAL_EVALUATIONS
-    if not 1 <= evaluations <= most or not 0 <= max_changes <= MOST_EVALUATIONS:
-        raise ConfigError(
-            f"evaluations {evaluations}, max_changes {max_changes} (expected at least 1 and 0, at "
-            f"most {most:,} and {MOST_EVALUATIONS:,})"
-        )
+    if evaluations is None and budget_ms is None:
+        budget_ms = _BUDGET_MS
+    budget = Budget(evaluations, budget_ms)
+    budget.check()
+    if not 0 <= max_changes <= MOST_EVALUATIONS:
+        raise ConfigError(f"max_changes {max_changes} (expected 0 to {MOST_EVALUATIONS:,})")
     if not 0 < minutes <= _MOST_MINUTES:
         raise ConfigError(f"minutes {minutes} (expected above 0, at most {_MOST_MINUTES:,.0f})")
     _check_alike(problems)
     judge = Judge(
         [*problems, *_mixed(problems)],
-        evaluations=evaluations,
+        budget=budget,
         split_backward=split_backward,
         minutes=minutes,
         progress=progress,
@@ -150,7 +157,7 @@ def _change(judge: Judge, start: Cut, max_changes: int, random: Random) -> list[
     """The best cuts that ``max_changes`` random changes lead to, the best one first."""
     judge.step = "changes"
     sizes = split_sizes(judge.problems)
-    current, costs = start, judge.costs(start, judge.problems, judge.evaluations)
+    current, costs = start, judge.costs(start, judge.problems, _CHANGE_SHARE)
     cost = statistics.mean(costs)
     found = {start.name: (cost, start)}
     earlier = [cost] * _MEMORY
@@ -160,7 +167,7 @@ def _change(judge: Judge, start: Cut, max_changes: int, random: Random) -> list[
         change = changed(current, sizes, random)
         if change.name not in found:
             known = costs if math.isfinite(cost) else None
-            new = judge.costs(change, judge.problems, judge.evaluations, known)
+            new = judge.costs(change, judge.problems, _CHANGE_SHARE, known)
             new_cost = statistics.mean(new)
             found[change.name] = (new_cost, change)
             if new_cost <= max(cost, earlier[number % _MEMORY]) and math.isfinite(new_cost):
@@ -173,20 +180,19 @@ def _change(judge: Judge, start: Cut, max_changes: int, random: Random) -> list[
 def _best_of(judge: Judge, cuts: Sequence[Cut]) -> tuple[Cut, float]:
     """The best of ``cuts``, which are sorted, and what it costs.
 
-    Judged with as many more schedules as the effort that is left allows for half of them; of fewer
-    cuts where it allows but little.
+    Judged with all of the planning budget, or half where the effort that is left does not allow for
+    half of them; the first one in any case.
     """
     judge.step = "finals"
     left = 1.0 - judge.spent_share
-    factor = _FINAL_EVALUATIONS
-    while factor > 2 and judge.share_of(cuts[0], factor * judge.evaluations) * len(cuts) > 2 * left:
-        factor //= 2
-    evaluations = factor * judge.evaluations
+    share = 1.0
+    while share > _LEAST_FINAL_SHARE and judge.effort(cuts[0], share) * len(cuts) > 2 * left:
+        share /= 2
     found: list[tuple[float, int]] = []
     for number, cut in enumerate(cuts):
-        if found and judge.spent_share + judge.share_of(cut, evaluations) > 1.0:
+        if found and judge.spent_share + judge.effort(cut, share) > 1.0:
             break
-        costs = judge.costs(cut, judge.problems, evaluations)
+        costs = judge.costs(cut, judge.problems, share)
         found.append((statistics.mean(costs), number))
     cost, number = min(found)
     return cuts[number], cost

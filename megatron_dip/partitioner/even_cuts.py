@@ -10,6 +10,7 @@ better.  All combinations are thousands, so that one choice is changed at a time
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,17 +22,19 @@ from megatron_dip.partitioner.cuts import (
     there_and_back,
 )
 from megatron_dip.partitioner.judge import Judge
+from megatron_dip.planner.sub_microbatches import form_sub_microbatches
 from megatron_dip.simulator.bounds import useful_work_us
 from megatron_dip.workload import Problem
 
 __all__ = ["best_even_cut", "split_sizes"]
 
 _SEGMENT_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
-_PARTS = (2, 3, 4, 6, 8, 12, 16)
+_PARTS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """Into how many groups the largest microbatch of a module may be split."""
-_FIRST_EVALUATIONS = 32
-# How many of the best have their neighbours judged, and how many are judged on all samples.
-_BEAM = 4
+# The parts of the planning budget that cuts are judged with, first and when they are the best.
+_FIRST_SHARE = 0.125
+_START_SHARE = 0.25
+# How many of the best are judged on all samples.
 _NUM_STARTS = 4
 # The parts of the effort after which no more neighbours are judged, and no more on all samples.
 _NEIGHBOURS_SHARE = 0.3
@@ -70,7 +73,7 @@ class _EvenCuts:
         """One and some segments per module, not split and split finely."""
         modules = range(len(self._names))
         no_turns = (False,) * len(self._names)
-        for count, size in itertools.product((0, 1, 3), (0, 2, 5)):
+        for count, size in itertools.product((0, 1, 3), (0, 3, 6)):
             counts = tuple(min(count, len(self._counts[m]) - 1) for m in modules)
             sizes = tuple(min(size, len(self._sizes[m]) - 1) for m in modules)
             yield _Choice(counts, sizes, no_turns, False)
@@ -118,38 +121,43 @@ def best_even_cut(judge: Judge, problems: Sequence[Problem]) -> Cut:
             cut = cuts.cut(choice)
             if cut.name in costs:
                 continue
-            (cost,) = judge.costs(cut, [sample], _FIRST_EVALUATIONS)
+            (cost,) = judge.costs(cut, [sample], _FIRST_SHARE)
             # The one that was found first wins a tie: it has fewer segments, which send less.
             costs[cut.name] = (cost, len(costs), cut)
             found.append((cost, len(found), choice))
 
     look_at(cuts.starts())
     while judge.spent_share < _NEIGHBOURS_SHARE:
-        best = [choice for _, _, choice in sorted(found)[:_BEAM] if choice not in expanded]
-        if not best:
+        best = next((choice for _, _, choice in sorted(found) if choice not in expanded), None)
+        if best is None:
             break
-        expanded.add(best[0])
-        look_at(cuts.neighbours(best[0]))
+        expanded.add(best)
+        look_at(cuts.neighbours(best))
     finalists = [cut for _, _, cut in sorted(costs.values(), key=lambda c: c[:2])[:_NUM_STARTS]]
     judged: list[tuple[float, int]] = []
     for number, cut in enumerate(finalists):
         if not judged or judge.spent_share < _STARTS_SHARE:
-            judged.append((judge(cut), number))
+            costs_of_all = judge.costs(cut, judge.problems, _START_SHARE)
+            judged.append((statistics.mean(costs_of_all), number))
     return finalists[min(judged)[1]]
 
 
 def split_sizes(problems: Sequence[Problem]) -> dict[str, list[int | None]]:
-    """Sizes of sub-microbatches that are worth a try, of modules that can be split."""
+    """Sizes of sub-microbatches that are worth a try, the largest first, of modules that can be
+    split; a size that makes the same groups as a larger one is left out."""
     sizes: dict[str, list[int | None]] = {}
     for name in problems[0].module_order:
-        shares = [
-            [item.tokens for item in problem.items(name, number)]
+        most = max(
+            sum(item.tokens for item in problem.items(name, number))
             for problem in problems
             for number in range(problem.num_microbatches)
-        ]
-        if max(map(len, shares), default=0) > 1:
-            most = max(map(sum, shares))
-            sizes[name] = [None, *(math.ceil(most / parts) for parts in _PARTS)]
+        )
+        found: dict[str, int | None] = {}
+        for size in (None, *(math.ceil(most / parts) for parts in _PARTS if most)):
+            groups = [form_sub_microbatches(problem, {name: size}) for problem in problems]
+            found.setdefault(repr(groups), size)
+        if len(found) > 1:
+            sizes[name] = list(found.values())
     return sizes
 
 

@@ -20,7 +20,10 @@ from megatron_dip.partitioner.cuts import (
     spread_layers,
     there_and_back,
 )
+from megatron_dip.partitioner.even_cuts import split_sizes
+from megatron_dip.partitioner.judge import Judge
 from megatron_dip.planner import make_plan
+from megatron_dip.planner.evaluator import Budget
 from megatron_dip.workload import Problem
 
 
@@ -205,10 +208,36 @@ def test_a_given_cut_must_be_of_the_same_model():
         choose_partition([headed_chain(6, 2, head_us=0.0)], start=start)
 
 
+def test_sizes_that_split_nothing_further_are_left_out():
+    """Three items of up to 6 tokens: whole, two and one, each alone."""
+    items = [make_item(number, 1.0, tokens=tokens) for number, tokens in enumerate((6, 6, 4))]
+    text = [make_item(0, 1.0)]
+    batches = [{"vision": items, "language": text}, {"language": text}]
+    layers = {"vision": 4, "language": 4}
+    sample = make_problem(MODULE_GRAPHS["encoder"], layers, batches, num_ranks=2)
+    assert split_sizes([sample]) == {"vision": [None, 11, 8]}
+
+
+def test_a_cut_is_judged_with_the_schedules_that_the_budget_allows():
+    """Twice the actions, about half the schedules: both take as long."""
+    small, large = images(200, 1), images(400, 1)
+    start = Cut.of(partition_from_layers({"vision": [[2, 2]], "language": [[2, 2]]}, 2))
+
+    def effort(problem: Problem, budget: Budget) -> float:
+        judge = Judge([problem], budget=budget, split_backward=False, minutes=1.0, progress=None)
+        return judge.effort(start, 1.0)
+
+    of_time = [effort(problem, Budget(None, 100.0)) for problem in (small, large)]
+    assert of_time[1] == pytest.approx(of_time[0], rel=0.05)
+    assert of_time[0] == pytest.approx(0.1 / 60, rel=0.05)
+    of_schedules = [effort(problem, Budget(20, None)) for problem in (small, large)]
+    assert of_schedules[1] > 1.3 * of_schedules[0]
+
+
 def test_samples_must_be_alike_and_numbers_positive():
     with pytest.raises(ConfigError, match="no sample problems"):
         choose_partition([])
-    with pytest.raises(ConfigError, match="evaluations 0"):
+    with pytest.raises(ConfigError, match="0 evaluations"):
         choose_partition([images(2, 1)], evaluations=0)
     for minutes in (0.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="minutes"):
