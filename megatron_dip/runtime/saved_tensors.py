@@ -39,7 +39,7 @@ def saving[KeptT](
         unpack: Of a weight, it returns that again.
     """
     if "saved_tensors" not in vars(BackwardCFunction):
-        BackwardCFunction.saved_tensors = property(_saved_tensors)  # type: ignore[misc, assignment]
+        BackwardCFunction.saved_tensors = property(_saved_tensors)  # type: ignore[assignment]
 
     def unpack_and_note(kept: KeptT) -> Tensor:
         tensor = unpack(kept)
@@ -55,9 +55,7 @@ def _saved_tensors(context: BackwardCFunction) -> tuple[Tensor | None, ...]:
     """As torch's, with weights themselves where there is a hook."""
     outer, _unpacked.weights = _unpacked.weights, []
     try:
-        found: tuple[Tensor | None, ...] = super(  # type: ignore[misc]
-            BackwardCFunction, context
-        ).saved_tensors
+        found: tuple[Tensor | None, ...] = super(BackwardCFunction, context).saved_tensors
         weights = {_place(weight): weight for weight in _unpacked.weights}
     finally:
         _unpacked.weights = outer
