@@ -1,126 +1,117 @@
 """Steps of training with and without the assignment of samples: rehearsed, in pairs.
 
-Takes global batches of a data set as training reads them, for every way of ``schedule.assignment``
-the same ones, plans the share of every replica, and rehearses the plans: the real executor and
-transfers, computing replaced by sleeping for the stated times.  The step of a batch takes as long
-as its slowest replica.  Replicas are rehearsed one after another, so that two cores are enough for
-two pipeline ranks; reductions between replicas are left out.
+Draws global batches of the mixture ``dip-vlm`` for VLM-S (``configs/vlm_s.yaml``, four pipeline
+ranks), assigns their samples by what training assigns them with, for every way of
+``schedule.assignment`` the same batches, plans the share of every replica, and rehearses the plans:
+the real executor and transfers, computing replaced by sleeping for the stated times.  The step of a
+batch takes as long as its slowest replica.  Replicas are rehearsed one after another, so that two
+cores are enough for four pipeline ranks; reductions between replicas are left out.
 
-    python benchmarks/assigned_step.py [--batches 6] [--replicas 2] [--repetitions 1] [-o R.json]
+    python benchmarks/assigned_step.py [--batches 5] [--replicas 2] [--microbatches 8]
+        [--repetitions 1] [-o R.json]
 
-The batches are those of ``configs/vlm_tiny.yaml`` (data: ``scripts/make_sample_data.py
-runs/sample``) with text and images apart, one sequence per microbatch.
+A microbatch is one packed sequence, of which the samples move.
 """
 
 import argparse
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megatron_dip.costs import ItemSizes, Kernels, ProblemBuilder, config_builder
+from megatron_dip.costs import ItemSize, ItemSizes, Kernels, ProblemBuilder, config_builder
+from megatron_dip.costs.mixtures import draw_microbatches
+from megatron_dip.costs.published_mixtures import dip_vlm
 from megatron_dip.families.configs import load_config
 from megatron_dip.families.forms import FamilyConfig
-from megatron_dip.families.vlm.config import VlmConfig
 from megatron_dip.planner import make_plan
 from megatron_dip.rehearsal import rehearse
 from megatron_dip.simulator import simulate
 
 # Processes of a rehearsal import this file: Megatron is loaded where batches are made.
 if TYPE_CHECKING:
-    from megatron_dip.families.global_batches import BatchAssigner
-    from megatron_dip.families.vlm.dataset import VlmDataset
+    from megatron_dip.families.base import SampleSet
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "vlm_tiny.yaml"
+CONFIG = ROOT / "configs" / "vlm_s.yaml"
 MOVES = ("none", "microbatches", "samples")
-MICROBATCHES = 4
+NUM_RANKS, NUM_TENSOR_RANKS = 4, 4
 TRANSFER_SCALE = 0.01
 
-Batch = list[tuple[ItemSizes, ...]]
+Member = tuple[int, int]
+"""A sample: the number of the sequence it was drawn in, and its place there."""
+Batch = list[list[ItemSizes]]
 """Per replica the items of its microbatches."""
 
 
-def data_set(config: VlmConfig, num_samples: int) -> "VlmDataset":
-    """The sequences of ``config``, no image decoded."""
-    from megatron_dip.families.data.index import build_index
-    from megatron_dip.families.data.packing import PackingOptions
-    from megatron_dip.families.data.sources import DataSettings
-    from megatron_dip.families.vlm.dataset import VlmDataset
+class DrawnSequences:
+    """What the assigner asks of a data set, for sequences of a mixture."""
 
-    data = config.data
-    settings = DataSettings(
-        format=data.format,
-        samples=data.path,
-        image_folder=data.image_folder,
-        tokenizer=data.tokenizer,
-        text_form=data.text_form(),
-        seq_length=config.model.language.seq_length,
-        patch_size=config.model.vision.patch_size,
-        merge_size=config.model.vision.merge_size,
-        min_image_tokens=data.min_image_tokens,
-        max_image_tokens=data.max_image_tokens,
-    )
-    index, _ = build_index(settings, data.path.parent)
-    return VlmDataset(
-        settings,
-        index,
-        num_samples=num_samples,
-        seed=1234,
-        decode_images=False,
-        packing=PackingOptions(separation=1.0),
-    )
+    def __init__(self, num_sequences: int) -> None:
+        workload = dip_vlm()
+        self.room = workload.sequence_tokens
+        self._drawn = draw_microbatches(workload, num_sequences, 0, "samples")
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    def members(self, i: int) -> tuple[Member, ...]:
+        """Its samples."""
+        return tuple((i, place) for place in range(len(self._drawn[i]["language"])))
+
+    def member_sizes(self, member: Member) -> ItemSizes:
+        """The images of a sample, and its tokens."""
+        drawn, place = self._drawn[member[0]], member[1]
+        sample = drawn["language"][place]
+        images = [drawn["vision"][image] for image in sample.needs["vision"]]
+        return {"vision": images, "language": [replace(sample, needs={})]}
+
+    def sizes(self, entry: int | tuple[Member, ...]) -> ItemSizes:
+        """Of a sequence as training packs it: its samples are spans of one item."""
+        members = self.members(entry) if isinstance(entry, int) else entry
+        parts = [self.member_sizes(member) for member in members]
+        spans = tuple(part["language"][0].tokens for part in parts)
+        return {
+            "vision": list(chain.from_iterable(part["vision"] for part in parts)),
+            "language": [ItemSize(tokens=sum(spans), spans=spans)],
+        }
 
 
 def batches_of(
-    dataset: "VlmDataset", sampler: Any, num_replicas: int, assigner: "BatchAssigner | None"
-) -> Iterator[Batch]:
-    """Global batches as the replicas of a run read them."""
-    from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
+    dataset: DrawnSequences, builder: ProblemBuilder, num_replicas: int, count: int, moves: str
+) -> list[Batch]:
+    """All of the data set as the replicas read it, ``count`` microbatches at a time."""
+    from megatron_dip.families.global_batches import BatchAssigner
 
-    from megatron_dip.families.global_batches import AssignedSampler, GlobalBatchSizes
-
-    sources = []
-    for replica in range(num_replicas):
-        own = sampler(replica)
-        if assigner is not None:
-            calculator = ConstantNumMicroBatchesCalculator(
-                num_replicas * MICROBATCHES, 1, num_replicas, False, 0
-            )
-            own = AssignedSampler(
-                own,
-                assigner,
-                GlobalBatchSizes(num_replicas=num_replicas, calculator=calculator),
-                first_iteration=1,
-                say=lambda _: None,
-            )
-        sources.append(iter(own))
-    while True:
-        share = [list(islice(source, MICROBATCHES)) for source in sources]
-        if any(len(one) < MICROBATCHES for one in share):
-            return
-        yield [
-            tuple(
-                dataset.collate_fn([dataset[entry] for entry in one]).metadata() for one in replica
-            )
-            for replica in share
+    assigner = BatchAssigner(cast("SampleSet", dataset), builder, cast(Any, moves))
+    size = num_replicas * count
+    batches = []
+    for first in range(0, len(dataset), size):
+        # As Megatron deals sequences out: one to every replica in turn.
+        given = [
+            [[first + place * num_replicas + replica] for place in range(count)]
+            for replica in range(num_replicas)
         ]
+        shares: Sequence[Any] = given if moves == "none" else assigner.assign(given)[0]
+        batches.append([[dataset.sizes(one) for (one,) in share] for share in shares])
+    return batches
 
 
 def step_ms(
     batch: Batch, config: FamilyConfig, builder: ProblemBuilder, repetitions: int
 ) -> dict[str, list[float]]:
     """Of every replica, predicted, and rehearsed where that is asked for."""
-    partition = config.partition(2)
+    partition = config.partition(NUM_RANKS)
     found: dict[str, list[float]] = {"predicted": [], "rehearsed": []}
     for replica in batch:
         plan = make_plan(
@@ -136,36 +127,22 @@ def step_ms(
     return {name: times for name, times in found.items() if times}
 
 
-def measure(num_batches: int, num_replicas: int, repetitions: int) -> dict[str, list[Any]]:
+def measure(
+    num_batches: int, num_replicas: int, num_microbatches: int, repetitions: int
+) -> dict[str, list[Any]]:
     """Per way to move, its steps, in the order of the batches."""
-    from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
-
-    from megatron_dip.families.global_batches import BatchAssigner
-
     config = load_config(CONFIG)
-    assert isinstance(config, VlmConfig)
-    num_samples = num_batches * num_replicas * MICROBATCHES
-    dataset = data_set(config, num_samples)
     builder = config_builder(
         config.schedule,
         config.model_shape(),
-        config.partition(2),
-        num_ranks=2,
-        kernels=Kernels(is_fp32=True),
+        config.partition(NUM_RANKS),
+        num_ranks=NUM_RANKS,
+        num_tensor_ranks=NUM_TENSOR_RANKS,
+        kernels=Kernels(),
     )
-
-    def sampler(replica: int) -> MegatronPretrainingSampler:
-        return MegatronPretrainingSampler(num_samples, 0, 1, replica, num_replicas)
-
+    dataset = DrawnSequences(num_batches * num_replicas * num_microbatches)
     ways = {
-        moves: list(
-            batches_of(
-                dataset,
-                sampler,
-                num_replicas,
-                None if moves == "none" else BatchAssigner(dataset, builder, moves),  # type: ignore[arg-type]
-            )
-        )
+        moves: batches_of(dataset, builder, num_replicas, num_microbatches, moves)
         for moves in MOVES
     }
     steps: dict[str, list[Any]] = {moves: [] for moves in MOVES}
@@ -198,20 +175,22 @@ def table_of(steps: dict[str, list[Any]]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=8, help="of a replica")
     parser.add_argument(
         "--repetitions", type=int, default=1, help="of every rehearsal; 0: predicted alone"
     )
     parser.add_argument("-o", "--output", type=Path, help="where the numbers go (JSON)")
     given = parser.parse_args(arguments)
-    steps = measure(given.batches, given.replicas, given.repetitions)
+    steps = measure(given.batches, given.replicas, given.microbatches, given.repetitions)
     Console().print(table_of(steps))
     if given.output is not None:
         results = {
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "date": date.today().isoformat(),
             "replicas": given.replicas,
+            "microbatches": given.microbatches,
             "steps": steps,
         }
         given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
