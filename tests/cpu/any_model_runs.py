@@ -40,7 +40,11 @@ class ScriptRuns:
         self._num_runs = 0
 
     def run(
-        self, num_ranks: int, arguments: str, modules: dict[str, Any] | None = None
+        self,
+        num_ranks: int,
+        arguments: str,
+        modules: dict[str, Any] | None = None,
+        **schedule: Any,
     ) -> TrainingRun:
         """From the weights that all runs start from, unless ``arguments`` load others.
 
@@ -48,12 +52,13 @@ class ScriptRuns:
             num_ranks: How many.
             arguments: Of this run.
             modules: ``schedule.modules`` of a configuration; Megatron's own schedule if None.
+            schedule: What the configuration says of it besides.
         """
         if "--load" not in arguments:
             arguments += f" --load {self._weights} --finetune --no-load-optim --no-load-rng"
         if modules is not None:
             config = self._folder / f"{self._num_runs}.yaml"
-            config.write_text(json.dumps({"schedule": {"modules": modules}}))
+            config.write_text(json.dumps({"schedule": {"modules": modules, **schedule}}))
             arguments += f" --dip-schedule --dip-config {config}"
         return self._train(num_ranks, f"{arguments} --train-iters {NUM_ITERATIONS}")
 

@@ -1,6 +1,8 @@
 """A pretrain script as users have it: Megatron's LLaVAModel, a made-up image in every sequence.
 
-The tower is on the first pipeline rank, as Megatron places it; every rank reads the data.
+The tower is on the first pipeline rank, as Megatron places it; every rank reads the data.  With
+``--dataloader-type external`` the script has a loader of its own, and images are of one tile or of
+``MOST_TILES``, as in ``examples/multimodal``.
 """
 
 import copy
@@ -21,18 +23,24 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 IMAGE_SIZE, PATCH_SIZE = 8, 4
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 NUM_VISION_LAYERS, VISION_WIDTH = 3, 16
+MOST_TILES = 5
 
 
 class Pictures(Dataset):
-    """Sequences of drawn tokens after one image; some of their tokens have no loss."""
+    """Sequences of drawn tokens after one image; some of their tokens have no loss.
 
-    def __init__(self, num_samples: int) -> None:
-        self._num_samples = num_samples
+    Args:
+        num_samples: How many.
+        tiled: Whether the images of some sequences, four of eight, have many tiles.
+    """
+
+    def __init__(self, num_samples: int, *, tiled: bool = False) -> None:
+        self._num_samples, self._tiled = num_samples, tiled
 
     def __len__(self) -> int:
         return self._num_samples
@@ -46,17 +54,40 @@ class Pictures(Dataset):
         mask = torch.ones(args.seq_length)
         mask[labels == DEFAULT_IMAGE_TOKEN_INDEX] = 0
         mask[args.seq_length - index % 5 :] = 0
+        sample = {"tokens": tokens[:-1], "labels": labels.clamp(min=0), "loss_mask": mask}
+        if not self._tiled:
+            image = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+            return {"image": image, **sample}
+        num_tiles = MOST_TILES if index % 8 < 4 else 1
         return {
-            "image": torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
-            "tokens": tokens[:-1],
-            "labels": labels.clamp(min=0),
-            "loss_mask": mask,
+            "image": torch.randn(num_tiles, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+            "num_tiles": torch.tensor([num_tiles], dtype=torch.int32),
+            **sample,
         }
 
 
-def build_datasets(num_samples: list[int]) -> list[Pictures | None]:
-    """Training, validation and test data; every rank loads its own."""
-    return [Pictures(count) if count else None for count in num_samples]
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A microbatch, its tiles one after another."""
+    tiles = {name: torch.cat([one.pop(name) for one in samples]) for name in ("image", "num_tiles")}
+    return {**default_collate(samples), **tiles}
+
+
+def build_datasets(num_samples: list[int]) -> list[Any]:
+    """Training, validation and test data, or the iterators of a loader of the script's own; every
+    rank loads its own."""
+    args = get_args()
+    if args.dataloader_type != "external":
+        return [Pictures(count) if count else None for count in num_samples]
+    return [
+        iter(
+            DataLoader(
+                Pictures(count, tiled=True), batch_size=args.micro_batch_size, collate_fn=collate
+            )
+        )
+        if count
+        else None
+        for count in num_samples
+    ]
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined]
@@ -65,7 +96,8 @@ build_datasets.is_distributed = True  # type: ignore[attr-defined]
 def build_model(pre_process: bool = True, post_process: bool = True, **_: Any) -> LLaVAModel:
     """What belongs to this pipeline rank."""
     args = get_args()
-    num_rows = args.seq_length + NUM_PATCHES - 1
+    most_tiles = MOST_TILES if args.dataloader_type == "external" else 1
+    num_rows = args.seq_length + most_tiles * NUM_PATCHES - 1
     # What a pipeline moves is as long as that.
     args.decoder_seq_length = num_rows
     language = core_transformer_config_from_args(args)
@@ -115,6 +147,7 @@ def run_forward_step(data_iterator, model):  # type: ignore[no-untyped-def]
         None,
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        num_image_tiles=batch.get("num_tiles"),
     )
     return output, partial(compute_loss, loss_mask)
 

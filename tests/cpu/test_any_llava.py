@@ -1,5 +1,6 @@
 """A user's LLaVA script trains under plans as it does under Megatron's schedule."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,16 @@ def test_tower_and_language_model_in_uneven_segments_compute_the_same(
     loads = f"{PIPELINE} --eval-iters 1 --ckpt-step {NUM_ITERATIONS - 1} --load {tmp_path}"
     assert_equal(runs.run(2, loads, EVEN), stock)
     assert_equal(runs.run(2, loads), stock)
+
+
+def test_sequences_with_many_tiles_and_with_one_are_exchanged_between_microbatches(
+    runs: ScriptRuns,
+) -> None:
+    """Of a loader of the script's own, four microbatches of which two have nearly all tiles."""
+    options = f"{PIPELINE} --eval-iters 0 --dataloader-type external --calculate-per-token-loss"
+    given = runs.run(2, options, EVEN)
+    moved = runs.run(2, options, EVEN, assignment="samples")
+    assert_equal(moved, given)
+    assert "schedule.assignment" not in given.owner_log
+    said = re.findall("schedule.assignment samples, first batch: (.*)", moved.owner_log)
+    assert len(said) == 1 and said[0].startswith("4 of 8 moved"), said

@@ -7,44 +7,86 @@ from statistics import mean
 import pytest
 import yaml
 from equality_runs import largest_difference
+from launching import REPOSITORY
 from tiny_vlm import make_tiny_data, write_config
-from training_runs import TrainingRun, train
+from training_runs import SCRIPT, TrainingRun, train
 
 from megatron_dip.report import read_records
 
-NUM_ITERATIONS, MIDDLE = 6, 3
+NUM_ITERATIONS, FIRST_SAVE, SECOND_SAVE = 6, 2, 4
 TOLERANCE = 1e-6
 ARGUMENTS = (
-    f"--pipeline-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 "
-    f"--train-iters {NUM_ITERATIONS} --optimizer sgd --lr 0.03 --min-lr 0.03 "
-    f"--calculate-per-token-loss --dip-schedule"
+    f"--micro-batch-size 1 --global-batch-size 8 --train-iters {NUM_ITERATIONS} "
+    f"--lr-decay-iters {NUM_ITERATIONS} --optimizer sgd --lr 0.03 --min-lr 0.03 "
+    f"--calculate-per-token-loss --exit-on-missing-checkpoint"
 )
+PLANS = "--pipeline-model-parallel-size 2 --dip-schedule"
+# Megatron's rerun state machine finds every result suspicious, and runs every step twice.
+TWICE = f"""
+import sys
+sys.path.append({str(REPOSITORY / "examples")!r})
+import pretrain_vlm as example
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+loss_func = example.loss_func
+
+def validated(loss_mask, losses):
+    result = loss_func(loss_mask, losses)
+    get_rerun_state_machine().validate_result(
+        result=result[0].detach(), rejection_func=lambda loss: True,
+        comparison_func=lambda first, second: 1.0, message="loss", fatal=False)
+    return result
+
+example.loss_func = validated
+if __name__ == "__main__":
+    example.main(example.forward_step)
+"""
 
 
 class Runs:
-    """Two replicas of two pipeline ranks each; uneven batches, in single precision."""
+    """Uneven batches in single precision; two replicas but for ``fewer``, two pipeline ranks each
+    but for ``megatron``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         make_tiny_data(folder / "data")
-        saves = f"--save {folder / 'saved'} --save-interval {MIDDLE}"
-        loads = f"--load {folder / 'saved'} --ckpt-step {MIDDLE} --exit-on-missing-checkpoint"
-        self.given = self._train("given", "none", "")
-        self.moved = self._train("moved", "samples", saves)
-        self.resumed = self._train("resumed", "samples", loads)
+        twice = folder / "twice.py"
+        twice.write_text(TWICE)
+        first, second = folder / "first", folder / "second"
+        self.given = self._train("given", 4, "none", PLANS)
+        self.moved = self._train(
+            "moved", 4, "samples", f"{PLANS} --save {first} --save-interval {FIRST_SAVE}"
+        )
+        self.fewer = self._train(
+            "fewer",
+            2,
+            "samples",
+            f"{PLANS} --load {first} --ckpt-step {FIRST_SAVE} --save {second} "
+            f"--save-interval {SECOND_SAVE} --exit-interval {SECOND_SAVE}",
+        )
+        self.more = self._train("more", 4, "samples", f"{PLANS} --load {second}", twice)
+        self.megatron = self._train("megatron", 2, "samples", "", twice)
 
     def trace(self, name: str) -> Path:
         return self._folder / f"{name}-trace"
 
-    def _train(self, name: str, moves: str, more: str) -> TrainingRun:
+    def _train(
+        self, name: str, num_ranks: int, moves: str, more: str, script: Path = SCRIPT
+    ) -> TrainingRun:
+        num_pipeline_ranks = 2 if PLANS in more else 1
         path = write_config(
-            self._folder / f"{name}.yaml", self._folder / "data", num_ranks=2, feedback=False
+            self._folder / f"{name}.yaml",
+            self._folder / "data",
+            num_ranks=num_pipeline_ranks,
+            feedback=False,
         )
         config = yaml.safe_load(path.read_text())
         config["schedule"]["assignment"] = moves
         path.write_text(yaml.safe_dump(config))
-        text = f"--dip-config {path} --dip-trace-dir {self.trace(name)} {ARGUMENTS} {more}"
-        return train(self._folder / name, 4, *shlex.split(text))
+        text = f"--dip-config {path} {ARGUMENTS} {more}"
+        if PLANS in more:
+            text += f" --dip-trace-dir {self.trace(name)}"
+        return train(self._folder / name, num_ranks, *shlex.split(text), script=script)
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +94,36 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("assignment"))
 
 
-def test_losses_and_gradient_norms_are_those_without_it_also_in_a_resumed_run(runs: Runs) -> None:
-    for name, first in (("moved", 0), ("resumed", MIDDLE)):
-        run: TrainingRun = getattr(runs, name)
-        loss = largest_difference(run.losses, runs.given.losses[first:])
-        norm = largest_difference(run.grad_norms, runs.given.grad_norms[first:])
-        print(f"{name}: largest differences of losses {loss:.1e}, of norms {norm:.1e}")
-        assert loss <= TOLERANCE and norm <= TOLERANCE
+@pytest.mark.parametrize(
+    ("name", "iterations"),
+    [
+        ("moved", slice(None)),
+        # One replica goes on from what two have saved, and two from what it has saved.
+        ("fewer", slice(FIRST_SAVE, SECOND_SAVE)),
+        ("more", slice(SECOND_SAVE, None)),
+        ("megatron", slice(None)),
+    ],
+)
+def test_losses_and_gradient_norms_are_those_without_it(
+    runs: Runs, name: str, iterations: slice
+) -> None:
+    """Also of a resumed run, with another number of replicas, under Megatron's own schedule, and
+    where steps are run twice."""
+    run: TrainingRun = getattr(runs, name)
+    loss = largest_difference(run.losses, runs.given.losses[iterations])
+    norm = largest_difference(run.grad_norms, runs.given.grad_norms[iterations])
+    print(f"{name}: largest differences of losses {loss:.1e}, of norms {norm:.1e}")
+    assert loss <= TOLERANCE and norm <= TOLERANCE
+
+
+def test_steps_were_run_twice(runs: Runs) -> None:
+    for run in (runs.more, runs.megatron):
+        assert "Need to rerun step" in run.owner_log
 
 
 def test_the_log_and_the_records_say_what_was_moved(runs: Runs) -> None:
-    assert runs.moved.owner_log.count("schedule.assignment samples, first batch: ") == 1
+    said = "schedule.assignment samples, first batch: "
+    assert runs.moved.owner_log.count(said) == runs.megatron.owner_log.count(said) == 1
     assert "schedule.assignment" not in runs.given.owner_log
     assert all(record.assignment is None for record in read_records(runs.trace("given")))
     records = read_records(runs.trace("moved"))
@@ -71,5 +132,5 @@ def test_the_log_and_the_records_say_what_was_moved(runs: Runs) -> None:
     assert all(one.replicas[1] <= one.replicas[0] for one in moved)
     # Few of these samples share a sequence: some batches have no better assignment.
     assert mean(one.replicas[1] for one in moved) < 1.05 < mean(one.replicas[0] for one in moved)
-    resumed = [record.assignment for record in read_records(runs.trace("resumed"))]
-    assert resumed == moved[MIDDLE:]
+    resumed = [record.assignment for record in read_records(runs.trace("more"))]
+    assert resumed == moved[SECOND_SAVE:]
