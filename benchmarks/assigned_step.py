@@ -60,21 +60,21 @@ class DrawnSequences:
     def __init__(self, num_sequences: int) -> None:
         workload = dip_vlm()
         self.room = workload.sequence_tokens
-        self._drawn = draw_microbatches(workload, num_sequences, 0, "samples")
+        self._sequences = [
+            _samples(drawn) for drawn in draw_microbatches(workload, num_sequences, 0, "samples")
+        ]
 
     def __len__(self) -> int:
-        return len(self._drawn)
+        return len(self._sequences)
 
     def members(self, i: int) -> tuple[Member, ...]:
         """Its samples."""
-        return tuple((i, place) for place in range(len(self._drawn[i]["language"])))
+        return tuple((i, place) for place in range(len(self._sequences[i])))
 
     def member_sizes(self, member: Member) -> ItemSizes:
         """The images of a sample, and its tokens."""
-        drawn, place = self._drawn[member[0]], member[1]
-        sample = drawn["language"][place]
-        images = [drawn["vision"][image] for image in sample.needs["vision"]]
-        return {"vision": images, "language": [replace(sample, needs={})]}
+        sequence, place = member
+        return self._sequences[sequence][place]
 
     def sizes(self, entry: int | tuple[Member, ...]) -> ItemSizes:
         """Of a sequence as training packs it: its samples are spans of one item."""
@@ -85,6 +85,17 @@ class DrawnSequences:
             "vision": list(chain.from_iterable(part["vision"] for part in parts)),
             "language": [ItemSize(tokens=sum(spans), spans=spans)],
         }
+
+
+def _samples(drawn: ItemSizes) -> list[ItemSizes]:
+    """Each with its images, from a drawn sequence."""
+    return [
+        {
+            "vision": [drawn["vision"][image] for image in sample.needs["vision"]],
+            "language": [replace(sample, needs={})],
+        }
+        for sample in drawn["language"]
+    ]
 
 
 def batches_of(

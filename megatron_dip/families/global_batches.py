@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Any, Literal
 
-from megatron_dip.assignment.samples import SlotFiller
+from megatron_dip.assignment.samples import GroupCosts, SlotFiller
 from megatron_dip.costs import ItemSizes, ProblemBuilder
 from megatron_dip.families.base import SampleSet
 from megatron_dip.report.steps import AssignmentRecord
@@ -77,10 +77,10 @@ class BatchAssigner:
     ) -> tuple[list[ReplicaBatch], AssignmentRecord]:
         whole = list(chain.from_iterable(batch))
         counts = [len(replica) for replica in batch]
-        groups = [self._sizes(self._members(microbatch)) for microbatch in whole]
+        costs = self._filler.costs([self._sizes(self._members(one)) for one in whole])
         places = range(len(whole))
-        slots = self._filler.fill(groups, places, counts)
-        record = self._filler.record(groups, places, slots, counts)
+        slots = self._filler.fill(costs, places, counts)
+        record = self._filler.record(costs, places, slots, counts)
         return _cut([[*whole[group]] for (group,) in slots], counts), record
 
     def _move_samples(
@@ -91,28 +91,28 @@ class BatchAssigner:
         members = [self._members(microbatch) for microbatch in whole]
         samples = list(chain.from_iterable(members))
         places = [number for number, content in enumerate(members) for _ in content]
-        groups = [[sizes] for sizes in self._sizes(samples)]
+        costs = self._filler.costs([[sizes] for sizes in self._sizes(samples)])
         if self._dataset.room is None:
-            slots = self._filler.fill(groups, places, counts, most_groups=size)
+            slots = self._filler.fill(costs, places, counts, most_groups=size)
             moved = [[(samples[group],) for group in slot] for slot in slots]
         else:
-            sequences = self._pack(whole, groups, counts)
+            sequences = self._pack(whole, costs, counts)
             moved = [
                 [tuple(samples[group] for group in sequence) for sequence in microbatch]
                 for microbatch in sequences
             ]
             slots = [list(chain.from_iterable(microbatch)) for microbatch in sequences]
-        return _cut(moved, counts), self._filler.record(groups, places, slots, counts)
+        return _cut(moved, counts), self._filler.record(costs, places, slots, counts)
 
     def _pack(
-        self, whole: Sequence[Sequence[int]], groups: Sequence[Any], counts: Sequence[int]
+        self, whole: Sequence[Sequence[int]], costs: GroupCosts, counts: Sequence[int]
     ) -> list[list[list[int]]]:
         """The samples of every sequence of every microbatch: first packed into sequences, which
         then are put together."""
         size = len(whole[0])
         lengths = [len(self._dataset.members(i)) for i in chain.from_iterable(whole)]
         sequences = self._filler.fill(
-            groups,
+            costs,
             [place for place, length in enumerate(lengths) for _ in range(length)],
             [size * count for count in counts],
             most_tokens=self._dataset.room,
@@ -120,7 +120,7 @@ class BatchAssigner:
         if size == 1:
             return [[sequence] for sequence in sequences]
         slots = self._filler.fill(
-            [[sizes for group in sequence for sizes in groups[group]] for sequence in sequences],
+            costs.joined(sequences),
             [place // size for place in range(len(sequences))],
             counts,
             most_groups=size,

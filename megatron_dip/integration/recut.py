@@ -136,11 +136,11 @@ class Recut:
         apart = [self._staged.single_samples(batch) for batch in batches]
         samples = list(chain.from_iterable(apart))
         places = [place for place, content in enumerate(apart) for _ in content]
-        groups = [[self._staged.items(sample)] for sample in samples]
+        costs = self._filler.costs([[self._staged.items(sample)] for sample in samples])
         counts = [len(batches)]
         # Microbatches have one size, and where all are full samples can only be exchanged.
-        slots = self._filler.fill(groups, places, counts, most_groups=max(map(len, apart)))
-        record = self._filler.record(groups, places, slots, counts)
+        slots = self._filler.fill(costs, places, counts, most_groups=max(map(len, apart)))
+        record = self._filler.record(costs, places, slots, counts)
         self._records[self._iteration] = record
         if self._say is not None:
             self._say(f"schedule.assignment samples, first batch: {record.summary()}")
