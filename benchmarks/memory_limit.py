@@ -13,8 +13,9 @@ part of what that plan takes, weights included, and the batch is planned again, 
 
 A budget is processor time of planning.  Plans above a limit end the run.
 
-    python benchmarks/memory_limit.py [FOLDER] [--part 0.6] [--link-gb-per-s 50 12.5]
-        [--host-gb 256 32] [--budget-ms 1000 | --evaluations N] [--partitions FOLDER]
+    python benchmarks/memory_limit.py [FOLDER | --models MODEL ...] [--part 0.6]
+        [--link-gb-per-s 50 12.5] [--host-gb 256 32] [--partitions FOLDER]
+        [--budget-ms 1000 | --evaluations N]
     python benchmarks/memory_limit.py [FOLDER] --write-fit OTHER_FOLDER [--evaluations N]
 """
 
@@ -120,14 +121,16 @@ def plan(table: TaskTable, search: Search, memory_program: bool = True) -> Found
     return Found(simulation.makespan_us, simulation.peak_bytes, part, host_peak_bytes)
 
 
-def load_batches(folder: Path | None, kind: str) -> list[tuple[str, Problem]]:
-    """By name: the ``fit`` or ``test`` problems of ``folder``, those of DIP where it is None."""
+def load_batches(
+    folder: Path | None, models: Sequence[str], kind: str
+) -> list[tuple[str, Problem]]:
+    """By name: the ``fit`` or ``test`` problems of ``folder``, DIP's of ``models`` without one."""
     if folder is not None:
         paths = sorted(folder.glob(f"*-{kind}-*.json"))
         return [(path.stem, load_problem(path)) for path in paths]
     return [
         (f"{model}-{kind}-{number}", problem)
-        for model in five_models.MODELS
+        for model in models
         for number, problem in enumerate(five_models.load_problems("dip", model, kind))
     ]
 
@@ -203,6 +206,7 @@ def main() -> None:
     """Print the table, or write limited fit problems."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", help="with *-test-*.json; DIP's if none")
+    parser.add_argument("--models", nargs="*", choices=list(five_models.MODELS), help="of DIP's")
     parser.add_argument("--part", type=float, default=0.6, help="of what the plan takes unlimited")
     parser.add_argument(
         "--link-gb-per-s", type=float, nargs="*", default=[50.0, 12.5], help="of a rank to its host"
@@ -220,10 +224,12 @@ def main() -> None:
     if arguments.evaluations is not None:
         budget = Budget(evaluations=arguments.evaluations)
     is_dip = arguments.folder is None
+    if arguments.models and not is_dip:
+        parser.error("--models beside a folder: its problems are all planned")
     own = five_models.PARTITIONS["dip"] if is_dip else PARTITIONS
     search = Search(budget, arguments.workers, arguments.partitions or own)
     kind = "fit" if arguments.write_fit else "test"
-    batches = load_batches(arguments.folder, kind)
+    batches = load_batches(arguments.folder, arguments.models or list(five_models.MODELS), kind)
     if not batches:
         parser.error(f"{arguments.folder} holds no *-{kind}-*.json problems")
     # Compiling, or reading what was compiled, is no part of the budget.

@@ -12,10 +12,23 @@ import yaml
 from megatron_dip.report import read_records, read_traces
 from megatron_dip.report.traces import plan_of_trace
 
-__all__ = ["assert_moved", "write_short"]
+__all__ = ["assert_moved", "write_short", "write_steady"]
 
 # Of what activations take with room for all: so little that waiting for memory takes longer.
 _SHARE = 0.5
+
+
+# However busy the machine is, so that plans depend on the data alone.
+_PATIENT = {"wait_limit_ms": 200_000.0, "search_limit_ms": 200_000.0}
+
+
+def write_steady(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` at ``path``, and returned, changed so that its plans are the same in every run."""
+    schedule = config.get("schedule", {})
+    schedule = schedule | {"costs": schedule.get("costs", {}) | {"feedback": False}}
+    steady = config | {"schedule": schedule, "planning": config.get("planning", {}) | _PATIENT}
+    path.write_text(yaml.safe_dump(steady))
+    return steady
 
 
 def write_short(path: Path, config: dict[str, Any], roomy: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from forked_ranks import run_modes
-from short_of_memory import assert_moved, write_short
+from short_of_memory import assert_moved, write_short, write_steady
 from tiny_omni import make_tiny_sounds, write_omni_config
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import train
@@ -129,6 +129,7 @@ def test_a_model_with_media_computes_on_divided_rows_what_it_computes_on_whole_o
     make_config: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     config = make_config(tmp_path)
+    steady = write_steady(config, yaml.safe_load(config.read_text()))
     arguments = f"""
         --dip-config {config} --pipeline-model-parallel-size 2
         --micro-batch-size 2 --global-batch-size 8 --train-iters 2 --calculate-per-token-loss
@@ -142,7 +143,7 @@ def test_a_model_with_media_computes_on_divided_rows_what_it_computes_on_whole_o
     assert divided.validation_losses == pytest.approx(whole.validation_losses, rel=1e-6)
     # The same ranks with less memory: their rows go to the host and come back.
     short, traces = config.with_name("short.yaml"), tmp_path / "traces"
-    write_short(short, yaml.safe_load(config.read_text()), tmp_path / "room")
+    write_short(short, steady, tmp_path / "room")
     less = f"--dip-config {short} --context-parallel-size 2 --dip-schedule --dip-trace-dir {traces}"
     away = train(tmp_path / "away", 4, *shlex.split(f"{arguments} {less}"))
     assert_moved(traces, tmp_path / "room")

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import yaml
 from forked_ranks import fork_ranks
 from gpt_runs import GPT_ARGUMENTS, losses_of
-from short_of_memory import assert_moved, write_short
+from short_of_memory import assert_moved, write_short, write_steady
 
 STAND_IN = Path(__file__).with_name("stand_in_te")
 WORKER = Path(__file__).with_name("te_stages_worker.py")
@@ -73,8 +72,7 @@ def test_weight_gradients_that_are_put_off_are_counted_once(tmp_path):
 @pytest.mark.parametrize("splits", [False, True], ids=["whole", "split"])
 def test_what_its_layers_keep_goes_to_the_host_and_comes_back(splits, tmp_path):
     """With weight gradients in the backward, or put off, when what they are made of is back."""
-    config = {"schedule": {"split_backward": splits}}
-    (tmp_path / "room.yaml").write_text(yaml.safe_dump(config))
+    config = write_steady(tmp_path / "room.yaml", {"schedule": {"split_backward": splits}})
     found = {}
     for name in ("room", "short"):
         if name == "short":
