@@ -50,7 +50,6 @@ MODELS = {"vlm-s": 16, "vlm-m": 32, "vlm-l": 64, "t2v-s": 16, "t2v-l": 64}
 """GPUs of one replica."""
 SEEDS = {"fit": (0, 1), "test": (100, 101, 102)}
 UNLIMITED = 10**15
-CHOOSING_MINUTES = 3.0
 DIP, DIP_UNLIMITED = five_models_page.DIP, five_models_page.DIP_UNLIMITED
 DIP_SPLIT = five_models_page.DIP_SPLIT
 
@@ -213,7 +212,7 @@ def load_or_choose(batches: Batches, model: str, choose: bool) -> Partition:
     if not choose:
         return load_partition(path)
     fit = load_problems(batches, model, "fit")
-    chosen = choose_partition(fit, minutes=CHOOSING_MINUTES)
+    chosen = choose_partition(fit)
     path.write_text(chosen.partition.model_dump_json() + "\n", encoding="utf-8")
     print(f"{path.name}: {chosen.utilisation:.1%} on fit problems, {chosen.num_judged} cuts judged")
     return chosen.partition

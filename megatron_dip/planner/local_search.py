@@ -25,7 +25,7 @@ finds what the other does.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -37,17 +37,16 @@ from megatron_dip.planner.portfolio import Portfolio, Rule
 from megatron_dip.planner.rules import BatchRules
 from megatron_dip.simulator.arrays import FloatArray, IntArray
 
-__all__ = ["LocalSearch"]
+__all__ = ["STARTS_SHARE", "LocalSearch"]
 
 # How far times are disturbed, as parts of the makespan.
 _DISTURBANCES = (0.003, 0.01, 0.03, 0.1)
 # Of the budget, what rules may take, from a few good ones moves lead further than more rules, and
 # rules and the improvement of their best.
-_STARTS_SHARE = 0.25
-_FAMILIES_SHARE = 0.5
-# How much longer it may take at most to hold works back than to recompute: by the first rule, so
-# that it is tried at all, and later on, so that a search stays with it.
-_PROMISING = 1.05
+STARTS_SHARE = 0.25
+_FAMILIES_SHARE = 0.6
+# How much longer it may take at most to hold works back than to recompute, so that a search stays
+# with it.
 _CLEARLY_WORSE = 1.005
 # How often another level of admission is tried.
 _OTHER_LEVEL = 0.25
@@ -65,7 +64,7 @@ class LocalSearch:
         part: Which of ``num_parts`` searches that share the batch this is.
         num_parts: How many share it.
         holds_back: Whether works wait for memory, so that nothing is recomputed; only where another
-            search of the evaluator says :attr:`may_hold_back`.
+            search of the evaluator says :attr:`can_hold_back`.
     """
 
     def __init__(
@@ -90,7 +89,9 @@ class LocalSearch:
         self._insertion: Insertion | None = None
         # Every search begins with the default rule, from which levels are judged.
         starts = itertools.islice(self._portfolio.starts(), 1, None)
-        self._starts = itertools.islice(starts, part, None, num_parts)
+        self._starts: Iterator[tuple[Rule, IntArray]] = itertools.islice(
+            starts, part, None, num_parts
+        )
         self._rule, self._order = next(self._portfolio.starts())
         self._level = 0
         self._current = evaluator.evaluate(self._rule_point(self._rule, self._order, 0))
@@ -100,10 +101,11 @@ class LocalSearch:
         self._moves: list[Callable[[], None]] = []
         self._spent, self._wins = np.empty(0), np.empty(0)
         self._holds_back = evaluator.holds_back or holds_back
-        self.may_hold_back = False
-        """Whether works that wait for memory could be better than recomputing."""
+        self.can_hold_back = evaluator.fitter is not None and evaluator.first_level_fits
+        """Whether works could wait for memory instead of being recomputed."""
         if not holds_back:
             self._try_levels()
+        self._families[self._rule.forward, self._rule.backward] = self._current
 
     def run(self) -> None:
         """Search until the evaluator says that it is over; may be called again when it is not."""
@@ -111,7 +113,7 @@ class LocalSearch:
         while not self._moves:
             if evaluator.is_over:
                 return
-            start = next(self._starts, None) if evaluator.spent_share <= _STARTS_SHARE else None
+            start = next(self._starts, None) if evaluator.spent_share <= STARTS_SHARE else None
             if start is None:
                 self._moves = self._make_moves()
                 self._spent, self._wins = np.ones(len(self._moves)), np.ones(len(self._moves))
@@ -127,13 +129,22 @@ class LocalSearch:
             spent[move] += evaluator.num_evaluations - before
             wins[move] += self._current.makespan_us < before_us
 
+    def take_starts_of(self, other: "LocalSearch") -> None:
+        """Take over the rules that ``other`` has tried, where they admit what they would here."""
+        if other._level == self._level:
+            self._starts, self._families = iter(()), dict(other._families)
+            self._rule_us, self._rule, self._order = other._rule_us, other._rule, other._order
+            for schedule in self._families.values():
+                self._keep(schedule, self._level)
+
     def go_on_from(self, other: "LocalSearch") -> None:
         """Take over what another search of the same batch has found, where that is better.
 
-        One that holds works back stays with that until it is clearly worse than recomputing.
+        One that holds works back stays with that until it is clearly worse than recomputing, once
+        its rules are improved.
         """
         if self._holds_back and other._recomputes:
-            if other.makespan_us * _CLEARLY_WORSE > self.makespan_us:
+            if not self._moves or other.makespan_us * _CLEARLY_WORSE > self.makespan_us:
                 return
             self._holds_back, self._moves = False, []
         self._keep(other._current, other._level)
@@ -180,7 +191,6 @@ class LocalSearch:
 
     def _try_levels(self) -> None:
         """The first rule at every level; the search goes on from the best."""
-        waiting_us = self._rule_us
         for level in range(1, len(self._evaluator.levels)):
             if self._evaluator.is_over:
                 return
@@ -188,8 +198,6 @@ class LocalSearch:
             schedule = self._evaluator.evaluate(point)
             if schedule.makespan_us < self._rule_us:
                 self._rule_us, self._current, self._level = schedule.makespan_us, schedule, level
-        fits = self._evaluator.fitter is not None and self._evaluator.first_level_fits
-        self.may_hold_back = fits and waiting_us <= _PROMISING * self._rule_us
 
     def _rule_point(self, rule: Rule, order: IntArray, level: int) -> Point:
         return self._portfolio.point(rule, order)._replace(level=level)

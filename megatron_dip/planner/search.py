@@ -18,7 +18,7 @@ from megatron_dip.errors import ConfigError
 from megatron_dip.limits import MOST_WORKERS
 from megatron_dip.planner.evaluator import Budget, Evaluator
 from megatron_dip.planner.greedy import GreedySchedule
-from megatron_dip.planner.local_search import LocalSearch
+from megatron_dip.planner.local_search import STARTS_SHARE, LocalSearch
 from megatron_dip.planner.mcts import search_tree
 from megatron_dip.planner.memory import MemoryFitter
 from megatron_dip.planner.memory_program import num_program_rows, solve_memory_program
@@ -38,10 +38,12 @@ _PROGRAM_EVALUATIONS = 0.03
 _PROGRAM_SHARE = 0.4
 # When workers go on from the best of them, as parts of the budget.
 _EXCHANGES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-# Of two searches of one worker, how often they take turns, and the part of a turn of the one that
-# holds works back.
-_TURNS = 8
-_HOLDING_BACK = 0.6
+# Of two searches of one worker, how often they take turns once the first one has tried its rules,
+# and the part of a turn of the one that holds works back; it is given up after the first turn if it
+# is slower by more than this.
+_TURNS = 6
+_HOLDING_BACK = 0.4
+_PROMISING = 1.1
 # Between the seeds of workers.
 _SEED_STEP = 1_000_003
 
@@ -139,7 +141,7 @@ def _search_together(evaluators: Sequence[Evaluator], seeds: Sequence[int]) -> N
     def begin(evaluator: Evaluator, part: int) -> LocalSearch:
         make = partial(LocalSearch, evaluator, seeds[part], part=part, num_parts=len(evaluators))
         search = make()
-        return make(holds_back=True) if part % 2 and search.may_hold_back else search
+        return make(holds_back=True) if part % 2 and search.can_hold_back else search
 
     for evaluator in evaluators:
         evaluator.allow(_EXCHANGES[0])
@@ -157,18 +159,27 @@ def _search_together(evaluators: Sequence[Evaluator], seeds: Sequence[int]) -> N
 
 
 def _search_alone(evaluator: Evaluator, seed: int) -> None:
-    """One local search; where memory is short, and it could be better to wait for it than to
-    recompute, two that take turns: each by itself may come to where it finds nothing more."""
+    """One local search; where memory is short two that take turns, one of which waits for memory
+    instead of recomputing: each by itself may come to where it finds nothing more."""
     search = LocalSearch(evaluator, seed)
-    if not search.may_hold_back:
+    if not search.can_hold_back:
         search.run()
         return
+    evaluator.allow(STARTS_SHARE)
+    search.run()
     other = LocalSearch(evaluator, seed + 1, holds_back=True)
+    other.take_starts_of(search)
+    share = (1.0 - STARTS_SHARE) / _TURNS
     for turn in range(_TURNS):
-        evaluator.allow((turn + _HOLDING_BACK) / _TURNS)
-        other.run()
-        evaluator.allow((turn + 1) / _TURNS)
+        begin = STARTS_SHARE + turn * share
+        evaluator.allow(begin + (1 - _HOLDING_BACK) * share)
         search.run()
+        evaluator.allow(begin + share)
+        other.run()
+        if turn == 0 and other.makespan_us > _PROMISING * search.makespan_us:
+            evaluator.allow(1.0)
+            search.run()
+            return
         search.go_on_from(other)
         other.go_on_from(search)
 

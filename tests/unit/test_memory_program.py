@@ -23,7 +23,7 @@ from megatron_dip.partition import partition_from_layers
 from megatron_dip.plan.validation import check_memory, validate_plan
 from megatron_dip.planner import make_plan, order_one_f_one_b, pack_plan, search_schedule
 from megatron_dip.planner.evaluator import Budget, Evaluator
-from megatron_dip.planner.local_search import LocalSearch
+from megatron_dip.planner.local_search import STARTS_SHARE, LocalSearch
 from megatron_dip.planner.memory import MemoryFitter
 from megatron_dip.planner.memory_program import num_program_rows, solve_memory_program
 from megatron_dip.planner.portfolio import Portfolio
@@ -249,13 +249,13 @@ def test_what_works_wait_for_is_within_the_limits_as_it_is():
 
 def test_a_level_that_admits_too_much_is_not_taken_as_it_is():
     search = limited_search(limit=45)
-    assert not search._evaluator.first_level_fits and not search.may_hold_back
+    assert not search._evaluator.first_level_fits and not search.can_hold_back
     assert search._current.num_recomputed.any()
 
 
 def test_one_of_two_searches_waits_for_memory_until_that_is_clearly_worse():
     search = limited_search()
-    assert search.may_hold_back
+    assert search.can_hold_back
     evaluator = search._evaluator
     waiting = LocalSearch(evaluator, seed=2, holds_back=True)
     evaluator.allow(0.4)
@@ -267,8 +267,41 @@ def test_one_of_two_searches_waits_for_memory_until_that_is_clearly_worse():
     for one, other in ((search, waiting), (waiting, search)):
         one.go_on_from(other)
         assert one.makespan_us == best_us or one is waiting
-    slow = limited_search(limit=62)
-    assert not slow.may_hold_back, "the first rule alone says so"
+
+
+@pytest.mark.parametrize(("limit", "num_turns"), [(110, 6), (62, 1)])
+def test_a_search_that_waits_much_longer_than_recomputing_takes_is_given_up(
+    limit, num_turns, monkeypatch
+):
+    turns, run = [], LocalSearch.run
+
+    def counted_run(self):
+        run(self)
+        turns.append(self._holds_back)
+
+    monkeypatch.setattr(LocalSearch, "run", counted_run)
+    table = uneven_table([limit] * 2, 12)
+    schedule = search_schedule(table, evaluations=400)
+    assert sum(turns) == num_turns
+    assert is_within(table, peaks_of(table, schedule.order, schedule.num_recomputed))
+
+
+def test_rules_that_admit_the_same_are_tried_once():
+    search = limited_search()
+    evaluator = search._evaluator
+    search._level = 0
+    evaluator.allow(STARTS_SHARE)
+    search.run()
+    spent = evaluator.num_evaluations
+    waiting = LocalSearch(evaluator, seed=2, holds_back=True)
+    waiting.take_starts_of(search)
+    assert evaluator.num_evaluations == spent + 1
+    assert waiting._families.keys() == search._families.keys()
+    assert next(waiting._starts, None) is None
+    search._level = 1
+    other = LocalSearch(evaluator, seed=3, holds_back=True)
+    other.take_starts_of(search)
+    assert next(other._starts, None) is not None
 
 
 def test_without_a_limit_nothing_is_recomputed():
