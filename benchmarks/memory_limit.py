@@ -2,7 +2,8 @@
 
 The batches are those that DIP published the data of (``five_models.py``), or the test problems of a
 folder (``*-test-*.json``).  Each is planned without a limit.  Then every rank's limit is set to a
-part of what that plan takes, weights included, and the batch is planned again, on the same cut:
+part of what that plan takes, weights included, but at most of the limit that the batch states, and
+it is planned again, on the same cut:
 
 - with recomputation alone;
 - the same with links to the host, over which layers are offloaded, and hosts with more or less
@@ -138,11 +139,12 @@ def load_batches(
 def limited_cases(
     batches: Sequence[tuple[str, Problem]], part: float, search: Search
 ) -> Iterator[Case]:
-    """Every batch with ``part`` of the memory that its plan without a limit takes."""
+    """Every batch with ``part`` of its limit, or of what its plan without one takes if less."""
     for name, problem in batches:
         free = with_limits(problem, [UNLIMITED_BYTES] * problem.num_ranks)
         unlimited = plan(chosen_table(name, free, folder=search.partitions), search)
-        limits = [int(part * peak) for peak in unlimited.peak_bytes]
+        pairs = zip(unlimited.peak_bytes, problem.memory_limit_bytes, strict=True)
+        limits = [int(part * min(pair)) for pair in pairs]
         yield Case(name, with_limits(problem, limits), unlimited)
 
 
@@ -207,7 +209,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", help="with *-test-*.json; DIP's if none")
     parser.add_argument("--models", nargs="*", choices=list(five_models.MODELS), help="of DIP's")
-    parser.add_argument("--part", type=float, default=0.6, help="of what the plan takes unlimited")
+    parser.add_argument(
+        "--part", type=float, default=0.6, help="of the limit, or what a plan takes"
+    )
     parser.add_argument(
         "--link-gb-per-s", type=float, nargs="*", default=[50.0, 12.5], help="of a rank to its host"
     )
@@ -238,10 +242,11 @@ def main() -> None:
         search_schedule(chosen_table(name, problem, folder=search.partitions), evaluations=90)
     cases = limited_cases(batches, arguments.part, search)
     if not arguments.write_fit:
+        effort = budget.evaluations or f"{budget.milliseconds:g} ms"
         print(
             f"{datetime.now(UTC).date()}: time over that without a limit, part of all ranks' time "
-            f"that recomputes, most memory of a host; limits {arguments.part:.0%} of the memory "
-            f"without one, {budget.evaluations or f'{budget.milliseconds:g} ms'} per plan"
+            f"that recomputes, most memory of a host; limits {arguments.part:.0%} of the batch's "
+            f"own, or of the memory without one if less; {effort} per plan"
         )
         print_table(cases, variants_of(arguments.link_gb_per_s, arguments.host_gb), search)
         return
