@@ -2,17 +2,21 @@
 
 Every replica has a batch of its own, drawn as at the published point (``docs/workloads.md``); a
 step takes what the slowest replica takes, and the reduction of gradients that nothing overlaps.
-Four ways: neither, assignment alone, plans alone, both; without plans the schedule is interleaved
-1F1B with a cut fitted on one batch of the same kind, assigned where those that it is judged on are.
-Simulated with one set of costs; no GPU is involved.
+Four ways: neither, assignment alone, plans alone, both.  Simulated with one set of costs; no GPU is
+involved.
 
     python benchmarks/replicas.py vlm_s t2v_s -o results.json    measure
     python benchmarks/replicas.py --draw results.json ...        the table, and docs/replicas.svg
 
-All replicas are drawn and assigned.  Schedules are made for some: for the replicas with most work,
-one in the middle and the one with least, see ``RUN``; the slowest is the slowest of these, and work
-of all counts in the utilisation.  Where memory is limited, a static schedule recomputes in every
-piece as many layers as its batch needs.
+All replicas are drawn and assigned.  Schedules are made for some, see ``Batches.to_run``: the
+slowest replica is the slowest of these; work of all counts in the utilisation.  Measuring again
+into the same file adds what is not in it: a run that was broken off goes on, and plans are made
+anew where the partition or the number of evaluations is another.
+
+Without plans the schedule is interleaved 1F1B.  Its cut is the best that ``StaticCuts`` finds in
+this simulator: once per model, with and without the memory limit, on two batches that no step has;
+for assigned batches on the same two with their microbatches evened out.  Where memory is limited,
+every piece recomputes as many layers as the batch needs, also while the cut is looked for.
 
 Reductions: gradients in 4 bytes a weight, scattered in a ring over the replicas at the rate of a
 rank's transfers.  A rank reduces what is ready while it computes; the gradients of its largest
@@ -20,44 +24,51 @@ stage (piece) are taken to be ready last and to overlap with nothing.
 """
 
 import argparse
+import hashlib
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from replicas_batches import Batches
-from replicas_picture import draw_replicas, table_of
+from replicas_picture import WAYS, draw_replicas, table_of
 
 from megatron_dip.errors import InfeasibleError
 from megatron_dip.partition import Partition, load_partition
 from megatron_dip.planner import make_plan
-from megatron_dip.planner.baselines import FlatChain, StaticCut, StaticCuts, run_within_memory
-from megatron_dip.planner.baselines.cuts import MAX_VIRTUAL, balanced_layers
-from megatron_dip.planner.baselines.static import StaticSimulator
+from megatron_dip.planner.baselines import (
+    FlatChain,
+    StaticCut,
+    StaticCuts,
+    StaticSimulator,
+    run_within_memory,
+)
 from megatron_dip.workload import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "replicas.svg"
 CLUSTERS = {"vlm_s": 16, "vlm_m": 32, "vlm_l": 64, "t2v_s": 16, "t2v_l": 64}
 FIRST_SEED = 1000
-FIT_SEED = 0
+FIT_SEEDS = (0, 1)
 UNLIMITED = 10**15
 BYTES_PER_WEIGHT, GRADIENT_BYTES = 6, 4
 """Of static bytes in these clusters, and of them the gradient."""
+CELL = ("model", "replicas", "batches", "schedule", "limit")
+"""What tells rows of results from one another."""
 
 
-def limited(problem: Problem, has_limit: bool) -> Problem:
-    """``problem`` with its own memory limit, or without one."""
-    if has_limit:
-        return problem
-    free = (UNLIMITED,) * problem.num_ranks
-    return problem.model_copy(update={"memory_limit_bytes": free})
+class How(NamedTuple):
+    """A batch is scheduled."""
+
+    schedule: str
+    """``static`` or ``planned``."""
+    limit: bool
 
 
 def gradient_bytes(problem: Problem, name: str, layers: range) -> int:
@@ -90,107 +101,138 @@ def largest_stage(problem: Problem, partition: Partition) -> int:
     return max(gradient_bytes(problem, stage.module, stage.layers) for stage in partition.stages)
 
 
-def quick_cut(problem: Problem) -> StaticCut:
-    """Pieces of equal mean work, in the best number of them; then layers move between neighbours
-    as long as that shortens the batch."""
-    chain = FlatChain(problem)
-    simulator, ranks = StaticSimulator(chain), problem.num_ranks
+class Replicas:
+    """Of one model, at most ``most``."""
 
-    def makespan_us(layers: Sequence[int]) -> float:
-        return simulator.makespan_us(StaticCut(num_ranks=ranks, num_layers=tuple(layers)))
+    def __init__(
+        self,
+        model: str,
+        partition: Path,
+        evaluations: int,
+        most: int,
+        known: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.model, self._evaluations = model, evaluations
+        self._cluster = f"h100_{CLUSTERS[model]}_half_peak"
+        self._partition = load_partition(partition)
+        self._digest = hashlib.sha256(partition.read_bytes()).hexdigest()[:12]
+        self._seeds = range(FIRST_SEED, FIRST_SEED + most)
+        # Fitted once: a cut of a known row is used again.
+        self._cuts: dict[tuple[bool, bool], StaticCut] = {}
+        num_ranks = 1 + max(stage.rank for stage in self._partition.stages)
+        for row in known:
+            if row["model"] == model and "cut" in row:
+                cut = StaticCut(num_ranks=num_ranks, num_layers=tuple(row["cut"]))
+                self._cuts[row["batches"] == "assigned", row["limit"]] = cut
+        self._as_given: dict[int, dict[How, float | None]] = {}
+        """Times by replica."""
 
-    until_us = (chain.forward_until_us + chain.backward_until_us).mean(axis=1)
-    most = min(MAX_VIRTUAL, chain.num_layers // ranks)
-    starts = [balanced_layers(np.diff(until_us), count * ranks) for count in range(2, most + 1)]
-    best = list(min(starts, key=makespan_us))
-    best_us, is_better = makespan_us(best), True
-    while is_better:
-        is_better = False
-        for piece in range(len(best) - 1):
-            for giver, taker in ((piece, piece + 1), (piece + 1, piece)):
-                tried = list(best)
-                tried[giver] -= 1
-                tried[taker] += 1
-                if tried[giver] and (tried_us := makespan_us(tried)) < best_us:
-                    best, best_us, is_better = tried, tried_us, True
-    return StaticCut(num_ranks=ranks, num_layers=tuple(best))
+    def key(self, count: int, batches: str, how: How) -> dict[str, Any]:
+        """What a row of results begins with; nothing else changes its times."""
+        key = {"model": self.model, "replicas": count, "batches": batches, **how._asdict()}
+        if how.schedule == "planned":
+            key |= {"partition": self._digest, "evaluations": self._evaluations}
+        return key
 
+    def batches(self, count: int, kind: str) -> Batches:
+        """Of the first replicas."""
+        given = self._drawn.first(count)
+        return given if kind == "as given" else given.assigned(within=kind == "assigned")
 
-def static_us(problem: Problem, cut: StaticCut, has_limit: bool) -> float:
-    """Under the interleaved schedule; infinite where that cannot keep the limit."""
-    chain = FlatChain(limited(problem, has_limit))
-    try:
-        run = run_within_memory(chain, cut) if has_limit else StaticSimulator(chain).run(cut)
-    except InfeasibleError:
-        return math.inf
-    return run.makespan_us
+    def times_us(self, batches: Batches, hows: Sequence[How]) -> dict[How, list[float | None]]:
+        """Of the replicas that are run; None where one cannot keep the limit."""
+        times: dict[How, list[float | None]] = {how: [] for how in hows}
+        for replica in batches.to_run:
+            # What stays as it was drawn is the same among more replicas and among fewer.
+            known = self._as_given.setdefault(replica, {}) if batches.moved is None else {}
+            if missing := [how for how in hows if how not in known]:
+                problem = batches.problem(replica)
+                known.update({how: self._time_us(problem, how, batches.within) for how in missing})
+            for how in hows:
+                times[how].append(known[how])
+        return times
 
+    def step(self, batches: Batches, how: How, times_us: Sequence[float | None]) -> dict[str, Any]:
+        """Of all replicas; without figures where one of them cannot keep the limit."""
+        work_us = batches.work_us
+        step: dict[str, Any] = {
+            "moved": batches.moved,
+            "most_work_over_mean": float(work_us.max() / work_us.mean()),
+            "run": batches.to_run,
+            "times_us": times_us,
+        }
+        problem = self._fits[False][0]
+        if how.schedule == "static":
+            cut = self._cut(batches.within, how.limit)
+            step["cut"] = cut.num_layers
+            largest_bytes = largest_piece(problem, cut)
+        else:
+            largest_bytes = largest_stage(problem, self._partition)
+        known_us = [time_us for time_us in times_us if time_us is not None]
+        if len(known_us) < len(times_us):
+            return step
+        ring = (batches.num_replicas - 1) / batches.num_replicas
+        reduce_us = ring * largest_bytes / problem.transfer.bytes_per_us
+        ranks_us = batches.num_replicas * problem.num_ranks * (max(known_us) + reduce_us)
+        return step | {
+            "slowest_us": max(known_us),
+            "mean_us": statistics.mean(known_us[: len(batches.spread)]),
+            "reduce_us": reduce_us,
+            "utilisation": float(work_us.sum()) / ranks_us,
+        }
 
-def planned_us(problem: Problem, partition: Partition, has_limit: bool, evaluations: int) -> float:
-    """Of a plan."""
-    plan = make_plan(limited(problem, has_limit), partition, evaluations=evaluations)
-    assert plan.estimate is not None
-    return plan.estimate.makespan_us
+    @cached_property
+    def _drawn(self) -> Batches:
+        """All of them, as given."""
+        return Batches.draw(ROOT, self.model, self._cluster, self._seeds)
 
+    @cached_property
+    def _fits(self) -> Mapping[bool, list[Problem]]:
+        """By whether their microbatches are evened out."""
+        drawn = [Batches.draw(ROOT, self.model, self._cluster, [seed]) for seed in FIT_SEEDS]
+        return {
+            False: [batches.problem(0) for batches in drawn],
+            True: [batches.assigned(within=True).problem(0) for batches in drawn],
+        }
 
-def step_of(
-    batches: Batches, problem: Problem, times_us: Sequence[float], largest_bytes: int
-) -> dict[str, Any]:
-    """A step of all replicas: the slowest of those that were run, and what reduction is left."""
-    ring = (batches.num_replicas - 1) / batches.num_replicas
-    reduce_us = ring * largest_bytes / problem.transfer.bytes_per_us
-    slowest_us = max(times_us)
-    ranks = batches.num_replicas * problem.num_ranks
-    return {
-        "slowest_us": slowest_us,
-        "mean_us": statistics.mean(times_us),
-        "reduce_us": reduce_us,
-        "utilisation": float(batches.work_us.sum()) / (ranks * (slowest_us + reduce_us)),
-        "most_work_over_mean": float(batches.work_us.max() / batches.work_us.mean()),
-        "times_us": list(times_us),
-    }
+    def _cut(self, is_even: bool, has_limit: bool) -> StaticCut:
+        key = is_even, has_limit
+        if key not in self._cuts:
+            cuts = StaticCuts(self._fits[is_even])
+            self._cuts[key] = cuts.interleaved_within_memory if has_limit else cuts.interleaved
+        return self._cuts[key]
+
+    def _time_us(self, problem: Problem, how: How, is_even: bool) -> float | None:
+        if not how.limit:
+            free = (UNLIMITED,) * problem.num_ranks
+            problem = problem.model_copy(update={"memory_limit_bytes": free})
+        try:
+            if how.schedule == "static":
+                simulator = StaticSimulator(FlatChain(problem))
+                run = run_within_memory(simulator, self._cut(is_even, how.limit))
+                return round(run.makespan_us, 1)
+            plan = make_plan(problem, self._partition, evaluations=self._evaluations)
+        except InfeasibleError:
+            return None
+        assert plan.estimate is not None
+        return round(plan.estimate.makespan_us, 1)
 
 
 def measure(
-    model: str, partition: Partition, counts: Sequence[int], evaluations: int, best_cuts: bool
+    replicas: Replicas, count: int, known: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Every number of replicas, way and limit."""
-    cluster = f"h100_{CLUSTERS[model]}_half_peak"
-    fit = Batches.draw(ROOT, model, cluster, [FIT_SEED])
-    fits = [fit.problem(0), fit.assigned(within=True).problem(0)]
-    if best_cuts:
-        cuts = [StaticCuts([problem]).interleaved for problem in fits]
-    else:
-        cuts = [quick_cut(problem) for problem in fits]
-    stage_bytes = largest_stage(fits[0], partition)
-    drawn = Batches.draw(ROOT, model, cluster, range(FIRST_SEED, FIRST_SEED + max(counts)))
-    for count in counts:
-        given = drawn.first(count)
-        ways = {"as given": given, "assigned": given.assigned(within=True)}
-        if count > 1:
-            ways["whole microbatches"] = given.assigned(within=False)
-        for way, batches in ways.items():
-            problems = batches.problems_to_run()
-            cut = cuts[way == "assigned"]
-            for has_limit in (True, False):
-                row: Mapping[str, Any] = {
-                    "model": model,
-                    "replicas": count,
-                    "batches": way,
-                    "limit": has_limit,
-                    "moved": batches.moved,
-                }
-                times_us = [static_us(problem, cut, has_limit) for problem in problems]
-                if math.isfinite(max(times_us)):
-                    step = step_of(batches, fits[0], times_us, largest_piece(fits[0], cut))
-                    yield {**row, "schedule": "static", **step}
-                started = time.thread_time()
-                times_us = [
-                    planned_us(problem, partition, has_limit, evaluations) for problem in problems
-                ]
-                seconds = (time.thread_time() - started) / len(problems)
-                step = step_of(batches, fits[0], times_us, stage_bytes)
-                yield {**row, "schedule": "planned", **step, "seconds_per_plan": seconds}
+    """Of ``count`` replicas every way that is not ``known``, with the memory limit and without."""
+    for kind in ("as given", "assigned", "whole microbatches")[: 2 + (count > 1)]:
+        schedules = [schedule for schedule, batches in WAYS.values() if batches == kind]
+        hows = [How(schedule, limit) for schedule in schedules for limit in (True, False)]
+        keys = {how: replicas.key(count, kind, how) for how in hows}
+        missing = [
+            how for how in hows if not any(keys[how].items() <= row.items() for row in known)
+        ]
+        if missing:
+            batches = replicas.batches(count, kind)
+            for how, times_us in replicas.times_us(batches, missing).items():
+                yield {**keys[how], **replicas.step(batches, how, times_us)}
 
 
 def main() -> None:
@@ -201,8 +243,7 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, nargs="+", help="results; measures nothing")
     parser.add_argument("--partitions", type=Path, default=ROOT / "configs" / "partitions")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--evaluations", type=int, default=60, help="per plan")
-    parser.add_argument("--best-cuts", action="store_true", help="of static schedules: minutes")
+    parser.add_argument("--evaluations", type=int, default=20, help="per plan")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.models) - set(CLUSTERS))
     if unknown or bool(arguments.models) == (arguments.draw is not None):
@@ -212,21 +253,33 @@ def main() -> None:
         print(table_of(rows))
         PICTURE.write_text(draw_replicas(rows))
         return
-    results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "evaluations": arguments.evaluations,
-        "static cuts": "best" if arguments.best_cuts else "quick",
-        "rows": [],
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    output: Path = arguments.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    most = max(arguments.replicas)
     for model in arguments.models:
-        partition = load_partition(arguments.partitions / f"{model}.json")
-        for row in measure(
-            model, partition, arguments.replicas, arguments.evaluations, arguments.best_cuts
-        ):
-            results["rows"].append(row)
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-            print({name: value for name, value in row.items() if name != "times_us"}, flush=True)
+        partition = arguments.partitions / f"{model}.json"
+        replicas = Replicas(model, partition, arguments.evaluations, most, rows)
+        for count in sorted(arguments.replicas, reverse=True):
+            started = time.process_time()
+            for row in measure(replicas, count, rows):
+                rows = [*(other for other in rows if not is_same(other, row)), row]
+                write_rows(output, rows)
+                print([row[name] for name in CELL], row.get("utilisation"), flush=True)
+            seconds = time.process_time() - started
+            print(f"{model}, {count} replicas: {seconds:.0f} s of processor time", flush=True)
+
+
+def is_same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether they are of one cell, whatever it was measured with."""
+    return all(row[name] == other[name] for name in CELL)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """As JSON, a line each."""
+    date = datetime.now(UTC).date().isoformat()
+    lines = ",\n".join(map(json.dumps, rows))
+    path.write_text(f'{{"date": "{date}", "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

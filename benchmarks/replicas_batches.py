@@ -11,15 +11,15 @@ import numpy as np
 from megatron_dip.assignment import Groups, assign, item_kept_bytes
 from megatron_dip.costs import ItemSize, cluster_builder, load_cluster, load_model
 from megatron_dip.costs.builder import ProblemBuilder
-from megatron_dip.costs.mixtures import built_in_mixture, draw_microbatches
+from megatron_dip.costs.mixtures import LanguageItems, built_in_mixture, draw_microbatches
 from megatron_dip.simulator.bounds import item_work_us
 from megatron_dip.workload import Problem
 
 __all__ = ["Batches"]
 
 MICROBATCHES = 64
-RUN = (0.0, 0.01, 0.02, 0.5, 1.0)
-"""Of the replicas, most work first: where in this order those stand that are run."""
+NUM_SPREAD, NUM_HEAVIEST = 12, 4
+"""Of the replicas, how many are run."""
 
 
 class Sample(NamedTuple):
@@ -57,11 +57,13 @@ class Batches:
             load_model(root / f"configs/models/{model}.yaml"),
             load_cluster(root / f"configs/clusters/{cluster}.yaml"),
         )
-        workload = built_in_mixture("dip-vlm" if model.startswith("vlm") else "dip-t2v")
+        is_packed = model.startswith("vlm")
+        workload = built_in_mixture("dip-vlm" if is_packed else "dip-t2v")
+        items: LanguageItems = "samples" if is_packed else "sequences"
         last = builder.model.modules[-1].name
         samples, places = [], []
         for replica, seed in enumerate(seeds):
-            drawn = draw_microbatches(workload, MICROBATCHES, seed, "samples")
+            drawn = draw_microbatches(workload, MICROBATCHES, seed, items)
             for microbatch, sizes in enumerate(drawn):
                 for item in sizes[last]:
                     upstream = tuple(
@@ -110,12 +112,22 @@ class Batches:
             self.replica, self.groups.time_us.sum(axis=1), minlength=self.num_replicas
         )
 
-    def problems_to_run(self) -> list[Problem]:
-        """Those that stand for all."""
-        order = np.argsort(-self.work_us, kind="stable")
-        last = self.num_replicas - 1
-        places = sorted({min(int(part * self.num_replicas), last) for part in RUN})
-        return [self.problem(int(order[place])) for place in places]
+    @cached_property
+    def spread(self) -> list[int]:
+        """Replicas from the one with most work to that with least, at even distances."""
+        places = np.linspace(0, self.num_replicas - 1, min(self.num_replicas, NUM_SPREAD))
+        return self._by_work[places.round().astype(np.int64)].tolist()
+
+    @cached_property
+    def to_run(self) -> list[int]:
+        """Those that stand for all: what is spread, whose mean is about that of all, then more of
+        those with most work."""
+        return list(dict.fromkeys((*self.spread, *self._by_work[:NUM_HEAVIEST].tolist())))
+
+    @property
+    def _by_work(self) -> np.ndarray:
+        """[replicas], most first."""
+        return np.argsort(-self.work_us, kind="stable")
 
     def problem(self, replica: int) -> Problem:
         """The batch of one replica."""

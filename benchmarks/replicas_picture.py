@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-__all__ = ["draw_replicas", "table_of"]
+__all__ = ["WAYS", "draw_replicas", "table_of"]
 
 WAYS = {
     "neither": ("static", "as given"),
@@ -21,7 +21,7 @@ _STYLE = (
     ".grid{stroke:#d8dee4;stroke-width:1}"
     "@media(prefers-color-scheme:dark){text{fill:#9aa4af}.grid{stroke:#2b3037}}"
 )
-_LEAST = 0.6
+_LEAST = 0.4
 """Where the axis of utilisation begins."""
 
 Rows = Sequence[Mapping[str, Any]]
@@ -30,13 +30,13 @@ Rows = Sequence[Mapping[str, Any]]
 def _found(
     rows: Rows, model: str, replicas: int, has_limit: bool, way: str
 ) -> Mapping[str, Any] | None:
-    """The row of one way, where it was measured and could be run."""
+    """The row of one way, where it was measured."""
     schedule, batches = WAYS[way]
     if replicas == 1 and batches == "whole microbatches":
         return None
     for row in rows:
         key = (row["model"], row["replicas"], row["limit"], row["schedule"], row["batches"])
-        if key == (model, replicas, has_limit, schedule, batches) and "utilisation" in row:
+        if key == (model, replicas, has_limit, schedule, batches):
             return row
     return None
 
@@ -58,8 +58,8 @@ def table_of(rows: Rows) -> str:
                 cells = []
                 for way in WAYS:
                     row = _found(rows, model, replicas, has_limit, way)
-                    if row is None:
-                        cells.append("-")
+                    if row is None or "utilisation" not in row:
+                        cells.append("-" if row is None else "over the limit")
                         continue
                     slowest = row["slowest_us"] / row["mean_us"] - 1
                     cells.append(f"{row['utilisation']:.3f} ({slowest:.1%})")
@@ -129,7 +129,7 @@ def _bars(
     step = 0.84 * width / len(WAYS)
     for place, (colour, way) in enumerate(zip(_COLOURS, WAYS, strict=True)):
         row = _found(rows, model, replicas, has_limit, way)
-        if row is not None:
+        if row is not None and "utilisation" in row:
             y = _y(row["utilisation"], top)
             bars.append(
                 f'<rect x="{left + 0.08 * width + place * step:.1f}" y="{y:.1f}" '

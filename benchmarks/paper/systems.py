@@ -61,11 +61,11 @@ class Systems:
         if name == OPTIMUS:
             table = table_of(problem, self._partition)
             return ran(fastest_within_memory(table, order_optimus_coarse))
-        chain = FlatChain(problem)
+        simulator = StaticSimulator(FlatChain(problem))
         if name == MEGATRON:
-            found = run_within_memory(chain, self._cuts.megatron)
+            found = run_within_memory(simulator, self._cuts.megatron)
         else:
-            found = run_with_own_recomputation(StaticSimulator(chain), self._cuts.nnscaler)
+            found = run_with_own_recomputation(simulator, self._cuts.nnscaler)
         memory = found.panel("").memory
         assert memory is not None, "static schedules know their memory"
         return Ran(found.makespan_us, found.peak_bytes, list(memory[0]))

@@ -273,13 +273,13 @@ def test_the_fewest_layers_are_recomputed_that_keep_the_limit():
     cut = StaticCut(num_ranks=2, num_layers=(4, 4))
     # Two microbatches of four layers at 10 bytes; a recomputed layer keeps 4.
     limited = free.model_copy(update={"memory_limit_bytes": (60, 60)})
-    run = run_within_memory(FlatChain(limited), cut)
+    run = run_within_memory(StaticSimulator(FlatChain(limited)), cut)
     assert run.num_recomputed == 2
     assert run.peak_bytes == (56, 28)
     unlimited = StaticSimulator(FlatChain(free)).run(cut)
     assert unlimited.peak_bytes == (80, 40)
     assert run.makespan_us == unlimited.makespan_us + 5 * 2.0
-    assert run_within_memory(FlatChain(free), cut).num_recomputed == 0
+    assert run_within_memory(StaticSimulator(FlatChain(free)), cut).num_recomputed == 0
 
 
 def test_every_rank_recomputes_what_its_own_limit_asks_for():
@@ -289,7 +289,7 @@ def test_every_rank_recomputes_what_its_own_limit_asks_for():
     run = run_with_own_recomputation(StaticSimulator(FlatChain(limited)), cut)
     assert run.num_recomputed == (2, 0)
     assert run.peak_bytes == (56, 40)
-    assert run.makespan_us < run_within_memory(FlatChain(limited), cut).makespan_us
+    assert run.makespan_us < run_within_memory(StaticSimulator(FlatChain(limited)), cut).makespan_us
     hopeless = free.model_copy(update={"memory_limit_bytes": (31, 99)})
     with pytest.raises(InfeasibleError, match=r"rank 0: 32 bytes .*limit 31"):
         run_with_own_recomputation(StaticSimulator(FlatChain(hopeless)), cut)
@@ -306,6 +306,22 @@ def test_a_cut_for_the_limit_gives_the_tight_rank_fewer_layers():
     )
     found = run_with_own_recomputation(StaticSimulator(FlatChain(problem)), cut)
     assert found.makespan_us == best_us
+
+
+def test_an_interleaved_cut_for_the_limit_recomputes_less_than_one_without():
+    free = uneven_problem()
+    tight = free.model_copy(update={"memory_limit_bytes": (90, 200, 200)})
+    cuts = StaticCuts([tight])
+    simulator = StaticSimulator(FlatChain(tight))
+    limited, unlimited = (
+        run_within_memory(simulator, cut)
+        for cut in (cuts.interleaved_within_memory, cuts.interleaved)
+    )
+    assert limited.makespan_us < unlimited.makespan_us
+    assert StaticCuts([free]).interleaved_within_memory == cuts.interleaved
+    hopeless = free.model_copy(update={"memory_limit_bytes": (1, 1, 1)})
+    with pytest.raises(InfeasibleError, match="several pieces per rank"):
+        _ = StaticCuts([hopeless]).interleaved_within_memory
 
 
 def test_megatrons_chunks_have_equal_parameters_whatever_time_they_take():
@@ -358,7 +374,7 @@ def test_a_limit_that_recomputing_everything_does_not_keep_names_rank_and_need()
     limited = uniform_problem(8, 2, 4).model_copy(update={"memory_limit_bytes": (31, 99)})
     cut = StaticCut(num_ranks=2, num_layers=(4, 4))
     with pytest.raises(InfeasibleError, match=r"rank 0: 32 bytes .*limit 31"):
-        run_within_memory(FlatChain(limited), cut)
+        run_within_memory(StaticSimulator(FlatChain(limited)), cut)
 
 
 @given(

@@ -8,7 +8,7 @@ up to a round of the ranks.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,12 @@ import numpy as np
 from megatron_dip.errors import InfeasibleError, ProblemError
 from megatron_dip.partition import cut_evenly
 from megatron_dip.planner.baselines.flat_chain import FlatChain, StaticCut
-from megatron_dip.planner.baselines.static import StaticSimulator, run_with_own_recomputation
+from megatron_dip.planner.baselines.static import (
+    StaticRun,
+    StaticSimulator,
+    run_with_own_recomputation,
+    run_within_memory,
+)
 from megatron_dip.simulator.arrays import FloatArray, IntArray
 from megatron_dip.workload import Problem
 
@@ -76,9 +81,26 @@ class StaticCuts:
             InfeasibleError: There are too few layers, or a sample has fewer microbatches than
                 ranks, which Megatron refuses.
         """
+        return self._interleaved(self._mean_us)
+
+    @cached_property
+    def interleaved_within_memory(self) -> StaticCut:
+        """The same under the memory limit, where every piece computes again as many layers as the
+        sample needs.
+
+        Raises:
+            InfeasibleError: See :meth:`interleaved`; or no cut on the way keeps the limit of a
+                sample.
+        """
+        return self._interleaved(partial(self._mean_limited_us, run_within_memory))
+
+    def _interleaved(self, mean_us: Callable[[Sequence[int]], float]) -> StaticCut:
         counts = self._virtual_counts(self._simulators[0].chain.num_layers)
-        found = sorted(self._climb(self._start(count), longest_move=1) for count in counts)
-        return self._cut(min(self._climb(fitted.layers) for fitted in found[:_NUM_FINALISTS]))
+        found = sorted(self._climb(self._start(count), 1, mean_us) for count in counts)
+        best = min(self._climb(each.layers, None, mean_us) for each in found[:_NUM_FINALISTS])
+        if not np.isfinite(best.mean_us):
+            raise InfeasibleError("no cut with several pieces per rank keeps the memory limit")
+        return self._cut(best)
 
     @cached_property
     def one_f_one_b_stock(self) -> StaticCut:
@@ -127,7 +149,9 @@ class StaticCuts:
         Raises:
             InfeasibleError: No cut on the way keeps the limit of a sample.
         """
-        found = self._climb(self._start(1), mean_us=self._mean_limited_us)
+        found = self._climb(
+            self._start(1), mean_us=partial(self._mean_limited_us, run_with_own_recomputation)
+        )
         if not np.isfinite(found.mean_us):
             raise InfeasibleError("no cut with one piece per rank keeps the memory limit")
         return self._cut(found)
@@ -203,10 +227,12 @@ class StaticCuts:
         times = [simulator.makespan_us(cut) for simulator in self._simulators]
         return sum(times) / len(times)
 
-    def _mean_limited_us(self, layers: Sequence[int]) -> float:
+    def _mean_limited_us(
+        self, run: Callable[[StaticSimulator, StaticCut], StaticRun], layers: Sequence[int]
+    ) -> float:
         cut = StaticCut(num_ranks=self._num_ranks, num_layers=tuple(layers))
         try:
-            runs = [run_with_own_recomputation(simulator, cut) for simulator in self._simulators]
+            runs = [run(simulator, cut) for simulator in self._simulators]
         except InfeasibleError:
             return float("inf")
         return sum(run.makespan_us for run in runs) / len(runs)

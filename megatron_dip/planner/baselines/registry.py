@@ -188,16 +188,12 @@ def find_baseline(name: str) -> Baseline:
     return by_name[name]
 
 
-def _simulate_static(chain: FlatChain, cut: StaticCut) -> StaticRun:
-    return StaticSimulator(chain).run(cut)
-
-
 def _run_static(
     cut_of: Callable[[StaticCuts], StaticCut],
     case: BaselineCase,
-    run: Callable[[FlatChain, StaticCut], StaticRun] = _simulate_static,
+    run: Callable[[StaticSimulator, StaticCut], StaticRun] = StaticSimulator.run,
 ) -> BaselineResult:
-    found = run(case.chain, cut_of(case.cuts))
+    found = run(StaticSimulator(case.chain), cut_of(case.cuts))
     details = []
     if found.cut.num_virtual > 1:
         details.append(f"{found.cut.num_virtual} pieces per rank")

@@ -248,13 +248,12 @@ def finish_run(
     )
 
 
-def run_within_memory(chain: FlatChain, cut: StaticCut) -> StaticRun:
+def run_within_memory(simulator: StaticSimulator, cut: StaticCut) -> StaticRun:
     """``cut`` with the fewest recomputed layers, as many in every piece, that keep the limit.
 
     Raises:
         InfeasibleError: Recomputing every layer does not suffice; names rank, need and limit.
     """
-    simulator = StaticSimulator(chain)
     for num_recomputed in range(max(cut.num_layers) + 1):
         run = simulator.run(cut, num_recomputed)
         if run.keeps_memory_limit:
