@@ -14,9 +14,10 @@ into the same file adds what is not in it: a run that was broken off goes on, an
 anew where the partition or the number of evaluations is another.
 
 Without plans the schedule is interleaved 1F1B.  Its cut is the best that ``StaticCuts`` finds in
-this simulator: once per model, with and without the memory limit, on two batches that no step has;
-for assigned batches on the same two with their microbatches evened out.  Where memory is limited,
-every piece recomputes as many layers as the batch needs, also while the cut is looked for.
+this simulator, once per model, on two batches that no step has; for assigned batches on the same
+two with their microbatches evened out.  Where memory is limited, every piece recomputes as many
+layers as the batch needs; of the cuts found with and without the limit, the one is used that is
+faster on the replicas with most work.
 
 Reductions: gradients in 4 bytes a weight, scattered in a ring over the replicas at the rate of a
 rank's transfers.  A rank reduces what is ready while it computes; the gradients of its largest
@@ -26,6 +27,7 @@ stage (piece) are taken to be ready last and to overlap with nothing.
 import argparse
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +103,24 @@ def largest_stage(problem: Problem, partition: Partition) -> int:
     return max(gradient_bytes(problem, stage.module, stage.layers) for stage in partition.stages)
 
 
+def static_us(problem: Problem, cut: StaticCut) -> float:
+    """Under the interleaved schedule; infinite where that cannot keep the limit."""
+    try:
+        return run_within_memory(StaticSimulator(FlatChain(problem)), cut).makespan_us
+    except InfeasibleError:
+        return math.inf
+
+
+def planned_us(problem: Problem, partition: Partition, evaluations: int) -> float:
+    """Of a plan; infinite where none keeps the limit."""
+    try:
+        plan = make_plan(problem, partition, evaluations=evaluations)
+    except InfeasibleError:
+        return math.inf
+    assert plan.estimate is not None
+    return plan.estimate.makespan_us
+
+
 class Replicas:
     """Of one model, at most ``most``."""
 
@@ -147,7 +167,7 @@ class Replicas:
             known = self._as_given.setdefault(replica, {}) if batches.moved is None else {}
             if missing := [how for how in hows if how not in known]:
                 problem = batches.problem(replica)
-                known.update({how: self._time_us(problem, how, batches.within) for how in missing})
+                known.update({how: self._time_us(batches, problem, how) for how in missing})
             for how in hows:
                 times[how].append(known[how])
         return times
@@ -163,7 +183,7 @@ class Replicas:
         }
         problem = self._fits[False][0]
         if how.schedule == "static":
-            cut = self._cut(batches.within, how.limit)
+            cut = self._cut(batches, how.limit)
             step["cut"] = cut.num_layers
             largest_bytes = largest_piece(problem, cut)
         else:
@@ -195,27 +215,29 @@ class Replicas:
             True: [batches.assigned(within=True).problem(0) for batches in drawn],
         }
 
-    def _cut(self, is_even: bool, has_limit: bool) -> StaticCut:
-        key = is_even, has_limit
+    def _cut(self, batches: Batches, has_limit: bool) -> StaticCut:
+        key = batches.within, has_limit
         if key not in self._cuts:
-            cuts = StaticCuts(self._fits[is_even])
-            self._cuts[key] = cuts.interleaved_within_memory if has_limit else cuts.interleaved
+            cuts = StaticCuts(self._fits[batches.within])
+            cut = cuts.interleaved
+            if has_limit:
+                problems = [batches.problem(replica) for replica in batches.heaviest]
+                cut = min(
+                    (cut, cuts.interleaved_within_memory),
+                    key=lambda cut: max(static_us(problem, cut) for problem in problems),
+                )
+            self._cuts[key] = cut
         return self._cuts[key]
 
-    def _time_us(self, problem: Problem, how: How, is_even: bool) -> float | None:
+    def _time_us(self, batches: Batches, problem: Problem, how: How) -> float | None:
         if not how.limit:
             free = (UNLIMITED,) * problem.num_ranks
             problem = problem.model_copy(update={"memory_limit_bytes": free})
-        try:
-            if how.schedule == "static":
-                simulator = StaticSimulator(FlatChain(problem))
-                run = run_within_memory(simulator, self._cut(is_even, how.limit))
-                return round(run.makespan_us, 1)
-            plan = make_plan(problem, self._partition, evaluations=self._evaluations)
-        except InfeasibleError:
-            return None
-        assert plan.estimate is not None
-        return round(plan.estimate.makespan_us, 1)
+        if how.schedule == "static":
+            time_us = static_us(problem, self._cut(batches, how.limit))
+        else:
+            time_us = planned_us(problem, self._partition, self._evaluations)
+        return round(time_us, 1) if math.isfinite(time_us) else None
 
 
 def measure(

@@ -122,7 +122,12 @@ class Batches:
     def to_run(self) -> list[int]:
         """Those that stand for all: what is spread, whose mean is about that of all, then more of
         those with most work."""
-        return list(dict.fromkeys((*self.spread, *self._by_work[:NUM_HEAVIEST].tolist())))
+        return list(dict.fromkeys((*self.spread, *self.heaviest)))
+
+    @property
+    def heaviest(self) -> list[int]:
+        """Replicas with most work."""
+        return self._by_work[:NUM_HEAVIEST].tolist()
 
     @property
     def _by_work(self) -> np.ndarray:

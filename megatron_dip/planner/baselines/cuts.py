@@ -81,7 +81,7 @@ class StaticCuts:
             InfeasibleError: There are too few layers, or a sample has fewer microbatches than
                 ranks, which Megatron refuses.
         """
-        return self._interleaved(self._mean_us)
+        return self._interleaved(None)
 
     @cached_property
     def interleaved_within_memory(self) -> StaticCut:
@@ -94,10 +94,10 @@ class StaticCuts:
         """
         return self._interleaved(partial(self._mean_limited_us, run_within_memory))
 
-    def _interleaved(self, mean_us: Callable[[Sequence[int]], float]) -> StaticCut:
+    def _interleaved(self, limited_us: Callable[[Sequence[int]], float] | None) -> StaticCut:
         counts = self._virtual_counts(self._simulators[0].chain.num_layers)
-        found = sorted(self._climb(self._start(count), 1, mean_us) for count in counts)
-        best = min(self._climb(each.layers, None, mean_us) for each in found[:_NUM_FINALISTS])
+        found = sorted(self._climb(self._start(count), 1, limited_us) for count in counts)
+        best = min(self._climb(each.layers, None, limited_us) for each in found[:_NUM_FINALISTS])
         if not np.isfinite(best.mean_us):
             raise InfeasibleError("no cut with several pieces per rank keeps the memory limit")
         return self._cut(best)
@@ -150,7 +150,7 @@ class StaticCuts:
             InfeasibleError: No cut on the way keeps the limit of a sample.
         """
         found = self._climb(
-            self._start(1), mean_us=partial(self._mean_limited_us, run_with_own_recomputation)
+            self._start(1), limited_us=partial(self._mean_limited_us, run_with_own_recomputation)
         )
         if not np.isfinite(found.mean_us):
             raise InfeasibleError("no cut with one piece per rank keeps the memory limit")
@@ -195,12 +195,17 @@ class StaticCuts:
         self,
         start: Sequence[int],
         longest_move: int | None = None,
-        mean_us: Callable[[Sequence[int]], float] | None = None,
+        limited_us: Callable[[Sequence[int]], float] | None = None,
     ) -> _Fitted:
         longest_move = longest_move or self._num_ranks
-        mean_us = mean_us or self._mean_us
         layers = list(start)
-        best_us = mean_us(layers)
+
+        def mean_us(most_us: float) -> float:
+            found_us = self._mean_us(layers)
+            # Recomputing makes nothing faster: what is too slow without it is not tried with it.
+            return limited_us(layers) if limited_us and found_us < most_us else found_us
+
+        best_us = mean_us(np.inf)
         moves = [
             (left + away, left) if is_up else (left, left + away)
             for away in range(1, longest_move + 1)
@@ -214,8 +219,9 @@ class StaticCuts:
                 while layers[giver] > 1:
                     layers[giver] -= 1
                     layers[taker] += 1
-                    found_us = mean_us(layers)
-                    if not found_us < best_us * (1 - _GAIN):
+                    enough_us = best_us * (1 - _GAIN)
+                    found_us = mean_us(enough_us)
+                    if not found_us < enough_us:
                         layers[giver] += 1
                         layers[taker] -= 1
                         break
