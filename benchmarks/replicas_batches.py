@@ -44,6 +44,8 @@ class Batches:
     replica: np.ndarray
     microbatch: np.ndarray
     num_replicas: int
+    num_microbatches: int = MICROBATCHES
+    """Of a replica."""
     within: bool = False
     """Whether microbatches of a replica are evened out where it is made a problem: replicas do
     not depend on one another in that."""
@@ -51,19 +53,33 @@ class Batches:
     """To other replicas."""
 
     @classmethod
-    def draw(cls, root: Path, model: str, cluster: str, seeds: Sequence[int]) -> Self:
-        """As at the published point, a seed per replica."""
+    def draw(
+        cls,
+        root: Path,
+        model: str,
+        cluster: str,
+        seeds: Sequence[int],
+        *,
+        num_microbatches: int = MICROBATCHES,
+        whole_sequences: bool = False,
+    ) -> Self:
+        """As at the published point, a seed per replica.
+
+        Args:
+            whole_sequences: Samples of a packed sequence stay together: one item.
+        """
         builder = cluster_builder(
             load_model(root / f"configs/models/{model}.yaml"),
             load_cluster(root / f"configs/clusters/{cluster}.yaml"),
         )
         is_packed = model.startswith("vlm")
         workload = built_in_mixture("dip-vlm" if is_packed else "dip-t2v")
-        items: LanguageItems = "samples" if is_packed else "sequences"
+        are_apart = is_packed and not whole_sequences
+        items: LanguageItems = "samples" if are_apart else "sequences"
         last = builder.model.modules[-1].name
         samples, places = [], []
         for replica, seed in enumerate(seeds):
-            drawn = draw_microbatches(workload, MICROBATCHES, seed, items)
+            drawn = draw_microbatches(workload, num_microbatches, seed, items)
             for microbatch, sizes in enumerate(drawn):
                 for item in sizes[last]:
                     upstream = tuple(
@@ -80,6 +96,7 @@ class Batches:
             replica=replica,
             microbatch=microbatch,
             num_replicas=len(seeds),
+            num_microbatches=num_microbatches,
         )
 
     def first(self, num_replicas: int) -> Self:
@@ -96,7 +113,7 @@ class Batches:
 
     def assigned(self, *, within: bool) -> Self:
         """Evened out between replicas and, with ``within``, between microbatches."""
-        made = assign(self.groups, [MICROBATCHES] * self.num_replicas, within=False)
+        made = assign(self.groups, [self.num_microbatches] * self.num_replicas, within=False)
         return replace(
             self,
             replica=made.replica,
@@ -136,14 +153,18 @@ class Batches:
 
     def problem(self, replica: int) -> Problem:
         """The batch of one replica."""
+        return self.builder.build(self.contents(replica))
+
+    def contents(self, replica: int) -> list[dict[str, list[ItemSize]]]:
+        """The same as sizes: per microbatch and module."""
         own = np.flatnonzero(self.replica == replica)
         microbatch = self.microbatch[own]
         if self.within:
             here = replace(
                 _part(self.groups, own), replica=np.zeros_like(own), microbatch=microbatch
             )
-            microbatch = assign(here, [MICROBATCHES]).microbatch
-        contents: list[dict[str, list[ItemSize]]] = [{} for _ in range(MICROBATCHES)]
+            microbatch = assign(here, [self.num_microbatches]).microbatch
+        contents: list[dict[str, list[ItemSize]]] = [{} for _ in range(self.num_microbatches)]
         last = self.builder.model.modules[-1].name
         for index, number in zip(own.tolist(), microbatch.tolist(), strict=True):
             content, sample = contents[number], self.samples[index]
@@ -153,7 +174,7 @@ class Batches:
                 needs[name] = tuple(range(len(items), len(items) + len(sizes)))
                 items += sizes
             content.setdefault(last, []).append(replace(sample.item, needs=needs))
-        return self.builder.build(contents)
+        return contents
 
 
 def _part(groups: Groups, kept: np.ndarray) -> Groups:

@@ -1,9 +1,9 @@
 """The systems that the paper compares with, on batches that must keep the memory limit.
 
-They are the baselines ``megatron``, ``nnscaler`` and ``optimus-coarse`` (``docs/baselines.md``).
-Megatron recomputes the fewest layers per piece that keep the limit, nnScaler the fewest on every
-rank, anew for every batch.  Optimus, which bounds nothing, recomputes the least share of the layers
-of every stage.
+They are the baselines ``megatron`` (and ``megatron-4``), ``nnscaler`` and ``optimus-coarse``
+(``docs/baselines.md``).  Megatron recomputes the fewest layers per piece that keep the limit,
+nnScaler the fewest on every rank, anew for every batch.  Optimus, which bounds nothing, recomputes
+the least share of the layers of every stage.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,19 @@ from megatron_dip.workload import Problem
 
 from .setting import table_of
 
-__all__ = ["MEGATRON", "NNSCALER", "OPTIMUS", "Ran", "Systems", "fastest_within_memory", "ran"]
+__all__ = [
+    "MEGATRON",
+    "MEGATRON_4",
+    "NNSCALER",
+    "OPTIMUS",
+    "Ran",
+    "Systems",
+    "fastest_within_memory",
+    "ran",
+]
 
 MEGATRON, OPTIMUS, NNSCALER = "Megatron", "Optimus", "nnScaler"
+MEGATRON_4 = "Megatron, 4 chunks"
 _SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Of the layers of every stage that are recomputed."""
 
@@ -46,7 +56,7 @@ class Ran(NamedTuple):
 
 
 class Systems:
-    """The three on one model, fitted to ``samples``."""
+    """The systems on one model, fitted to ``samples``."""
 
     def __init__(self, samples: Sequence[Problem], partition: Partition) -> None:
         self._partition = partition
@@ -62,10 +72,11 @@ class Systems:
             table = table_of(problem, self._partition)
             return ran(fastest_within_memory(table, order_optimus_coarse))
         simulator = StaticSimulator(FlatChain(problem))
-        if name == MEGATRON:
-            found = run_within_memory(simulator, self._cuts.megatron)
-        else:
+        if name == NNSCALER:
             found = run_with_own_recomputation(simulator, self._cuts.nnscaler)
+        else:
+            cuts = {MEGATRON: self._cuts.megatron, MEGATRON_4: self._cuts.megatron_in_four}
+            found = run_within_memory(simulator, cuts[name])
         memory = found.panel("").memory
         assert memory is not None, "static schedules know their memory"
         return Ran(found.makespan_us, found.peak_bytes, list(memory[0]))
