@@ -132,7 +132,7 @@ def draw_bars(title: str, categories: Sequence[str], y: Axis, groups: Sequence[B
             if published is not None:
                 body.append(_mark(left + width / 2, _y(y.share(published))))
             if value is not None:
-                body.append(_bar_value(value, left + width / 2, _y(y.share(value))))
+                body.append(_bar_value(value, left, width, _y(y.share(value))))
     names: list[tuple[str, str, str]] = [
         (group.name, COLOURS[number % len(COLOURS)], "bars") for number, group in enumerate(groups)
     ]
@@ -141,12 +141,20 @@ def draw_bars(title: str, categories: Sequence[str], y: Axis, groups: Sequence[B
     return _document([*body, *_legend(names)])
 
 
-def _bar_value(value: float, middle: float, top: float) -> str:
-    """Inside the bar at its foot, where no mark is; above a bar that is too low for it."""
-    is_inside = _PLOT_BOTTOM - top > 24
-    y = _PLOT_BOTTOM - 8 if is_inside else top - 5
-    style = ' style="fill:#fff;font-size:11px"' if is_inside else ' style="font-size:11px"'
-    return f'<text x="{middle:.1f}" y="{y:.1f}" text-anchor="middle"{style}>{value:.2f}</text>'
+def _bar_value(value: float, left: float, width: float, top: float) -> str:
+    """Inside the bar at its foot, where no mark is, upright where the bar is narrower than the
+    number; above a bar that is too low for it."""
+    middle, text = left + width / 2, f"{value:.2f}"
+    is_narrow = width < len(text) * _LETTER
+    if _PLOT_BOTTOM - top <= (34 if is_narrow else 24):
+        place, style = f'x="{middle:.1f}" y="{top - 5:.1f}" text-anchor="middle"', ""
+    elif is_narrow:
+        place = f'transform="translate({middle + 4:.1f} {_PLOT_BOTTOM - 6}) rotate(-90)"'
+        style = "fill:#fff;"
+    else:
+        place = f'x="{middle:.1f}" y="{_PLOT_BOTTOM - 8:.1f}" text-anchor="middle"'
+        style = "fill:#fff;"
+    return f'<text {place} style="{style}font-size:11px">{text}</text>'
 
 
 def _document(body: Sequence[str]) -> str:
