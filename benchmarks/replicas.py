@@ -241,12 +241,12 @@ class Replicas:
 
 
 def measure(
-    replicas: Replicas, count: int, known: Sequence[Mapping[str, Any]]
+    replicas: Replicas, count: int, limits: Sequence[bool], known: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Of ``count`` replicas every way that is not ``known``, with the memory limit and without."""
+    """Of ``count`` replicas every way that is not ``known``, with the memory limit or without."""
     for kind in ("as given", "assigned", "whole microbatches")[: 2 + (count > 1)]:
         schedules = [schedule for schedule, batches in WAYS.values() if batches == kind]
-        hows = [How(schedule, limit) for schedule in schedules for limit in (True, False)]
+        hows = [How(schedule, limit) for schedule in schedules for limit in limits]
         keys = {how: replicas.key(count, kind, how) for how in hows}
         missing = [
             how for how in hows if not any(keys[how].items() <= row.items() for row in known)
@@ -265,7 +265,8 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, nargs="+", help="results; measures nothing")
     parser.add_argument("--partitions", type=Path, default=ROOT / "configs" / "partitions")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--evaluations", type=int, default=20, help="per plan")
+    parser.add_argument("--evaluations", type=int, default=40, help="per plan")
+    parser.add_argument("--limited", action="store_true", help="not without the memory limit")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.models) - set(CLUSTERS))
     if unknown or bool(arguments.models) == (arguments.draw is not None):
@@ -279,12 +280,13 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(output.read_text())["rows"] if output.exists() else []
     most = max(arguments.replicas)
+    limits = (True,) if arguments.limited else (True, False)
     for model in arguments.models:
         partition = arguments.partitions / f"{model}.json"
         replicas = Replicas(model, partition, arguments.evaluations, most, rows)
         for count in sorted(arguments.replicas, reverse=True):
             started = time.process_time()
-            for row in measure(replicas, count, rows):
+            for row in measure(replicas, count, limits, rows):
                 rows = [*(other for other in rows if not is_same(other, row)), row]
                 write_rows(output, rows)
                 print([row[name] for name in CELL], row.get("utilisation"), flush=True)
