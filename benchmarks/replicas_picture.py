@@ -63,6 +63,8 @@ def table_of(rows: Rows) -> str:
                         continue
                     slowest = row["slowest_us"] / row["mean_us"] - 1
                     cells.append(f"{row['utilisation']:.3f} ({slowest:.1%})")
+                if set(cells) == {"-"}:
+                    continue
                 memory = "80 GB" if has_limit else "no limit"
                 name = model.upper().replace("_", "-")
                 lines.append(f"| {name} | {memory} | {replicas} | " + " | ".join(cells) + " |")
