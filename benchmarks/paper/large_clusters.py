@@ -41,7 +41,7 @@ _GRADIENT_BYTES, _WEIGHT_BYTES = 4, 2
 def run(quick: bool) -> Result:
     """All cases; ``quick`` two small replicas of one."""
     cases = _CASES[2:3] if quick else _CASES
-    size, evaluations = (4, 4) if quick else (NUM_MICROBATCHES, 300)
+    size, evaluations = (4, 4) if quick else (NUM_MICROBATCHES, 60)
     rows: list[dict[str, Any]] = []
     for model, num_gpus in tracked(cases, "large clusters"):
         config = cluster_of(f"h100_{num_gpus}")
