@@ -47,7 +47,9 @@ def _values(rows: Rows, name: str) -> list[Any]:
 
 
 def table_of(rows: Rows) -> str:
-    """Markdown: utilisation of the whole, and in brackets the slowest over the mean."""
+    """Markdown: utilisation of the whole, and in brackets the slowest over the mean; a star where
+    plans are the best of fewer schedules than in other rows."""
+    most = max(row.get("evaluations", 0) for row in rows)
     lines = [
         "| model | memory | replicas | " + " | ".join(WAYS) + " |",
         "|---" * (3 + len(WAYS)) + "|",
@@ -62,7 +64,8 @@ def table_of(rows: Rows) -> str:
                         cells.append("-" if row is None else "over the limit")
                         continue
                     slowest = row["slowest_us"] / row["mean_us"] - 1
-                    cells.append(f"{row['utilisation']:.3f} ({slowest:.1%})")
+                    star = "\\*" if row.get("evaluations", most) < most else ""
+                    cells.append(f"{row['utilisation']:.3f} ({slowest:.1%}){star}")
                 if set(cells) == {"-"}:
                     continue
                 memory = "80 GB" if has_limit else "no limit"
