@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -59,6 +60,19 @@ def test_the_table_counts_iterations_without_a_timeline(quickstart: ModuleType) 
     stock, plans = (line for line in console.export_text().splitlines() if "9.000" in line)
     assert "1,000" in stock and "1.00x" in stock and stock.count("50.0%") == 2
     assert "2,000" in plans and "2.00x" in plans and "4.100" in plans
+
+
+def test_speeds_are_compared_batch_by_batch(quickstart: ModuleType) -> None:
+    """However long batches are; the first iterations, which warm caches up, do not count."""
+    first, second = outcomes_of(quickstart, (1.0, 1.0))
+    lengths = [10.0 * number for number in range(1, NUM_ITERATIONS + 1)]
+    # The lesser ratio is that of most batches; with the first two it would be that of half.
+    ratios = [9.0, 9.0, *(1.25, 1.5) * 23, 1.25, 1.25]
+    own = [length / ratio for length, ratio in zip(lengths, ratios, strict=True)]
+    first = replace(first, run=replace(first.run, elapsed_ms=tuple(lengths)))
+    second = replace(second, run=replace(second.run, elapsed_ms=tuple(own)))
+    assert quickstart.relative_speed(second, first) == pytest.approx(1.25)
+    assert quickstart.relative_speed(first, first) == 1.0
 
 
 def test_the_timeline_is_of_an_iteration_that_both_have_and_that_has_a_plan(
