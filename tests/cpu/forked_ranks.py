@@ -8,6 +8,7 @@ other modules, and it passes over in silence what it cannot import beforehand.
 """
 
 import functools
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -167,6 +168,9 @@ def serve(descriptor: int) -> None:
     """Fork ranks as the other end of the connection wants, until it closes."""
     import training_process  # noqa: F401
 
+    # Else every rank's collector walks all that was imported, and so copies its pages.
+    gc.collect()
+    gc.freeze()
     with Connection(descriptor) as connection:
         connection.send([])
         while True:

@@ -4,6 +4,9 @@ Imported by the process that ``forked_ranks`` starts: every rank is forked from 
 imported everything and started nothing, and then runs what ``python -m megatron_dip.launch`` runs.
 """
 
+import argparse
+import functools
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ hooks.enable()
 
 import megatron.training  # noqa: E402
 import torch  # noqa: E402
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
 from runtime_cases import CASE, partition_of  # noqa: E402
@@ -31,6 +35,11 @@ from megatron_dip.planner import make_plan  # noqa: E402
 
 __all__ = ["run_rank"]
 
+# Megatron shuffles an entry per sequence: ten million of 16 tokens, which outlasts training.
+MockGPTLowLevelDataset.size = 1000
+# Every parser reads the texts of Megatron's flags out of its sources, and a run makes two parsers.
+inspect.getsource = functools.cache(inspect.getsource)
+megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
 # Loads the compiled code of planners and costs.
 make_plan(CASE.problem(2), partition_of(CASE), evaluations=100)
 
