@@ -45,9 +45,12 @@ if __name__ == "__main__":
     if sys.argv[1] == "--list-hooks":
         print(json.dumps(list_hooks()))
     else:
+        from mock_sequences import make_few_mock_sequences
+
         from megatron_dip.integration.versions import build_helpers_where_they_can_be_built
 
         # Nothing of a released wheel starts without it: it holds no Makefile.
         build_helpers_where_they_can_be_built()
+        make_few_mock_sequences()
         del sys.argv[0]
         runpy.run_path(sys.argv[0], run_name="__main__")

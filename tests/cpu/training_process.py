@@ -20,9 +20,9 @@ hooks.enable()
 
 import megatron.training  # noqa: E402
 import torch  # noqa: E402
-from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
+from mock_sequences import make_few_mock_sequences  # noqa: E402
 from runtime_cases import CASE, partition_of  # noqa: E402
 
 from megatron_dip.families.lavin.adapter_files import stages_of  # noqa: E402
@@ -35,8 +35,7 @@ from megatron_dip.planner import make_plan  # noqa: E402
 
 __all__ = ["run_rank"]
 
-# Megatron shuffles an entry per sequence: ten million of 16 tokens, which outlasts training.
-MockGPTLowLevelDataset.size = 1000
+make_few_mock_sequences()
 # Every parser reads the texts of Megatron's flags out of its sources, and a run makes two parsers.
 inspect.getsource = functools.cache(inspect.getsource)
 megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
