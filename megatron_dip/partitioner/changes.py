@@ -43,10 +43,8 @@ def changed(cut: Cut, sizes: Mapping[str, Sequence[int | None]], random: Random)
 
 def _another_size(tokens: int | None, sizes: Sequence[int | None], random: Random) -> int | None:
     """The size next to ``tokens``: far ones rarely suit a cut that is good with this one."""
-    places = [
-        place for place, size in enumerate(sizes) if (size or math.inf) >= (tokens or math.inf)
-    ]
-    place = places[-1] if places else 0
+    # Sizes fall, from no limit on: the last one that is not smaller.
+    place = sum((size or math.inf) >= (tokens or math.inf) for size in sizes) - 1
     near = [other for other in (place - 1, place + 1) if 0 <= other < len(sizes)]
     return sizes[random.choice(near)]
 

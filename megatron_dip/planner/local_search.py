@@ -130,7 +130,10 @@ class LocalSearch:
             wins[move] += self._current.makespan_us < before_us
 
     def take_starts_of(self, other: "LocalSearch") -> None:
-        """Take over the rules that ``other`` has tried, where they admit what they would here."""
+        """Take over the rules that ``other`` has tried, where they admit what they would here.
+
+        Else the default rule alone is improved, if the part of the budget for rules is spent.
+        """
         if other._level == self._level:
             self._starts, self._families = iter(()), dict(other._families)
             self._rule_us, self._rule, self._order = other._rule_us, other._rule, other._order

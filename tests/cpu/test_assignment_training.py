@@ -8,6 +8,7 @@ import pytest
 import yaml
 from equality_runs import largest_difference
 from launching import REPOSITORY
+from run_twice import RUN_TWICE
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import SCRIPT, TrainingRun, train
 
@@ -21,23 +22,11 @@ ARGUMENTS = (
     f"--calculate-per-token-loss --exit-on-missing-checkpoint"
 )
 PLANS = "--pipeline-model-parallel-size 2 --dip-schedule"
-# Megatron's rerun state machine finds every result suspicious, and runs every step twice.
 TWICE = f"""
 import sys
 sys.path.append({str(REPOSITORY / "examples")!r})
 import pretrain_vlm as example
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-
-loss_func = example.loss_func
-
-def validated(loss_mask, losses):
-    result = loss_func(loss_mask, losses)
-    get_rerun_state_machine().validate_result(
-        result=result[0].detach(), rejection_func=lambda loss: True,
-        comparison_func=lambda first, second: 1.0, message="loss", fatal=False)
-    return result
-
-example.loss_func = validated
+{RUN_TWICE}
 if __name__ == "__main__":
     example.main(example.forward_step)
 """

@@ -12,6 +12,7 @@ import pytest
 from failing_runs import error_of, run_vlm
 from launching import REPOSITORY
 from planner_processes import Killer, Watcher, wait_until_ended
+from run_twice import RUN_TWICE
 from tiny_vlm import make_tiny_data, write_config
 from training_runs import TrainingRun, train
 
@@ -23,7 +24,6 @@ import os, sys, time
 from pathlib import Path
 sys.path.append("EXAMPLES")
 import pretrain_vlm as example
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args
 from megatron_dip.families.vlm.batches import VlmMicrobatch
 
@@ -175,20 +175,7 @@ def test_a_planner_with_too_much_to_do_delays_no_step_beyond_the_limit(
 def test_a_step_that_is_run_again_has_the_same_plan_and_the_same_data(
     folder: Path, undisturbed: Traced
 ) -> None:
-    """Megatron's rerun state machine finds every result suspicious, and runs every step twice."""
-    changes = """
-loss_func = example.loss_func
-
-def validated(loss_mask, losses):
-    result = loss_func(loss_mask, losses)
-    get_rerun_state_machine().validate_result(
-        result=result[0].detach(), rejection_func=lambda loss: True,
-        comparison_func=lambda first, second: 1.0, message="loss", fatal=False)
-    return result
-
-example.loss_func = validated
-"""
-    script = write_script(folder, changes)
+    script = write_script(folder, RUN_TWICE)
     twice = run(folder, "twice", script=script)
     assert twice.run.losses == undisturbed.run.losses
     assert twice.run.grad_norms == undisturbed.run.grad_norms
